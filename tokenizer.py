@@ -1,0 +1,230 @@
+"""Text <-> token ids, and the ONLY place where a conversation becomes a prompt.
+
+The ids are those of transformers' `apply_chat_template`: the checkpoint's own Jinja chat template,
+in a sandbox, encoded without a second BOS. Two things are stricter here. Text that comes from
+people or models never yields a control token: a spelled-out "<|im_end|>" stays plain characters.
+And a template that has no system role (or drops it silently) gets the system text in front of the
+first user message.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from hub import InputError, read_json
+
+PROBE = "prism probe text"  # shows whether a template renders what it is given
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+class _Generation(Extension):
+    """The tag `{% generation %}...{% endgeneration %}`, which only marks text: rendered as is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        """Replace the block by its body."""
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Args:
+        folder: holds tokenizer.json and, for `render`, a chat template (chat_template.jinja or the
+            field of tokenizer_config.json).
+
+    Raises:
+        InputError: tokenizer.json is missing or broken.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+            self._rendered = FastTokenizer.from_str(text)
+            self._plain = FastTokenizer.from_str(text)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except Exception as error:  # the Rust library raises bare Exception for a bad file
+            raise InputError(f"{path}: not a tokenizer ({error})") from None
+        for one in (self._rendered, self._plain):
+            one.no_truncation()
+            one.no_padding()
+        self._plain.encode_special_tokens = True  # control tokens in text are plain characters
+        config_path = self.folder / "tokenizer_config.json"
+        self.config = read_json(config_path) if config_path.is_file() else {}
+        self.vocab_size = self._rendered.get_vocab_size()
+        added = self._rendered.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        # Forged control tokens pass through the template as placeholders, which are added tokens
+        # themselves; render() then swaps their ids for the plain spelling's.
+        self._forged = {s: f"\ue000{i}\ue001" for i, s in enumerate(self.special_ids)}
+        self._rendered.add_special_tokens(
+            [AddedToken(p, normalized=False) for p in self._forged.values()])
+        self._forged_ids = {self._rendered.token_to_id(p): self.encode(s)
+                            for s, p in self._forged.items()}
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self._spelled = (re.compile("|".join(map(re.escape, longest_first))) if longest_first
+                         else None)
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text -> ids: no BOS is added and no control token can come out."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Ids -> text."""
+        return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def _template(self):
+        """The compiled chat template: chat_template.jinja first, as transformers does."""
+        path = self.folder / "chat_template.jinja"
+        source = (path.read_text(encoding="utf-8") if path.is_file()
+                  else self.config.get("chat_template"))
+        if isinstance(source, list):  # several named templates
+            source = next((t["template"] for t in source if t.get("name") == "default"), None)
+        if not isinstance(source, str):
+            raise InputError(f"{self.folder}: no chat template; PRISM needs an instruction-tuned "
+                             "model (chat_template.jinja or tokenizer_config.json)")
+
+        def raise_exception(message: str):
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[loopcontrols, _Generation])
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(source)
+        except TemplateError as error:
+            raise InputError(f"{self.folder}: broken chat template ({error})") from None
+
+    def _text(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """The conversation as text, by the model's own template."""
+        names = {n: self._content(self.config.get(n)) for n in SPECIAL_NAMES}
+        try:
+            return self._template.render(messages=messages, tools=None, documents=None,
+                                         add_generation_prompt=add_generation_prompt,
+                                         **{n: t for n, t in names.items() if t is not None})
+        except Exception as error:  # whatever a template does wrong is the template's fault
+            raise InputError(f"{self.folder}: the chat template fails on this conversation "
+                             f"({type(error).__name__}: {error})") from None
+
+    @staticmethod
+    def _content(token: str | dict | None) -> str | None:
+        """A special token's text; older files write it as an object."""
+        return token.get("content") if isinstance(token, dict) else token
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether a system message shows up in the rendering; some templates drop it silently."""
+        try:
+            return PROBE in self._text([{"role": "system", "content": PROBE},
+                                        {"role": "user", "content": "x"}], False)
+        except InputError:
+            return False
+
+    @cached_property
+    def end_of_turn_ids(self) -> set[int]:
+        """Ids of the control token that the template puts right after an assistant's text, and the
+        tokenizer's eos token."""
+        ids = {self.special_ids.get(self._content(self.config.get("eos_token")))}
+        turn = self._text([{"role": "user", "content": "x"}, {"role": "assistant",
+                                                              "content": PROBE}], False)
+        after = turn.rpartition(PROBE)[2].lstrip()
+        found = self._spelled.match(after) if self._spelled else None
+        return (ids | {self.special_ids[found.group()]} if found else ids) - {None}
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True,
+               return_user_mask: bool = False) -> list[int] | tuple[list[int], list[bool]]:
+        """The ids of a conversation [{"role", "content"}, ...] in the model's chat format.
+
+        Args:
+            add_generation_prompt: end with the header of the assistant's turn.
+            return_user_mask: also return, for every id, whether it belongs to the text of the last
+                user message (what a mean-pooling gate reads).
+
+        Raises:
+            InputError: the messages are malformed or the template refuses them.
+        """
+        messages = self._checked(messages)
+        if messages and messages[0]["role"] == "system" and not self.has_system_role:
+            messages = merge_system(messages)
+        safe = [{**m, "content": self._defuse(m["content"])} for m in messages]
+        text = self._text(safe, add_generation_prompt)
+        encoding = self._rendered.encode(text, add_special_tokens=False)
+        ids = [i for token in encoding.ids for i in self._forged_ids.get(token, (token,))]
+        if not return_user_mask:
+            return ids
+        start, end = self._last_user_span(safe, text, add_generation_prompt)
+        mask = [first < end and last > start and last > first
+                for token, (first, last) in zip(encoding.ids, encoding.offsets)
+                for _ in self._forged_ids.get(token, (token,))]
+        return ids, mask
+
+    def open_user_turn(self, system: str) -> list[int]:
+        """The ids of a conversation with this system message, up to where the user's text begins.
+
+        A model that continues them writes what a user would type (Magpie, arXiv 2406.08464).
+        """
+        messages = [{"role": "system", "content": self._defuse(system)},
+                    {"role": "user", "content": PROBE}]
+        messages = messages if self.has_system_role else merge_system(messages)
+        text = self._text(messages, add_generation_prompt=False).partition(PROBE)[0]
+        return [i for token in self._rendered.encode(text, add_special_tokens=False).ids
+                for i in self._forged_ids.get(token, (token,))]
+
+    def _defuse(self, text: str) -> str:
+        """Replace every spelled-out control token by its placeholder."""
+        if self._spelled is None:
+            return text
+        return self._spelled.sub(lambda match: self._forged[match.group()], text)
+
+    @staticmethod
+    def _checked(messages: list[dict]) -> list[dict]:
+        """Copy the messages; InputError unless each is {"role": str, "content": str} in UTF-8."""
+        if not isinstance(messages, list) or not messages:
+            raise InputError("a conversation is a non-empty list of messages")
+        for m in messages:
+            if not isinstance(m, dict) or not all(isinstance(m.get(f), str)
+                                                  for f in ("role", "content")):
+                raise InputError('every message needs a "role" and a "content", both text')
+            if any("\ud800" <= c <= "\udfff" for c in m["content"]):
+                raise InputError("a message contains half of a surrogate pair, which is not text")
+        return list(messages)
+
+    def _last_user_span(self, messages: list[dict], text: str, generate: bool) -> tuple[int, int]:
+        """Character range of the last user message's text within its rendering."""
+        last = max(i for i, m in enumerate(messages) if m["role"] == "user")
+        marked = [*messages]
+        marked[last] = {**messages[last], "content": PROBE}
+        before, found, after = self._text(marked, generate).rpartition(PROBE)
+        if not found or not (text.startswith(before) and text.endswith(after)):
+            raise InputError(f"{self.folder}: the chat template hides the user's text; "
+                             "use --gate-pool last")
+        return len(before), len(text) - len(after)
+
+
+def merge_system(messages: list[dict]) -> list[dict]:
+    """Put the system text in front of the first user message, for models without a system role."""
+    system, rest = messages[0]["content"], [*messages[1:]]
+    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
+    if first is None:
+        raise InputError("a system message needs a user message after it with this model")
+    rest[first] = {**rest[first], "content": f"{system}\n\n{rest[first]['content']}"}
+    return rest
