@@ -32,8 +32,9 @@ from model import Transformer
 from tokenizer import Tokenizer
 
 CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
+CANDIDATE_CHUNK = 96  # candidates of stage 1, likewise
 SLOTS = 32  # engine rows; a setting, because results depend on it in the last bits
-QUERY_SAMPLING = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 96}
+QUERY_SAMPLING = {"temperature": 0.9, "max_new_tokens": 96}
 ANSWER_TEMPERATURE = 0.7
 OVERSAMPLE, ROUNDS = 2, 4  # candidates per wanted query in a round of stage 1; most rounds
 MIN_WORDS, MAX_WORDS = 5, 60
@@ -257,23 +258,23 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     small model could echo, one format for all personas. Candidates are over-generated in rounds;
     after each, one pure pass over all of them (`keep_queries`) says who still lacks queries.
     """
-    todo: list[list[tuple[Persona, int, int]]] = []
+    todo: list[Sequence[tuple[str, int, int]]] = []  # chunks of (persona, round, number)
     stop_ids = stop_tokens(net, tokenizer)
+    opened = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
 
-    def work(number: int, chunk: Sequence) -> tuple[list, dict]:
-        persona, round_, _ = chunk[0]
-        ids = tokenizer.open_user_turn(persona.text)
-        requests = [Request(ids, derive_seed(seed, "query", persona.name, round_, i), len(ids) - 1)
-                    for _, _, i in chunk]
+    def work(_: int, chunk: Sequence[tuple[str, int, int]]) -> tuple[list, dict]:
+        requests = [Request(opened[name], derive_seed(seed, "query", name, round_, i),
+                            prefix=len(opened[name]) - 1) for name, round_, i in chunk]
         engine = Engine(net, Sampling(**QUERY_SAMPLING), stop_ids, SLOTS)
         outputs = sorted(engine.run(requests), key=lambda out: out.index)
-        return [Candidate(persona.name, round_, tokenizer.decode(out.ids), out.stop == "eos")
-                for out in outputs], cost(engine, len(requests))
+        return [Candidate(name, round_, tokenizer.decode(out.ids), out.stop == "eos")
+                for (name, round_, _), out in zip(chunk, outputs)], cost(engine, len(requests))
 
     queries: list[Query] = []
     lacking = list(personas)
     for round_ in range(ROUNDS):
-        todo += [[(p, round_, i) for i in range(OVERSAMPLE * wanted)] for p in lacking]
+        todo += split_chunks([(p.name, round_, i) for p in lacking
+                              for i in range(OVERSAMPLE * wanted)], CANDIDATE_CHUNK)
         candidates = run.chunks("queries", "candidates.jsonl", Candidate, todo, work)
         queries = keep_queries(candidates, personas, wanted)
         counts = Counter(q.persona for q in queries)

@@ -1,8 +1,8 @@
 """The gated low-rank layer: one frozen linear map, and LoRA on the leading rows of the batch only.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) adds a trainable product of two thin matrices to a
-frozen weight: `y = x W^T + scale * (x A^T) B^T`, scale = alpha / rank. PRISM switches it on per
-query, so the batch is ordered *gated rows first* and every call is told `k`, the number of leading rows that
+LoRA (Hu et al. 2021, arXiv 2106.09685) adds a trainable product of two thin matrices to a frozen
+weight: `y = x W^T + scale * (x A^T) B^T`, scale = alpha / rank. PRISM switches it on per query, so
+the batch is ordered *gated rows first*, and every call is told `k`, the number of leading rows that
 the adapter applies to. It is an argument, never a module state: k = 0 is the base model, k = B the
 adapted one, anything between a mixed batch whose rows from k on are the base model's, bit for bit.
 

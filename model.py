@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hub import InputError, read_json, resolve
-from lora import GatedLoRALinear, LoRA
+from lora import GatedLoRALinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

