@@ -34,10 +34,11 @@ from tokenizer import Tokenizer
 CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 CANDIDATE_CHUNK = 96  # candidates of stage 1, likewise
 SLOTS = 32  # engine rows; a setting, because results depend on it in the last bits
-QUERY_SAMPLING = {"temperature": 0.9, "max_new_tokens": 96}
+QUERY_SAMPLING = {"temperature": 0.8, "max_new_tokens": 96}
 ANSWER_TEMPERATURE = 0.7
-OVERSAMPLE, ROUNDS = 2, 4  # candidates per wanted query in a round of stage 1; most rounds
+OVERSAMPLE, ROUNDS = 3, 4  # candidates per wanted query in a round of stage 1; most rounds
 MIN_WORDS, MAX_WORDS = 5, 60
+ECHO_WORDS = 5  # a query that repeats so many words of its persona in a row is an echo
 NEAR_DUPLICATE = 0.7  # Jaccard similarity of word sets from which two queries count as one
 SCORE_TOKENS = 8192  # padded tokens in one scoring batch
 TRUST, TRUST_PAIRS = 0.8, 48  # a judge must be right on this share of that many known pairs
@@ -80,12 +81,17 @@ class Persona:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A query as the model wrote it in stage 1, before the pure pass that keeps or drops it."""
+    """A query as the model wrote it in stage 1, before the pure pass that keeps or drops it.
+
+    `complete`: the model ended it by itself. `likeliest`: the persona that makes the cleaned query
+    likeliest, None if cleaning left nothing.
+    """
 
     persona: str
     round: int
     text: str
     complete: bool
+    likeliest: str | None
 
 
 @dataclass(frozen=True)
@@ -255,11 +261,14 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     """Stage 1 (paper, section 3.1): `wanted` queries a persona, in the user's own voice.
 
     The model reads the persona as its system message and goes on as the USER: no instruction that a
-    small model could echo, one format for all personas. Candidates are over-generated in rounds;
-    after each, one pure pass over all of them (`keep_queries`) says who still lacks queries.
+    small model could echo, one format for all personas. A query counts only if it is likelier
+    after its own persona than after any other, so that it is about something this expert does.
+    Candidates are over-generated in rounds; after each, one pure pass over all of them
+    (`keep_queries`) says who still lacks queries.
     """
     todo: list[Sequence[tuple[str, int, int]]] = []  # chunks of (persona, round, number)
     stop_ids = stop_tokens(net, tokenizer)
+    systems = {p.name: p.text for p in personas}
     opened = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
 
     def work(_: int, chunk: Sequence[tuple[str, int, int]]) -> tuple[list, dict]:
@@ -267,8 +276,12 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                             prefix=len(opened[name]) - 1) for name, round_, i in chunk]
         engine = Engine(net, Sampling(**QUERY_SAMPLING), stop_ids, SLOTS)
         outputs = sorted(engine.run(requests), key=lambda out: out.index)
-        return [Candidate(name, round_, tokenizer.decode(out.ids), out.stop == "eos")
-                for (name, round_, _), out in zip(chunk, outputs)], cost(engine, len(requests))
+        texts = [tokenizer.decode(out.ids) for out in outputs]
+        clean = [clean_query(text, systems[c[0]]) for text, c in zip(texts, chunk)]
+        guesses = likeliest_persona(net, tokenizer, opened, clean)
+        return [Candidate(name, round_, text, out.stop == "eos", guess)
+                for (name, round_, _), text, out, guess in zip(chunk, texts, outputs, guesses)
+                ], cost(engine, len(requests))
 
     queries: list[Query] = []
     lacking = list(personas)
@@ -287,18 +300,20 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
 
 def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
                  wanted: int) -> list[Query]:
-    """The pure pass of stage 1: clean, drop malformed and near-duplicate ones (across personas, in
-    persona order), keep the first `wanted` of each."""
+    """The pure pass of stage 1: keep the first `wanted` well-formed candidates of each persona that
+    are likeliest under it and no near-duplicate of one kept before, across personas."""
     kept: list[Query] = []
     seen: list[set[str]] = []
     for persona in personas:
         index = 0
         for candidate in (c for c in candidates if c.persona == persona.name):
-            text = clean_query(candidate.text) if candidate.complete else None
-            words = set(re.findall(r"\w+", text.lower())) if text else set()
+            text = clean_query(candidate.text, persona.text) if candidate.complete else None
             if index == wanted:
                 break
-            if not text or any(len(words & s) >= NEAR_DUPLICATE * len(words | s) for s in seen):
+            if not text or candidate.likeliest != persona.name:
+                continue
+            words = set(re.findall(r"\w+", text.lower()))
+            if any(len(words & s) >= NEAR_DUPLICATE * len(words | s) for s in seen):
                 continue
             seen.append(words)
             kept.append(Query(persona.name, index, text))
@@ -306,8 +321,9 @@ def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
     return kept
 
 
-def clean_query(text: str) -> str | None:
-    """First non-empty line without list numbering or surrounding quotes; None if it is no query.
+def clean_query(text: str, persona: str = "") -> str | None:
+    """First non-empty line without list numbering or surrounding quotes; None if it is no query or
+    repeats a run of ECHO_WORDS words of the persona.
 
     >>> clean_query('1. "How do tides work in a bay?"')
     'How do tides work in a bay?'
@@ -316,9 +332,25 @@ def clean_query(text: str) -> str | None:
     line = re.sub(r"^(?:\d{1,2}[.)]|[-*])\s+", "", line).strip()
     if len(line) > 1 and line[0] == line[-1] == '"':
         line = line[1:-1].strip()
-    enough = MIN_WORDS <= len(line.split()) <= MAX_WORDS
     # A line that ends in a colon announces something that the first-line rule has cut off.
-    return line if enough and not line.endswith((":", ",")) else None
+    if not MIN_WORDS <= len(line.split()) <= MAX_WORDS or line.endswith((":", ",")):
+        return None
+    words, source = (re.findall(r"\w+", t.lower()) for t in (line, persona))
+    runs = {tuple(source[i:i + ECHO_WORDS]) for i in range(len(source) - ECHO_WORDS + 1)}
+    echo = any(tuple(words[i:i + ECHO_WORDS]) in runs for i in range(len(words)))
+    return None if echo else line
+
+
+def likeliest_persona(net: Transformer, tokenizer: Tokenizer, opened: dict[str, list[int]],
+                      queries: Sequence[str | None]) -> list[str | None]:
+    """For each query, the name of the opened user turn after which its tokens are likeliest."""
+    known = [i for i, q in enumerate(queries) if q is not None]
+    targets = [tokenizer.encode(queries[i]) for i in known]
+    scores = [log_probability_after(net, prefix, targets) for prefix in opened.values()]
+    names, best = list(opened), [None] * len(queries)
+    for at, i in enumerate(known):
+        best[i] = names[max(range(len(names)), key=lambda j: scores[j][at])]
+    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,6 +508,32 @@ def mean_log_probability(net: Transformer, prompts: Sequence[Sequence[int]],
             ids = torch.tensor(target, device=net.device)[:, None]
             means.append(round(float(log_p.gather(1, ids).mean()), 6))
     return means
+
+
+def log_probability_after(net: Transformer, prefix: Sequence[int],
+                          targets: Sequence[Sequence[int]]) -> list[float]:
+    """Summed log P(target | prefix) of many targets after ONE prefix, which is read only once."""
+    sums = [0.0] * len(targets)
+    order = sorted(range(len(targets)), key=lambda i: (len(targets[i]), i))
+    with torch.inference_mode():
+        first = net.new_cache(1, len(prefix))
+        span = net.span((1, len(prefix)), first)
+        net.run(net.embed(torch.tensor([prefix], device=net.device)), span, range(len(net.layers)))
+        for batch in split_chunks(order):
+            # The prefix's last token is read again, with the targets: it predicts their first.
+            rows = [[prefix[-1], *targets[i]] for i in batch]
+            ids, start = pad(rows, net.device)[0], len(prefix) - 1
+            cache = net.new_cache(len(batch), start + ids.shape[1])
+            for at in range(len(batch)):
+                cache.copy(at, first, 0, start)
+            span = net.span(ids.shape, cache, torch.full((len(batch),), start, device=net.device),
+                            start + ids.shape[1])
+            hidden = net.norm(net.run(net.embed(ids), span, range(len(net.layers))))
+            for at, i in enumerate(batch):
+                target = torch.tensor(targets[i], device=net.device)[:, None]
+                log_p = net.head(hidden[at, :len(target)]).float().log_softmax(-1)
+                sums[i] = float(log_p.gather(1, target).sum())
+    return sums
 
 
 def known_truth(pairs: Sequence[Pair]) -> list[Triple]:

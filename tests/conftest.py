@@ -15,6 +15,9 @@ from typing import Callable
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when torch is first imported. Threads that spin while they wait make tiny models many times
+# slower as soon as anything else runs on the machine (test_generate.py: 155 s against 20 s).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Callable
@@ -80,7 +79,7 @@ def decode_with_cache(net: Transformer, ids: Tensor, prompts: list[int], steps: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_logits_equal_transformers(family: str, tied: bool,
                                           tiny_checkpoint: TinyFactory) -> None:
-    """Issue: all four families, tied and untied, fp32 within 1e-4, right-padded batches included."""
+    """Issue: four families, tied and untied, fp32 within 1e-4, right-padded batches included."""
     folder = tiny_checkpoint(family, tie_word_embeddings=tied)
     stored = load_file(folder / "model.safetensors")
     assert ("lm_head.weight" in stored) is not tied  # the fixture really is what it says
@@ -203,8 +202,8 @@ def test_oldest_rope_spelling_is_read(tiny_checkpoint: TinyFactory, tmp_path: Pa
     ids = random_ids(2, 24)
     assert_same(load(folder)(ids), oracle(source, ids))
 
-    bare = copy_folder(tiny_checkpoint(
-        "llama", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), tmp_path / "bare")
+    usual = {"rope_type": "default", "rope_theta": 10000.0}
+    bare = copy_folder(tiny_checkpoint("llama", rope_parameters=usual), tmp_path / "bare")
     edit_json(bare / "config.json", lambda c: [c.pop(n) for n in ("rope_parameters", "dtype")])
     net = load(bare)
     assert net.dtype == torch.float32
