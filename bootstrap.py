@@ -142,6 +142,10 @@ def load_personas(folder: Path) -> list[Persona]:
     personas = []
     for path in sorted(folder.glob("*.txt")):
         try:
+            path.name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"{path.name!a}: the file's name is not UTF-8 text") from None
+        try:
             text = path.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 text ({error})") from None
@@ -183,7 +187,7 @@ class RunFolder:
         path, rows = self.path / name, []
         if not path.exists():
             return rows
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
             try:
                 rows.append(kind(**json.loads(line)))
             except (ValueError, TypeError) as error:
@@ -199,8 +203,16 @@ class RunFolder:
     def metrics(self) -> list[dict]:
         """All rows of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        rows = []
+        # Not splitlines(): a model may write U+2028, which JSON leaves as it is.
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+                rows[-1]["stage"], rows[-1]["step"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{path}, line {len(rows) or 1}: not a metrics row ({error}); "
+                                 "use --overwrite with another --out") from None
+        return rows
 
     def record(self, stage: str, step: int, **values: object) -> None:
         """Add a metrics row, replacing what an interrupted attempt at this step (or later) left."""
@@ -538,8 +550,8 @@ def log_probability_after(net: Transformer, prefix: Sequence[int],
 
 def known_truth(pairs: Sequence[Pair]) -> list[Triple]:
     """(query, its own base answer, the answer to another persona's query): the first must win."""
-    step = max(len(pairs) // 2, 1)
     usable = [p for p in pairs if p.base.strip()]
+    step = max(len(usable) // 2, 1)
     return [(p.query, p.base, usable[(i + step) % len(usable)].base)
             for i, p in enumerate(usable)][:TRUST_PAIRS]
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from hub import DEFAULT_MODEL, InputError, exit_status, read_json
 from model import KVCache, Transformer, choose_device, choose_dtype, load
 from prism import PRISM, read_settings
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_messages
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     Inverse-transform sampling: softmax, cumsum and searchsorted cost one pass over the vocabulary
     (2.2 ms for 8 x 152k on CPU where torch.multinomial takes 26).
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(torch.float32).tiny:  # would be 0 / 0
         return logits.argmax(-1)
     z = logits.float()
     z = (z - z.amax(-1, keepdim=True)) / sampling.temperature  # max first: T -> 0 cannot overflow
@@ -143,6 +143,7 @@ class Engine:
         self.sampling, self.stop_ids, self.slots, self.gate = sampling, stop_ids, slots, gate
         self.prompt_tokens = 0  # read by the model, shared prefixes counted once
         self.new_tokens = 0
+        self.on_token: Callable[[int, int], None] | None = None
         self.limits: list[int] = []  # most new tokens of each request
         self.rows: list[Output] = []  # what each busy slot is working on, gated rows first
         self.lengths: list[int] = []  # tokens in each busy slot's cache
@@ -158,7 +159,7 @@ class Engine:
         Args:
             on_token: called with (request index, token id) as soon as a token is drawn.
         """
-        context = self.net.config.max_position_embeddings
+        context, self.on_token = self.net.config.max_position_embeddings, on_token
         self.limits = [min(self.sampling.max_new_tokens, context - len(r.ids)) for r in requests]
         for i, limit in enumerate(self.limits):
             if limit < 1 or not requests[i].ids:
@@ -175,7 +176,7 @@ class Engine:
                 self._admit(group, requests)
             else:
                 self._step()
-            yield from self._collect(on_token)
+            yield from self._collect()
 
     def _admit(self, group: list[int], requests: Sequence[Request]) -> None:
         """Read the prompts of `group`, draw their first tokens, and give each a slot."""
@@ -202,7 +203,7 @@ class Engine:
         draws = [self._draws(requests[row.index].seed) for row in rows]
         first = sample(self.net.head(hidden), self.sampling, torch.stack([d[0] for d in draws]))
         for at, (row, token) in enumerate(zip(rows, first.tolist())):
-            row.ids.append(token)
+            self._append(row, token)
             self._insert(row, draws[at], cache, at, len(requests[row.index].ids))
         self._upload()
 
@@ -290,15 +291,19 @@ class Engine:
         self.start, self.steps = self.start + 1, self.steps + 1
         self.lengths = [n + 1 for n in self.lengths]
         for row, token in zip(self.rows, self.tokens.tolist()):
-            row.ids.append(token)
+            self._append(row, token)
 
-    def _collect(self, on_token: Callable[[int, int], None] | None) -> list[Output]:
-        """Report the newest tokens and free the slots whose answers are complete."""
+    def _append(self, row: Output, token: int) -> None:
+        """Note a newly drawn token and report it."""
+        row.ids.append(token)
+        if self.on_token:
+            self.on_token(row.index, token)
+
+    def _collect(self) -> list[Output]:
+        """Free the slots whose answers are complete and return these."""
         finished = []
         for at in reversed(range(len(self.rows))):
             row = self.rows[at]
-            if on_token and row.stop is None:
-                on_token(row.index, row.ids[-1])
             if row.ids[-1] in self.stop_ids:
                 row.stop = "eos"
             elif len(row.ids) >= self.limits[row.index]:
@@ -420,8 +425,11 @@ def read_prompts(path: Path) -> list[list[dict]]:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from None
         if isinstance(row, dict) and isinstance(row.get("prompt"), str):
             conversations.append([{"role": "user", "content": row["prompt"]}])
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            conversations.append(row["messages"])
+        elif isinstance(row, dict) and "messages" in row:
+            try:
+                conversations.append(check_messages(row["messages"]))
+            except InputError as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
         else:
             raise InputError(f'{path}, line {number}: needs "prompt" (text) or "messages" (a list)')
     if not conversations:

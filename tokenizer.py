@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -70,8 +71,10 @@ class Tokenizer:
         added = self._rendered.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
         # Forged control tokens pass through the template as placeholders, which are added tokens
-        # themselves; render() then swaps their ids for the plain spelling's.
-        self._forged = {s: f"\ue000{i}\ue001" for i, s in enumerate(self.special_ids)}
+        # themselves; render() then swaps their ids for the plain spelling's. A random part keeps
+        # anybody from spelling a placeholder.
+        nonce = secrets.token_hex(8)
+        self._forged = {s: f"\ue000{nonce}:{i}\ue001" for i, s in enumerate(self.special_ids)}
         self._rendered.add_special_tokens(
             [AddedToken(p, normalized=False) for p in self._forged.values()])
         self._forged_ids = {self._rendered.token_to_id(p): self.encode(s)
@@ -162,7 +165,7 @@ class Tokenizer:
         Raises:
             InputError: the messages are malformed or the template refuses them.
         """
-        messages = self._checked(messages)
+        messages = check_messages(messages)
         if messages and messages[0]["role"] == "system" and not self.has_system_role:
             messages = merge_system(messages)
         safe = [{**m, "content": self._defuse(m["content"])} for m in messages]
@@ -185,8 +188,11 @@ class Tokenizer:
         messages = [{"role": "system", "content": self._defuse(system)},
                     {"role": "user", "content": PROBE}]
         messages = messages if self.has_system_role else merge_system(messages)
-        text = self._text(messages, add_generation_prompt=False).partition(PROBE)[0]
-        return [i for token in self._rendered.encode(text, add_special_tokens=False).ids
+        text = self._text(messages, add_generation_prompt=False)
+        # Encoded with a user text in place: "\n\n" at the end of a text is another token than
+        # before a word.
+        encoding, end = self._rendered.encode(text, add_special_tokens=False), text.rindex(PROBE)
+        return [i for token, (_, last) in zip(encoding.ids, encoding.offsets) if last <= end
                 for i in self._forged_ids.get(token, (token,))]
 
     def _defuse(self, text: str) -> str:
@@ -195,29 +201,40 @@ class Tokenizer:
             return text
         return self._spelled.sub(lambda match: self._forged[match.group()], text)
 
-    @staticmethod
-    def _checked(messages: list[dict]) -> list[dict]:
-        """Copy the messages; InputError unless each is {"role": str, "content": str} in UTF-8."""
-        if not isinstance(messages, list) or not messages:
-            raise InputError("a conversation is a non-empty list of messages")
-        for m in messages:
-            if not isinstance(m, dict) or not all(isinstance(m.get(f), str)
-                                                  for f in ("role", "content")):
-                raise InputError('every message needs a "role" and a "content", both text')
-            if any("\ud800" <= c <= "\udfff" for c in m["content"]):
-                raise InputError("a message contains half of a surrogate pair, which is not text")
-        return list(messages)
-
     def _last_user_span(self, messages: list[dict], text: str, generate: bool) -> tuple[int, int]:
         """Character range of the last user message's text within its rendering."""
-        last = max(i for i, m in enumerate(messages) if m["role"] == "user")
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
+        if last is None:
+            raise InputError("a gate that pools over the user's text needs a user message")
         marked = [*messages]
         marked[last] = {**messages[last], "content": PROBE}
-        before, found, after = self._text(marked, generate).rpartition(PROBE)
-        if not found or not (text.startswith(before) and text.endswith(after)):
-            raise InputError(f"{self.folder}: the chat template hides the user's text; "
-                             "use --gate-pool last")
-        return len(before), len(text) - len(after)
+        probed = self._text(marked, generate)
+        for found in re.finditer(PROBE, probed):
+            before, after = probed[:found.start()], probed[found.end():]
+            if text.startswith(before) and text.endswith(after):
+                return len(before), len(text) - len(after)
+        raise InputError(f"{self.folder}: the chat template hides the user's text; "
+                         "use --gate-pool last")
+
+
+def check_messages(messages: list[dict]) -> list[dict]:
+    """Copy a conversation.
+
+    Raises:
+        InputError: it is not a non-empty list of {"role": str, "content": str} in valid Unicode, or
+            a role is not a plain word (it goes into the template as it is).
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InputError("a conversation is a non-empty list of messages")
+    for m in messages:
+        if not isinstance(m, dict) or not all(isinstance(m.get(f), str)
+                                              for f in ("role", "content")):
+            raise InputError('every message needs a "role" and a "content", both text')
+        if not re.fullmatch(r"[A-Za-z_-]{1,32}", m["role"]):
+            raise InputError(f"{m['role'][:40]!r} is not a role")
+        if any("\ud800" <= c <= "\udfff" for c in m["content"]):
+            raise InputError("a message contains half of a surrogate pair, which is not text")
+    return list(messages)
 
 
 def merge_system(messages: list[dict]) -> list[dict]:

@@ -98,7 +98,7 @@ def train_gate(prism: PRISM, features: Tensor, targets: Tensor, seed: int) -> fl
     """
     gate = prism.gate
     gate.mean.copy_(features.mean(0))
-    gate.deviation.copy_(features.std(0).clamp(min=1e-4))
+    gate.deviation.copy_(features.std(0, correction=0).clamp(min=1e-4))
     generator = torch.Generator().manual_seed(derive_seed(seed, "gate"))
     classes = [torch.nonzero(targets == t).flatten().cpu() for t in (0, 1)]
     classes = [c for c in classes if len(c)]
@@ -489,7 +489,9 @@ def begin(run: RunFolder, settings: dict, overwrite: bool) -> None:
         InputError: other settings without `overwrite`, or files of an unknown run.
     """
     path = run.path / "run.json"
-    old = read_json(path)["settings"] if path.exists() else None
+    old = read_json(path).get("settings", {}) if path.exists() else None
+    if old is not None and (not isinstance(old, dict) or not old):
+        raise InputError(f"{path}: not a run's settings; choose another --out")
     known = [f for files in FILES.values() for f in files if (run.path / f).exists()]
     if old is None and known and not overwrite:
         raise InputError(f"{run.path}: holds {known[0]} but no run.json; choose another --out, or "
@@ -539,7 +541,7 @@ def _main(args: argparse.Namespace) -> int:
     run = RunFolder(args.out)
     try:
         begin(run, settings, args.overwrite)
-        if (run.path / PRISM_FILE).exists():
+        if (run.path / "report.md").exists():  # the last file a run writes
             print(f"{run.path}: complete already; --overwrite runs it again")
             return 0
         status = stages(run, prism, tokenizer, personas, args)

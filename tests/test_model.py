@@ -439,8 +439,6 @@ def test_config_that_cannot_be_computed_is_refused(field: str, value: object, na
         load(folder)
 
 
-# KNOWN BUG (model.py, rope_frequencies): a scaled RoPE without its numbers ends in a KeyError or
-# TypeError traceback instead of an InputError.
 @pytest.mark.parametrize("rope", [
     {"rope_type": "linear", "rope_theta": 500.0},
     {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0},
