@@ -205,12 +205,13 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         rows = []
         # Not splitlines(): a model may write U+2028, which JSON leaves as it is.
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for number, line in enumerate(lines, 1):
             try:
                 rows.append(json.loads(line))
                 rows[-1]["stage"], rows[-1]["step"]
             except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{path}, line {len(rows) or 1}: not a metrics row ({error}); "
+                raise InputError(f"{path}, line {number}: not a metrics row ({error}); "
                                  "use --overwrite with another --out") from None
         return rows
 
