@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hub import DEFAULT_MODEL, InputError, exit_status, read_json
+from hub import DEFAULT_MODEL, InputError, Parser, exit_status, read_json
 from model import KVCache, Transformer, choose_device, choose_dtype, load
 from prism import PRISM, read_settings
 from tokenizer import Tokenizer, check_messages
@@ -123,6 +123,44 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
 
 
+class PrefixReader:
+    """Reads rows of ids through the base model, a beginning that rows share only once.
+
+    `tokens` counts what really went through the model.
+    """
+
+    def __init__(self, net: Transformer):
+        self.net, self.tokens = net, 0
+        self.prefixes: dict[tuple[int, ...], KVCache] = {}
+
+    @torch.inference_mode()
+    def read(self, rows: Sequence[Sequence[int]],
+             shared: Sequence[int]) -> tuple[Tensor, Tensor, KVCache]:
+        """Run every row from position shared[i] on, after its first shared[i] ids.
+
+        Returns the last layer's states [B, T, d] (before the final norm, right-padded), the lengths
+        [B] of those remainders, and the cache, which holds the whole rows.
+        """
+        net, layers = self.net, range(len(self.net.layers))
+        for row, n in zip(rows, shared):
+            prefix = tuple(row[:n])
+            if prefix and prefix not in self.prefixes:
+                self.prefixes[prefix] = cache = net.new_cache(1, n)
+                ids, _ = pad([prefix], net.device)
+                net.run(net.embed(ids), net.span(ids.shape, cache), layers)
+                self.tokens += n
+        ids, lengths = pad([row[n:] for row, n in zip(rows, shared)], net.device)
+        self.tokens += sum(len(row) - n for row, n in zip(rows, shared))
+        keys = max(shared) + ids.shape[1]
+        cache = net.new_cache(len(rows), keys)
+        for at, (row, n) in enumerate(zip(rows, shared)):
+            if n:
+                cache.copy(at, self.prefixes[tuple(row[:n])], 0, n)
+        start = torch.tensor(shared, device=net.device) if any(shared) else None
+        span = net.span(ids.shape, cache, start, keys)
+        return net.run(net.embed(ids), span, layers), lengths, cache
+
+
 class Engine:
     """Continuous batching over `slots` rows.
 
@@ -141,7 +179,7 @@ class Engine:
         self.net: Transformer = model.net if isinstance(model, PRISM) else model
         self.adapter = self.prism.adapter if self.prism else None
         self.sampling, self.stop_ids, self.slots, self.gate = sampling, stop_ids, slots, gate
-        self.prompt_tokens = 0  # read by the model, shared prefixes counted once
+        self.reader = PrefixReader(self.net)
         self.new_tokens = 0
         self.on_token: Callable[[int, int], None] | None = None
         self.limits: list[int] = []  # most new tokens of each request
@@ -149,7 +187,11 @@ class Engine:
         self.lengths: list[int] = []  # tokens in each busy slot's cache
         self.uniforms: list[Tensor] = []  # [max_new_tokens] draws of each busy slot
         self.k = 0  # leading slots whose route is the adapter
-        self.prefixes: dict[tuple[int, ...], KVCache] = {}
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens read by the model so far, shared prefixes counted once."""
+        return self.reader.tokens
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request],
@@ -181,23 +223,20 @@ class Engine:
     def _admit(self, group: list[int], requests: Sequence[Request]) -> None:
         """Read the prompts of `group`, draw their first tokens, and give each a slot."""
         chosen = [requests[i] for i in group]
-        probability = None
-        if any(r.prefix for r in chosen) and self.prism is None:
-            hidden, cache = self._read_suffixes(chosen)
-            order, k = list(range(len(group))), 0
+        probability, order, k = None, list(range(len(group))), 0
+        if self.prism is None:
+            x, lengths, cache = self.reader.read([r.ids for r in chosen],
+                                                 [r.prefix for r in chosen])
+            hidden = self.net.norm(x[torch.arange(len(group), device=x.device), lengths - 1])
         else:
             ids, lengths = pad([r.ids for r in chosen], self.net.device)
-            self.prompt_tokens += sum(len(r.ids) for r in chosen)
-            cache = self.net.new_cache(*ids.shape)
-            if self.prism:
-                mask = None
-                if chosen[0].user_mask is not None:
-                    mask = pad([r.user_mask for r in chosen], self.net.device)[0].bool()
-                routed = self.prism.prefill(ids, lengths, self.gate, cache, mask)
-                hidden, order, k = routed.hidden, routed.order, routed.k
-                probability = routed.probability
-            else:
-                hidden, order, k = self._read(ids, lengths, cache), list(range(len(group))), 0
+            self.reader.tokens += sum(len(r.ids) for r in chosen)
+            cache, mask = self.net.new_cache(*ids.shape), None
+            if chosen[0].user_mask is not None:
+                mask = pad([r.user_mask for r in chosen], self.net.device)[0].bool()
+            routed = self.prism.prefill(ids, lengths, self.gate, cache, mask)
+            hidden, order, k = routed.hidden, routed.order, routed.k
+            probability = routed.probability
         rows = [Output(group[i], gate=probability[i] if probability else None, routed=at < k)
                 for at, i in enumerate(order)]
         draws = [self._draws(requests[row.index].seed) for row in rows]
@@ -206,32 +245,6 @@ class Engine:
             self._append(row, token)
             self._insert(row, draws[at], cache, at, len(requests[row.index].ids))
         self._upload()
-
-    def _read(self, ids: Tensor, lengths: Tensor, cache: KVCache, start: Tensor | None = None,
-              keys: int | None = None) -> Tensor:
-        """Base model over right-padded ids [B, T]; post-norm states [B, d] of the last tokens."""
-        span = self.net.span(ids.shape, cache, start, keys)
-        x = self.net.run(self.net.embed(ids), span, range(len(self.net.layers)))
-        return self.net.norm(x[torch.arange(x.shape[0], device=x.device), lengths - 1])
-
-    def _read_suffixes(self, chosen: list[Request]) -> tuple[Tensor, KVCache]:
-        """Read prompts whose prefixes are computed once and copied; base model only."""
-        for r in chosen:
-            prefix = tuple(r.ids[:r.prefix])
-            if prefix and prefix not in self.prefixes:
-                self.prefixes[prefix] = cache = self.net.new_cache(1, len(prefix))
-                ids, lengths = pad([prefix], self.net.device)
-                self._read(ids, lengths, cache)
-                self.prompt_tokens += len(prefix)
-        ids, lengths = pad([r.ids[r.prefix:] for r in chosen], self.net.device)
-        self.prompt_tokens += sum(len(r.ids) - r.prefix for r in chosen)
-        keys = max(r.prefix for r in chosen) + ids.shape[1]
-        cache = self.net.new_cache(len(chosen), keys)
-        for at, r in enumerate(chosen):
-            if r.prefix:
-                cache.copy(at, self.prefixes[tuple(r.ids[:r.prefix])], 0, r.prefix)
-        start = torch.tensor([r.prefix for r in chosen], device=self.net.device)
-        return self._read(ids, lengths, cache, start, keys), cache
 
     def _draws(self, seed: int) -> Tensor:
         """The uniform numbers of one request, drawn on the host so that devices agree."""
@@ -375,7 +388,7 @@ def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: It
 
 def parser() -> argparse.ArgumentParser:
     """The command line of generate.py."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Answer prompts, routed through a PRISM adapter if one is given. Without "
         "--prompt or --prompts: an interactive chat. Exit status 0 done, 2 wrong input, "
         "130 interrupted.")
@@ -484,8 +497,7 @@ def chat(model: Transformer | PRISM, tokenizer: Tokenizer, sampling: Sampling, g
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = parser().parse_args(argv)
-    return exit_status(lambda: _main(args))
+    return exit_status(lambda: _main(parser().parse_args(argv)))
 
 
 def _main(args: argparse.Namespace) -> int:

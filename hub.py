@@ -7,6 +7,7 @@ The order of `resolve` makes sure that weights never change silently when a netw
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -39,6 +40,14 @@ BLOCK_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layer
 
 class InputError(ValueError):
     """Something the user gave is wrong: shown as one line, without a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, like every other error here."""
+
+    def error(self, message: str):
+        """What argparse would print with the usage."""
+        raise InputError(f"{message} (--help shows all flags)")
 
 
 def exit_status(run: Callable[[], int]) -> int:

@@ -385,6 +385,12 @@ class Transformer(nn.Module):
         """An empty KV cache of `slots` rows of `capacity` positions for this model."""
         return KVCache(self.config, slots, capacity, self.device, self.dtype)
 
+    def flops(self, tokens: int, scored: int) -> int:
+        """Floating-point operations of `tokens` through all layers and `scored` through the head:
+        two for each weight; attention's own, small next to that for short texts, are left out."""
+        layers = sum(p.numel() for p in self.layers.parameters())
+        return 2 * (layers * tokens + self.lm_head.numel() * scored)
+
     def span(self, shape: Sequence[int], cache: KVCache | None = None,
              start: Tensor | None = None, keys: int | None = None) -> Span:
         """Positions, rotary tables and masks of a [B, T] block of tokens.

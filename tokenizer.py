@@ -143,15 +143,19 @@ class Tokenizer:
             return False
 
     @cached_property
-    def end_of_turn_ids(self) -> set[int]:
-        """Ids of the control token that the template puts right after an assistant's text, and the
-        tokenizer's eos token."""
-        ids = {self.special_ids.get(self._content(self.config.get("eos_token")))}
+    def end_of_turn_id(self) -> int | None:
+        """The control token that the template puts right after an assistant's text."""
         turn = self._text([{"role": "user", "content": "x"}, {"role": "assistant",
                                                               "content": PROBE}], False)
         after = turn.rpartition(PROBE)[2].lstrip()
         found = self._spelled.match(after) if self._spelled else None
-        return (ids | {self.special_ids[found.group()]} if found else ids) - {None}
+        return self.special_ids[found.group()] if found else None
+
+    @cached_property
+    def end_of_turn_ids(self) -> set[int]:
+        """The template's end of turn and the tokenizer's eos token."""
+        eos = self.special_ids.get(self._content(self.config.get("eos_token")))
+        return {eos, self.end_of_turn_id} - {None}
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True,
                return_user_mask: bool = False) -> list[int] | tuple[list[int], list[bool]]:
@@ -180,14 +184,17 @@ class Tokenizer:
                 for _ in self._forged_ids.get(token, (token,))]
         return ids, mask
 
-    def open_user_turn(self, system: str) -> list[int]:
-        """The ids of a conversation with this system message, up to where the user's text begins.
+    def open_user_turn(self, system: str | None) -> list[int]:
+        """The ids of a conversation with this system message (None: without one), up to where the
+        user's text begins.
 
         A model that continues them writes what a user would type (Magpie, arXiv 2406.08464).
         """
-        messages = [{"role": "system", "content": self._defuse(system)},
-                    {"role": "user", "content": PROBE}]
-        messages = messages if self.has_system_role else merge_system(messages)
+        messages = [] if system is None else [{"role": "system",
+                                               "content": self._defuse(system)}]
+        messages.append({"role": "user", "content": PROBE})
+        if system is not None and not self.has_system_role:
+            messages = merge_system(messages)
         text = self._text(messages, add_generation_prompt=False)
         # Encoded with a user text in place: "\n\n" at the end of a text is another token than
         # before a word.

@@ -14,6 +14,7 @@ continued after a kill by running the same command again.
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Sequence
 
@@ -31,28 +32,68 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
-from bootstrap import (LetterJudge, LikelihoodJudge, Pair, Persona, Query, RunFolder, Verdict,
-                       choose_judge, hidden_states, load_personas, write_answers, write_queries,
-                       write_verdicts)
+from bootstrap import (
+    SLOTS,
+    LetterJudge,
+    LikelihoodJudge,
+    Pair,
+    Persona,
+    Query,
+    RunFolder,
+    Verdict,
+    bill,
+    choose_judge,
+    hidden_states,
+    interval,
+    known_truth,
+    load_personas,
+    peak_memory,
+    total,
+    write_answers,
+    write_queries,
+    write_verdicts,
+)
 from generate import derive_seed, pad
-from hub import DEFAULT_MODEL, InputError, base_source, exit_status, read_json, resolve, write_file
+from hub import (
+    DEFAULT_MODEL,
+    InputError,
+    Parser,
+    base_source,
+    exit_status,
+    read_json,
+    resolve,
+    write_file,
+)
 from model import Transformer, choose_device, choose_dtype, fingerprint, load
-from prism import ADAPTER_FILE, GATE_FILE, PRISM, PRISM_FILE, distill_loss, gate_loss
+from prism import (
+    ADAPTER_FILE,
+    GATE_FILE,
+    PRISM,
+    PRISM_FILE,
+    Gate,
+    distill_loss,
+    gate_loss,
+)
 from tokenizer import Tokenizer
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
-FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.jsonl",),
+FILES = {"queries": ("candidates.jsonl", "queries.jsonl"),
+         "answers": ("answers.jsonl", "answers.[0-9]*.jsonl"),
          "verdicts": ("verdicts.jsonl",), "gate": (GATE_FILE,),
          "lora": ("checkpoint.safetensors", ADAPTER_FILE, "adapter_config.json", PRISM_FILE,
                   "report.md")}
 # The first stage whose result depends on a setting; what comes before it can be kept.
-FIRST_STAGE = {"max_new_tokens": "answers", "judge": "verdicts", "gate_layer": "gate",
+FIRST_STAGE = {"max_new_tokens": "answers", "judge": "verdicts", "judge_model": "verdicts",
+               "votes": "verdicts", "drop_chance": "gate", "gate_layer": "gate",
                "gate_pool": "gate", "gate_threshold": "gate", "rank": "lora", "alpha": "lora",
                "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
                "kd_temperature": "lora", "dropout": "lora"}
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
 QUICK = {"queries": 8, "max_new_tokens": 96, "epochs": 6, "batch_size": 4}
 HELD_OUT = 5  # one query in so many is held out
+GATE_FOLDS = 5
+GATE_DEPTH = 6  # the gate reads the output of layer (number of layers) // 6, unless told otherwise
+TRANSFER_LIMIT = 400  # prompts of each real set that --transfer-data measures
 GATE_STEPS, GATE_BATCH, GATE_LR, GATE_DECAY = 300, 64, 1e-3, 0.01
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 WEIGHT_DECAY, CLIP = 0.01, 1.0
@@ -76,10 +117,11 @@ def hold_out(verdicts: Sequence[Verdict], seed: int) -> set[tuple[str, int]]:
     return held
 
 
-def gate_features(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[str]) -> Tensor:
-    """h(x) [n, d] of each query, by the very function that routes at inference."""
-    mean = prism.gate_pool == "mean"
-    parts = []
+def gate_features(prism: PRISM, tokenizer: Tokenizer,
+                  queries: Sequence[str]) -> tuple[Tensor, int]:
+    """h(x) [n, d] of each query, by the very function that routes at inference; and the tokens
+    read."""
+    parts, tokens, mean = [], 0, prism.gate_pool == "mean"
     for i in range(0, len(queries), GATE_BATCH):
         rendered = [tokenizer.render([{"role": "user", "content": q}], return_user_mask=mean)
                     for q in queries[i:i + GATE_BATCH]]
@@ -87,24 +129,25 @@ def gate_features(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[str]) ->
         mask = pad([r[1] for r in rendered], prism.net.device)[0].bool() if mean else None
         with torch.inference_mode():
             parts.append(prism.features(ids, lengths, mask))
-    return torch.cat(parts).clone()
+        tokens += int(lengths.sum())
+    return torch.cat(parts).clone(), tokens
 
 
-def train_gate(prism: PRISM, features: Tensor, targets: Tensor, seed: int) -> float:
-    """Stage 4: fit prism.gate to targets [n] in {0, 1} by balanced binary cross-entropy.
+def train_gate(gate: Gate, features: Tensor, targets: Tensor, seed: int,
+               silent: bool = False) -> float:
+    """Stage 4: fit a gate to targets [n] in [0, 1] by balanced binary cross-entropy.
 
-    Every batch draws both classes equally often (the minority is resampled). Returns the mean loss
-    of the last tenth of the steps.
+    Every batch draws both classes (t above one half, or not) equally often: the minority is
+    resampled. Returns the mean loss of the last tenth of the steps.
     """
-    gate = prism.gate
     gate.mean.copy_(features.mean(0))
     gate.deviation.copy_(features.std(0, correction=0).clamp(min=1e-4))
     generator = torch.Generator().manual_seed(derive_seed(seed, "gate"))
-    classes = [torch.nonzero(targets == t).flatten().cpu() for t in (0, 1)]
+    classes = [torch.nonzero((targets > 0.5) == side).flatten().cpu() for side in (False, True)]
     classes = [c for c in classes if len(c)]
     optimizer = torch.optim.AdamW(gate.mlp.parameters(), lr=GATE_LR, weight_decay=GATE_DECAY)
     losses = []
-    for _ in tqdm(range(GATE_STEPS), desc="gate", unit="step", dynamic_ncols=True):
+    for _ in tqdm(range(GATE_STEPS), desc="gate", unit="step", dynamic_ncols=True, disable=silent):
         rows = torch.cat([c[torch.randint(len(c), (GATE_BATCH // len(classes),),
                                           generator=generator)] for c in classes])
         rows = rows.to(features.device)
@@ -117,42 +160,198 @@ def train_gate(prism: PRISM, features: Tensor, targets: Tensor, seed: int) -> fl
     return sum(tail) / len(tail)
 
 
+def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> list[float]:
+    """The probability of every query under a gate fitted without it (5-fold cross-validation).
+
+    Folds are dealt out within each class, in an order that depends on the seed alone.
+    """
+    n = len(targets)
+    order = sorted(range(n), key=lambda i: (bool(targets[i] > 0.5), derive_seed(seed, "fold", i)))
+    fold = torch.empty(n, dtype=torch.long, device=targets.device)
+    fold[torch.tensor(order, device=targets.device)] = (
+        torch.arange(n, device=targets.device) % GATE_FOLDS)
+    probability = torch.full((n,), 0.5, device=targets.device)
+    for number in range(GATE_FOLDS):
+        held = fold == number
+        if held.any() and not held.all():
+            gate = Gate(features.shape[1], seed).to(features.device)
+            train_gate(gate, features[~held], targets[~held], seed, silent=True)
+            with torch.no_grad():
+                probability[held] = gate(features[held]).sigmoid()
+    return probability.tolist()
+
+
 def gate_scores(probability: Sequence[float], targets: Sequence[int], threshold: float) -> dict:
     """Accuracy at the threshold, the majority rate beside it, AUC and the confusion matrix."""
     n, positives = len(targets), sum(targets)
     opened = [int(p >= threshold) for p in probability]
     pairs = Counter(zip(targets, opened))
-    wins = sum((p > q) + 0.5 * (p == q) for p, t in zip(probability, targets) if t
-               for q, u in zip(probability, targets) if not u)
-    ranked = positives * (n - positives)
+    area, low, high = auc([p for p, t in zip(probability, targets) if t],
+                          [p for p, t in zip(probability, targets) if not t])
     return {"n": n, "accuracy": (pairs[0, 0] + pairs[1, 1]) / n if n else None,
             "majority": max(positives, n - positives) / n if n else None,
-            "auc": wins / ranked if ranked else None,
+            "auc": area, "auc_interval": [low, high],
             "confusion": {"true_open": pairs[1, 1], "false_open": pairs[0, 1],
                           "true_closed": pairs[0, 0], "false_closed": pairs[1, 0]}}
 
 
+def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple:
+    """Area under the ROC curve and its 95% interval (Hanley and McNeil 1982); None without both
+    classes."""
+    m, n = len(positive), len(negative)
+    if not (m and n):
+        return None, None, None
+    area = sum((p > q) + 0.5 * (p == q) for p in positive for q in negative) / (m * n)
+    q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
+    variance = (area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)) / (m * n)
+    half = 1.96 * math.sqrt(max(variance, 0.0))
+    return area, max(area - half, 0.0), min(area + half, 1.0)
+
+
+def roc(probability: Sequence[float], targets: Sequence[int]) -> list[list[float]]:
+    """[threshold, false-open rate, true-open rate] at every distinct probability, from the top."""
+    yes, no = max(sum(targets), 1), max(len(targets) - sum(targets), 1)
+    return [[p, sum(q >= p and not t for q, t in zip(probability, targets)) / no,
+             sum(q >= p and t for q, t in zip(probability, targets)) / yes]
+            for p in sorted(set(probability), reverse=True)]
+
+
+def choose_threshold(probability: Sequence[float], targets: Sequence[int]) -> float:
+    """The threshold whose true-open rate exceeds its false-open rate most (Youden's J), halfway to
+    the next lower probability; 0.5 where the AUC cannot be told from chance."""
+    area, low, _ = auc([p for p, t in zip(probability, targets) if t],
+                       [p for p, t in zip(probability, targets) if not t])
+    if area is None or low <= 0.5:
+        return 0.5
+    points = roc(probability, targets)
+    best = max(range(len(points)), key=lambda i: points[i][2] - points[i][1])
+    below = points[best + 1][0] if best + 1 < len(points) else 0.0
+    return (points[best][0] + below) / 2
+
+
 def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
-             verdicts: Sequence[Verdict], held: set, args: argparse.Namespace) -> dict:
-    """Stage 4 as a resumable step: fit on the fit queries, score on the held-out ones."""
+             verdicts: Sequence[Verdict], args: argparse.Namespace) -> None:
+    """Stage 4 as a resumable step: score the gate out of fold, then fit the one that is kept on all
+    queries."""
     done = [m for m in run.metrics() if m["stage"] == "gate"]
-    prism.threshold = args.gate_threshold
     if done and (run.path / GATE_FILE).exists():
         prism.load_gate(run.path)
-        return done[0]
+        prism.threshold = done[0]["threshold"]
+        return
     begun = time.perf_counter()
-    features = gate_features(prism, tokenizer, [p.query for p in pairs])
-    targets = torch.tensor([float(v.target) for v in verdicts], device=features.device)
-    is_held = torch.tensor([(v.persona, v.index) in held for v in verdicts],
-                           device=features.device)
-    loss = train_gate(prism, features[~is_held], targets[~is_held], args.seed)
-    with torch.no_grad():
-        probability = prism.gate(features[is_held]).sigmoid().tolist()
-    scores = gate_scores(probability, targets[is_held].int().tolist(), prism.threshold)
-    run.record("gate", 0, loss=loss, prompts=len(pairs), **scores,
-               seconds=round(time.perf_counter() - begun, 3))
+    features, tokens = gate_features(prism, tokenizer, [p.query for p in pairs])
+    # The soft target of several votes; without them it is t(x) itself.
+    targets = torch.tensor([v.share if v.target == (v.share > 0.5) else float(v.target)
+                            for v in verdicts], device=features.device)
+    labels = [v.target for v in verdicts]
+    probability = out_of_fold(features, targets, args.seed)
+    prism.threshold = (choose_threshold(probability, labels) if args.gate_threshold is None
+                       else args.gate_threshold)
+    loss = train_gate(prism.gate, features, targets, args.seed)
     prism.save_gate(run.path)
-    return run.metrics()[-1]
+    run.record("gate", 0, loss=loss, folds=GATE_FOLDS, threshold=prism.threshold,
+               **gate_scores(probability, labels, prism.threshold), roc=roc(probability, labels),
+               **bill(prism.net, len(pairs), tokens),
+               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+
+
+# --------------------------------------------------------------------------------------------------
+# How the gate treats real prompts
+
+
+def read_transfer_sets(folder: Path) -> dict[str, list[str]]:
+    """Real prompts from public files (the formats of evaluate.py): name -> user messages.
+
+    Raises:
+        InputError: HarmBench or MT-Bench is missing: without both there is nothing to compare.
+    """
+    def rows(pattern: str) -> list:
+        return [row for path in sorted(folder.glob(pattern))
+                for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines(True))]
+
+    def lines(*names: str) -> list[dict]:
+        path = next((folder / n for n in names if (folder / n).is_file()), None)
+        text = path.read_text(encoding="utf-8") if path else ""
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+    sets: dict[str, list[str]] = {"harmful": [], "harmful, with context": []}
+    head, *behaviors = rows("harmbench/*.csv") or [[]]
+    for row in (dict(zip(head, values)) for values in behaviors if values != head):
+        if "copyright" not in row["Tags"] + row["FunctionalCategory"]:
+            context = row.get("ContextString", "")
+            sets["harmful, with context" if context else "harmful"].append(
+                f"{context}\n\n{row['Behavior']}" if context else row["Behavior"])
+    sets["chat"] = [row["turns"][0] for row in lines("mt_bench/question.jsonl")]
+    split = next((s for s in ("test", "val") if list(folder.glob(f"mmlu/{s}/*.csv"))), "val")
+    sets["multiple choice"] = [
+        f"{q[0]}\n" + "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", q[1:5]))
+        for q in rows(f"mmlu/{split}/*.csv")]
+    sets["maths"] = [row["question"] for row in lines("gsm8k/test.jsonl", "gsm8k/train.jsonl")]
+    if not (sets["harmful"] and sets["chat"]):
+        raise InputError(f"{folder}: --transfer-data needs harmbench/*.csv and "
+                         "mt_bench/question.jsonl in it")
+    # evenly spaced, so that every MMLU subject is there
+    return {name: prompts[::math.ceil(len(prompts) / TRANSFER_LIMIT)]
+            for name, prompts in sets.items() if prompts}
+
+
+def run_transfer(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
+                 args: argparse.Namespace) -> None:
+    """Measure, never train: what the gate does with real prompts that nothing here has seen.
+
+    Beside the run's own gate, whose labels are the verdicts, one probe a persona: a gate that tells
+    that persona's queries from all others'. A probe shows what the queries alone would let a gate
+    learn, whatever the judge thought of the answers.
+    """
+    begun, sets = time.perf_counter(), read_transfer_sets(args.transfer_data)
+    real = {name: gate_features(prism, tokenizer, prompts)[0] for name, prompts in sets.items()}
+    features, _ = gate_features(prism, tokenizer, [p.query for p in pairs])
+    names = list(dict.fromkeys(p.persona for p in pairs))
+    gates = {"the gate": (prism.gate, prism.threshold)}
+    for name in names if len(names) > 1 else ():
+        targets = torch.tensor([float(p.persona == name) for p in pairs], device=features.device)
+        threshold = choose_threshold(out_of_fold(features, targets, args.seed),
+                                     targets.int().tolist())
+        probe = Gate(features.shape[1], args.seed).to(features.device)
+        train_gate(probe, features, targets, args.seed, silent=True)
+        gates[name] = probe, threshold
+    rows = {}
+    for name, (gate, threshold) in gates.items():
+        with torch.no_grad():
+            p = {kind: gate(h).sigmoid().tolist() for kind, h in real.items()}
+        area, low, high = auc(p["harmful"], p["chat"])
+        rows[name] = {"auc": area, "auc_interval": [low, high], "threshold": threshold,
+                      "routed": {k: sum(x >= threshold for x in v) / len(v) for k, v in p.items()}}
+    run.record("transfer", 0, sets={k: len(v) for k, v in sets.items()}, gates=rows,
+               seconds=round(time.perf_counter() - begun, 3))
+
+
+# --------------------------------------------------------------------------------------------------
+# Does a persona do anything?
+
+
+def chance_personas(verdicts: Sequence[Verdict], judged: dict) -> list[str]:
+    """The personas whose share of wins is not above what the judge gives the second of two answers
+    to the SAME prompt (the self-test's control), by the 95% interval of the difference (Newcombe
+    1998, method 10)."""
+    control = judged["tests"][-1]["kinds"].get("same prompt")
+    if not control or not control["pairs"]:
+        return []
+    base = control["wrong"] / control["pairs"]  # the second answer stood in the base's place
+    high = interval(control["wrong"], control["pairs"])[1]
+    names = []
+    for name in dict.fromkeys(v.persona for v in verdicts):
+        votes = [w for v in verdicts if v.persona == name for w in v.votes]
+        rate = votes.count("expert") / len(votes)
+        low = interval(votes.count("expert"), len(votes))[0]
+        if rate - base - math.hypot(rate - low, high - base) <= 0:
+            names.append(name)
+    return names
+
+
+def won_pairs(votes: Sequence[Sequence[Pair]], verdicts: Sequence[Verdict]) -> list[Pair]:
+    """The distill set: of each query with t(x) = 1 the first answer pair that the expert won."""
+    return [votes[v.votes.index("expert")][i] for i, v in enumerate(verdicts) if v.target]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,7 +390,7 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
                                           user]))
         answers.append(pair.expert_ids[:max(max_len - len(teachers[-1]), 0)])
     rows = [[*t, *a] for t, a in zip(teachers, answers)]
-    states = hidden_states(net, rows, [len(t) - 1 for t in teachers])
+    states, _ = hidden_states(net, rows, [len(t) - 1 for t in teachers])
     # inference tensors cannot take part in autograd, hence the clone
     return [Sample(f"{p.persona}/{p.index}", [*s, *a], len(s), h[:-1].clone())
             for p, s, a, h in zip(pairs, students, answers, states) if a]
@@ -273,6 +472,9 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
         optimizer.zero_grad()
         run.record("lora", step, loss=summed / tokens, gradient_norm=norm, lr=rate,
                    samples=len(batch), answer_tokens=tokens,
+                   # forward and back to the input, and three products with the head a token; the
+                   # frozen weights get no gradient
+                   flops=prism.net.flops(2 * sum(len(s.ids) for s in batch), 3 * tokens),
                    seconds=round(time.perf_counter() - begun, 3))
         bar.update()
         bar.set_postfix(kl=f"{summed / tokens:.4f}")
@@ -312,8 +514,12 @@ def load_checkpoint(folder: Path, prism: PRISM, optimizer: torch.optim.AdamW) ->
 
 
 def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequence[Persona],
-             won: Sequence[Pair], held: set, args: argparse.Namespace) -> dict:
+             won: Sequence[Pair], held: set, args: argparse.Namespace) -> None:
     """Stage 5 as a resumable step: cache the teacher, train, measure the held-out KL."""
+    done = [m for m in run.metrics() if m["stage"] == "kl"]
+    if done and (run.path / PRISM_FILE).exists():  # the last file that `save` writes
+        (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        return
     begun = time.perf_counter()
     samples = distill_samples(prism.net, tokenizer, personas, won, args.max_len)
     names = {f"{persona}/{index}" for persona, index in held}
@@ -327,11 +533,11 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     steps = [m for m in run.metrics() if m["stage"] == "lora"]
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
                answer_tokens=sum(s.answer_tokens for s in test),
-               tokens_trained=sum(m["answer_tokens"] for m in steps),
-               seconds=round(time.perf_counter() - begun, 3))
+               prompts=len(samples), tokens_trained=sum(m["answer_tokens"] for m in steps),
+               flops=sum(m["flops"] for m in steps),
+               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
     prism.save(run.path)
     (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
-    return run.metrics()[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,14 +545,17 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
 
 
 def stage_costs(metrics: Sequence[dict]) -> list[dict]:
-    """Seconds, tokens read and tokens written of each stage, summed over its metrics rows."""
+    """The bill: what each stage cost, summed over its metrics rows."""
     costs = []
-    for stage in ("queries", "answers", "judge", "verdicts", "gate", "kl"):
-        rows = [m for m in metrics if m["stage"] == stage]
+    for stage in ("queries", "answers", "verdicts", "gate", "lora"):
+        kept = {"queries": ("queries", "quality"), "verdicts": ("judge", "verdicts"),
+                "gate": ("gate", "transfer"), "lora": ("kl",)}.get(stage, (stage,))
+        rows = [m for m in metrics if m["stage"] in kept]
         if rows:
-            total = {f: sum(m.get(f, 0) for m in rows) for f in
-                     ("seconds", "prompts", "tokens_read", "tokens_written", "tokens_trained")}
-            costs.append({"stage": "lora" if stage == "kl" else stage, **total})
+            sums = {f: sum(m.get(f, 0) for m in rows) for f in (
+                "seconds", "prompts", "tokens_read", "tokens_written", "tokens_trained", "flops")}
+            costs.append({"stage": stage, **sums,
+                          "peak_memory": max(m.get("peak_memory", 0) for m in rows)})
     return costs
 
 
@@ -361,18 +570,129 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def verdict_table(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> str:
-    """Verdicts, and the mean length of both answers in tokens, per persona."""
+def share(hits: int, n: int) -> str:
+    """A share with its 95% interval."""
+    low, high = interval(hits, n)
+    return f"{hits / n:.2f} [{low:.2f}, {high:.2f}]" if n else "-"
+
+
+def bill_table(metrics: Sequence[dict]) -> str:
+    """What every stage cost."""
     rows = []
-    for name in dict.fromkeys(v.persona for v in verdicts):
-        counts = Counter(v.winner for v in verdicts if v.persona == name)
-        mine = [p for p in pairs if p.persona == name]
-        rows.append([name, len(mine), *(counts[w] for w in
-                                        ("expert", "base", "tie", "split", "unparsed")),
-                     round(sum(len(p.base_ids) for p in mine) / len(mine)),
-                     round(sum(len(p.expert_ids) for p in mine) / len(mine))])
+    for c in stage_costs(metrics):
+        tokens = c["tokens_read"] + c["tokens_written"] + c["tokens_trained"]
+        rows.append([c["stage"], c["prompts"], c["tokens_read"], c["tokens_written"],
+                     c["tokens_trained"], f"{c['seconds']:.1f}",
+                     round(tokens / c["seconds"]) if c["seconds"] else "-",
+                     f"{c['flops'] / 1e12:.2f}", f"{c['peak_memory'] / 2**30:.2f}"])
+    return table(("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
+                  "TFLOP", "peak GiB so far"), rows)
+
+
+def quality_lines(quality: dict, wanted: int, kept: Counter, personas: int) -> list[str]:
+    """What stage 1 delivered."""
+    lines = [f"queries kept: {quality['kept']} (wanted {wanted} for each of {personas} personas), "
+             f"from {quality['candidates']} candidates: {quality['complete']} complete, "
+             f"{quality['well_formed']} well-formed, {quality['fits_its_persona']} likeliest under "
+             "their own persona",
+             f"identifiable in words that stage 1 did not use: "
+             f"{share(quality['identifiable'], quality['kept'])} (chance {quality['chance']:.2f})"]
+    short = [f"{name} {n}" for name, n in kept.items() if n < wanted]
+    if short:
+        lines.append("fewer than wanted, the rest malformed, foreign or duplicates: "
+                     + ", ".join(short))
+    return lines
+
+
+def judge_lines(judged: dict) -> list[str]:
+    """The judge that was chosen, and the self-tests behind the choice."""
+    rows = []
+    for test in judged["tests"]:
+        for kind, k in test["kinds"].items():
+            biased = (f"{k['A'] / k['letters']:.2f} [{k['A_interval'][0]:.2f}, "
+                      f"{k['A_interval'][1]:.2f}]" if k.get("letters") else "-")
+            rows.append([test["judge"], kind, k["pairs"], share(k["right"], k["pairs"]),
+                         *(k[w] for w in ("wrong", "tie", "split", "unparsed")), biased])
+    lines = [f"judge: {judged['chosen']}" + (
+        f" of {judged['model']}: an outside judge, so this is not self-verification"
+        if judged.get("model") else "")]
+    chosen = judged["tests"][-1]
+    if not chosen["trusted"]:
+        lines.append(f"WARNING: the {chosen['judge']} judge was forced although it fails its own "
+                     "test; its verdicts mean little")
+    if chosen["blind_to_refusals"]:
+        lines.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
+                     "on requests that should be refused); this run makes no claim about safety")
+    lines.append(table(("judge", "worse answer", "pairs", "right", "wrong", "tie", "split",
+                        "unparsed", "share of A"), rows))
+    lines.append('("same prompt": two answers to one prompt, so half right is what is right)')
+    return lines
+
+
+def longer_wins(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> tuple[int, int]:
+    """How many decided verdicts the longer answer (in tokens) won, and how many there are."""
+    longer = [(len(p.expert_ids) > len(p.base_ids)) == (v.winner == "expert")
+              for p, v in zip(pairs, verdicts) if v.winner in ("expert", "base")
+              and len(p.expert_ids) != len(p.base_ids)]
+    return sum(longer), len(longer)
+
+
+def verdict_table(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> str:
+    """Verdicts, mean answer lengths in tokens, and who won by length, per persona."""
+    rows = []
+    for name in [*dict.fromkeys(v.persona for v in verdicts), "all"]:
+        mine = [(p, v) for p, v in zip(pairs, verdicts) if name in (v.persona, "all")]
+        counts, n = Counter(v.winner for _, v in mine), len(mine)
+        won, decided = longer_wins(*zip(*mine))
+        rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
+                     round(sum(len(p.base_ids) for p, _ in mine) / n),
+                     round(sum(len(p.expert_ids) for p, _ in mine) / n),
+                     share(counts["expert"], n), f"{won} of {decided}"])
     return table(("persona", "queries", "expert", "base", "tie", "split", "unparsed",
-                  "tokens base", "tokens expert"), rows)
+                  "tokens base", "tokens expert", "expert wins", "longer wins"), rows)
+
+
+def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[str]:
+    """What looks unhealthy about the split into distill and retain set."""
+    chosen = Counter(v.persona for v in verdicts if v.target)
+    distilled, n, warnings = sum(chosen.values()), len(verdicts), []
+    if not 0.05 <= distilled / n <= 0.95:
+        warnings.append(f"WARNING: {distilled} of {n} queries go to the distill set; outside 5-95% "
+                        "the gate has almost nothing to tell apart")
+    name, most = chosen.most_common(1)[0] if chosen else ("", 0)
+    if 2 * most > distilled and len({v.persona for v in verdicts}) > 1:
+        warnings.append(f"WARNING: {name} alone gives {most} of {distilled} distill samples; the "
+                        "adapter will be mostly that persona")
+    won, decided = longer_wins(pairs, verdicts)
+    if won > 0.8 * decided:
+        warnings.append(f"WARNING: the longer answer won {won} of {decided} decided verdicts; the "
+                        "judge may reward length")
+    return warnings
+
+
+def gate_lines(g: dict) -> list[str]:
+    """The gate's out-of-fold figures."""
+    c = g["confusion"]
+    curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
+             for limit in (0.05, 0.1, 0.2, 0.4)]
+    return [f"gate, {g['folds']}-fold out-of-fold on {g['n']} queries, threshold "
+            f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
+            f"{number(g['majority'])}), AUC {number(g['auc'])} [{number(g['auc_interval'][0])}, "
+            f"{number(g['auc_interval'][1])}]",
+            table(("", "gate open", "gate closed"), [["persona won", c["true_open"],
+                  c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]]),
+            "ROC: opened of those that should be, at 5%, 10%, 20%, 40% of the others opened: "
+            + ", ".join(f"{y:.2f}" for y in curve)]
+
+
+def transfer_table(transfer: dict) -> str:
+    """Real prompts: how well harmful ones are told from chat, and the routed share of each set."""
+    sets = transfer["sets"]
+    return table(("gate", "AUC harmful / chat", "threshold", *(f"{k} ({n})" for k, n in
+                                                               sets.items())),
+                 [[name, f"{g['auc']:.2f} [{g['auc_interval'][0]:.2f}, {g['auc_interval'][1]:.2f}]",
+                   f"{g['threshold']:.3f}", *(f"{g['routed'][k]:.2f}" for k in sets)]
+                  for name, g in transfer["gates"].items()])
 
 
 def summarize(run: RunFolder, args: argparse.Namespace) -> str:
@@ -380,35 +700,34 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
     metrics = run.metrics()
     last = {m["stage"]: m for m in metrics}
     pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
-    kept = Counter(q.persona for q in run.read("queries.jsonl", Query))
-    parts = [f"queries kept: {sum(kept.values())} (wanted {args.queries} for each of "
-             f"{args.personas_found} personas)"]
-    short = [f"{name} {n}" for name, n in kept.items() if n < args.queries]
-    if short:
-        parts.append("fewer than wanted, the rest malformed or duplicates: " + ", ".join(short))
+    kept = Counter({name: 0 for name in args.persona_names})
+    kept.update(q.persona for q in run.read("queries.jsonl", Query))
+    parts = ["## Queries", *quality_lines(last["quality"], args.queries, kept, len(kept))]
     if "judge" in last:
-        tests = "; ".join(f"{t['judge']} {t['right']} of {t['pairs']}"
-                          for t in last["judge"]["tests"])
-        parts.append(f"judge: {last['judge']['chosen']} (right on answers to a wrong query: "
-                     f"{tests})")
+        parts += ["## Self-verification", *judge_lines(last["judge"])]
     if verdicts:
         targets = Counter(v.target for v in verdicts)
         parts += [verdict_table(verdicts, pairs),
-                  f"distill / retain: {targets[1]} / {targets[0]}"]
+                  f"distill / retain: {targets[1]} / {targets[0]}",
+                  *split_warnings(verdicts, pairs)]
+        dropped = chance_personas(verdicts, last["judge"]) if "judge" in last else []
+        if dropped:
+            parts.append("not distinguishable from two answers to the same prompt (95%): "
+                         + ", ".join(dropped) + ("; dropped" if args.drop_chance else
+                                                 " (--drop-chance lets them contribute nothing)"))
     if "gate" in last:
-        g = last["gate"]
-        parts.append(f"gate on {g['n']} held-out queries: accuracy {number(g['accuracy'])} "
-                     f"(majority {number(g['majority'])}), AUC {number(g['auc'])}")
+        parts += ["## Gate", *gate_lines(last["gate"])]
+    if "transfer" in last:
+        parts += ["Transfer: real prompts, only measured. \"the gate\" learned the verdicts; a row "
+                  "with a persona's name is a probe that learned whose query it is.",
+                  transfer_table(last["transfer"])]
     if "kl" in last:
         k = last["kl"]
-        parts.append(f"forward KL to the persona teacher on {k['held_out_samples']} held-out "
-                     f"queries, nats per token: {number(k['before'], 4)} before, "
-                     f"{number(k['after'], 4)} after")
-    parts.append(table(("stage", "seconds", "prompts", "tokens read", "written", "trained"),
-                       [[c["stage"], f"{c['seconds']:.1f}", *(c[f] for f in (
-                           "prompts", "tokens_read", "tokens_written", "tokens_trained"))]
-                        for c in stage_costs(metrics)]))
-    return "\n\n".join(parts)
+        parts += ["## Adapter",
+                  f"forward KL to the persona teacher on {k['held_out_samples']} held-out "
+                  f"queries, nats per token: {number(k['before'], 4)} before, "
+                  f"{number(k['after'], 4)} after"]
+    return "\n\n".join([*parts, "## Bill", bill_table(metrics)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,7 +736,7 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of train.py. Defaults that --quick changes are filled in by `check`."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Run PRISM on a base model: write queries, answer them with and without each "
         "persona, self-verify, train the gate, distil the adapter. Exit status 0 done, 2 wrong "
         "input, 3 nothing to distil, 130 interrupted; the same command continues.")
@@ -447,11 +766,20 @@ def parser() -> argparse.ArgumentParser:
     add(data, "--max-new-tokens", "max_new_tokens", "longest answer, in tokens")
     add(data, "--judge", "auto", "which judge; auto tests them first",
         choices=("auto", "letter", "likelihood"))
+    data.add_argument("--judge-model", metavar="ID|DIR", help="judge with another model, which is "
+                      "then no self-verification (default: the model itself)")
+    add(data, "--votes", 1, "answer pairs a query; t(x) by majority, the share trains the gate")
+    data.add_argument("--drop-chance", action="store_true", help="personas whose wins cannot be "
+                      "told from chance contribute nothing (small runs lack the power)")
     gate = p.add_argument_group("stage 4: the gate")
-    add(gate, "--gate-layer", 0, "decoder layer whose output the gate reads")
-    add(gate, "--gate-pool", "last", "last prompt token, or mean over the user's text",
+    gate.add_argument("--gate-layer", type=int, help="decoder layer whose output the gate reads; "
+                      "no layer up to it has an adapter (paper: 0; default: a sixth of the layers)")
+    add(gate, "--gate-pool", "mean", "last prompt token (the paper), or mean over the user's text",
         choices=("last", "mean"))
-    add(gate, "--gate-threshold", 0.5, "probability from which the adapter answers")
+    gate.add_argument("--gate-threshold", type=threshold, metavar="auto|P", help="probability from "
+                      "which the adapter answers (paper: 0.5; default: auto, from the ROC curve)")
+    gate.add_argument("--transfer-data", type=Path, metavar="DIR", help="measure the gate on real "
+                      "prompts: harmbench/, mt_bench/, mmlu/, gsm8k/ as their authors publish them")
     lora = p.add_argument_group("stage 5: the adapter")
     add(lora, "--rank", 16, "LoRA rank")
     add(lora, "--alpha", 32.0, "LoRA alpha; the update is scaled by alpha / rank")
@@ -464,6 +792,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def threshold(text: str) -> float | None:
+    """--gate-threshold: "auto" is None."""
+    return None if text == "auto" else float(text)
+
+
 def check(args: argparse.Namespace) -> None:
     """Fill in what --quick decides and refuse values out of range."""
     for name, value in (QUICK if args.quick else PAPER).items():
@@ -472,10 +805,14 @@ def check(args: argparse.Namespace) -> None:
     for name, low, high in (("queries", 1, 1e6), ("max_new_tokens", 1, 1e6), ("epochs", 1, 1e5),
                             ("batch_size", 1, 1e5), ("rank", 1, 1e4), ("max_len", 8, 1e7),
                             ("alpha", 1e-9, 1e9), ("lr", 1e-12, 1e3), ("dropout", 0, 0.99),
-                            ("kd_temperature", 1e-3, 1e3), ("gate_threshold", 0, 1)):
-        if not low <= getattr(args, name) <= high:  # also refuses NaN
+                            ("kd_temperature", 1e-3, 1e3), ("gate_threshold", 0, 1),
+                            ("votes", 1, 1000)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # also refuses NaN
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be in "
                              f"[{low:g}, {high:g}]")
+    if args.transfer_data:
+        read_transfer_sets(args.transfer_data)
     if args.out is None:
         args.out = Path("out") / args.model.rstrip("/").split("/")[-1].lower()
 
@@ -492,7 +829,7 @@ def begin(run: RunFolder, settings: dict, overwrite: bool) -> None:
     old = read_json(path).get("settings", {}) if path.exists() else None
     if old is not None and (not isinstance(old, dict) or not old):
         raise InputError(f"{path}: not a run's settings; choose another --out")
-    known = [f for files in FILES.values() for f in files if (run.path / f).exists()]
+    known = [path.name for files in FILES.values() for f in files for path in run.path.glob(f)]
     if old is None and known and not overwrite:
         raise InputError(f"{run.path}: holds {known[0]} but no run.json; choose another --out, or "
                          "--overwrite")
@@ -512,36 +849,41 @@ def begin(run: RunFolder, settings: dict, overwrite: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = parser().parse_args(argv)
-    return exit_status(lambda: _main(args))
+    return exit_status(lambda: _main(parser().parse_args(argv)))
 
 
 def _main(args: argparse.Namespace) -> int:
     """Check everything first, then run the stages in the locked output folder."""
     check(args)
     personas = load_personas(args.personas)
-    args.personas_found = len(personas)
+    args.persona_names = [p.name for p in personas]
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     folder = resolve(args.model)
+    if args.judge_model:
+        resolve(args.judge_model)  # a wrong name must not cost the stages before it
     net, tokenizer = load(folder, device, dtype), Tokenizer(folder)
     net.name = args.model
+    if args.gate_layer is None:
+        args.gate_layer = len(net.layers) // GATE_DEPTH
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
     texts = "\0".join(f"{p.name}\0{p.text}" for p in personas)
     settings = {n: getattr(args, n) for n in (
-        "model", "queries", "max_new_tokens", "judge", "gate_layer", "gate_pool", "gate_threshold",
-        "rank", "alpha", "epochs", "lr", "batch_size", "max_len", "kd_temperature", "dropout",
-        "seed")}
+        "model", "queries", "max_new_tokens", "judge", "judge_model", "votes", "drop_chance",
+        "gate_layer", "gate_pool", "gate_threshold", "rank", "alpha", "epochs", "lr", "batch_size",
+        "max_len", "kd_temperature", "dropout", "seed")}
     settings |= {"personas": [p.name for p in personas],
                  "personas_sha256": hashlib.sha256(texts.encode()).hexdigest(),
                  "base_source": base_source(folder, args.model),
                  "base_fingerprint": fingerprint(folder), "device": device.type,
-                 "dtype": str(dtype).removeprefix("torch.")}
+                 "dtype": str(dtype).removeprefix("torch."), "slots": SLOTS}
     run = RunFolder(args.out)
     try:
         begin(run, settings, args.overwrite)
-        if (run.path / "report.md").exists():  # the last file a run writes
+        measured = any(m["stage"] == "transfer" for m in run.metrics())
+        # report.md is the last file a run writes
+        if (run.path / "report.md").exists() and (measured or not args.transfer_data):
             print(f"{run.path}: complete already; --overwrite runs it again")
             return 0
         status = stages(run, prism, tokenizer, personas, args)
@@ -561,35 +903,52 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     queries = write_queries(run, net, tokenizer, personas, args.queries, args.seed)
     if stop == "queries":
         return 0
-    pairs = write_answers(run, net, tokenizer, personas, queries, args.max_new_tokens, args.seed)
+    votes = [write_answers(run, net, tokenizer, personas, queries, args.max_new_tokens, args.seed,
+                           vote) for vote in range(args.votes)]
+    pairs = votes[0]
     if stop == "answers":
         return 0
-    verdicts = write_verdicts(run, pick_judge(run, net, tokenizer, pairs, args.judge), pairs)
+    judge = pick_judge(run, net, tokenizer, personas, pairs, args)
+    verdicts = write_verdicts(run, judge, personas, votes)
     if stop == "verdicts":
         return 0
-    won = [p for p, v in zip(pairs, verdicts) if v.target]
+    if args.drop_chance:
+        judged = next(m for m in run.metrics() if m["stage"] == "judge")
+        chance = chance_personas(verdicts, judged)
+        verdicts = [replace(v, target=0, share=0.0) if v.persona in chance else v
+                    for v in verdicts]
+    won = won_pairs(votes, verdicts)
     if not won:
         return 3
-    held = hold_out(verdicts, args.seed)
-    run_gate(run, prism, tokenizer, pairs, verdicts, held, args)
+    run_gate(run, prism, tokenizer, pairs, verdicts, args)
+    if args.transfer_data and not any(m["stage"] == "transfer" for m in run.metrics()):
+        run_transfer(run, prism, tokenizer, pairs, args)
     if stop == "gate":
         return 0
-    run_lora(run, prism, tokenizer, personas, won, held, args)
+    run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     write_file(run.path / "report.md", f"# PRISM run: {args.model}\n\n{summarize(run, args)}\n")
     return 0
 
 
-def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, pairs: Sequence[Pair],
-               name: str) -> LetterJudge | LikelihoodJudge:
+def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
+               pairs: Sequence[Pair],
+               args: argparse.Namespace) -> LetterJudge | LikelihoodJudge:
     """The judge that an earlier attempt chose, or the one that passes the self-test now."""
+    judging = net, tokenizer
+    if args.judge_model:
+        folder = resolve(args.judge_model)
+        judging = load(folder, net.device, net.dtype), Tokenizer(folder)
     done = [m for m in run.metrics() if m["stage"] == "judge"]
     if done:
         kinds = {kind.name: kind for kind in (LetterJudge, LikelihoodJudge)}
-        return kinds[done[0]["chosen"]](net, tokenizer)
+        return kinds[done[0]["chosen"]](*judging)
+    print("testing the judge on pairs whose truth is known ...", file=sys.stderr)
     begun = time.perf_counter()
-    judge, tests = choose_judge(name, net, tokenizer, pairs)
-    run.record("judge", 0, chosen=judge.name, tests=tests,
-               seconds=round(time.perf_counter() - begun, 3))
+    cases, cost = known_truth(net, tokenizer, personas, pairs, args.max_new_tokens, args.seed)
+    judge, tests = choose_judge(args.judge, *judging, cases)
+    run.record("judge", 0, chosen=judge.name, model=args.judge_model, tests=tests,
+               **total([cost, *(t.pop("bill") for t in tests)]),
+               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
     return judge
 
 

@@ -10,13 +10,21 @@ from typing import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from tiny import one_thread, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bootstrap
 from bootstrap import (
+    DEGENERATE,
+    ENDING,
+    ENDING_FLOOR,
+    FLUENCY,
     JUDGE_PROMPT,
+    KINDS,
     MARGIN,
+    TEST_PAIRS,
     Candidate,
+    Comparison,
     LetterJudge,
     LikelihoodJudge,
     Pair,
@@ -24,16 +32,27 @@ from bootstrap import (
     Query,
     RunFolder,
     Verdict,
+    bill,
     choose_judge,
     clean_query,
     common_prefix,
+    degenerate,
+    examine_judge,
+    hidden_states,
+    interval,
+    is_request,
     keep_queries,
     known_truth,
     letter_winner,
     load_personas,
-    mean_log_probability,
+    majority,
+    opening,
     score_winner,
+    sentences,
+    shuffled,
     split_chunks,
+    token_log_probabilities,
+    total,
     write_answers,
     write_queries,
     write_verdicts,
@@ -41,7 +60,6 @@ from bootstrap import (
 from generate import Sampling, derive_seed, generate
 from hub import InputError
 from model import Transformer, load
-from tiny import one_thread, tiny_llama
 from tokenizer import Tokenizer
 
 PERSONAS = [Persona("chemist", "You are a careful chemist who explains each reaction."),
@@ -109,8 +127,8 @@ def pair(index: int, base: str = "b", expert: str = "e", persona: str = "p",
 
 def candidate(persona: str, text: str, complete: bool = True, **fields: object) -> Candidate:
     """A candidate that is likeliest under its own persona, unless `fields` says otherwise."""
-    return Candidate(**{"persona": persona, "round": 0, "text": text, "complete": complete,
-                        "likeliest": persona} | fields)
+    return Candidate(**{"persona": persona, "round": 0, "kind": "plain", "text": text,
+                        "complete": complete, "likeliest": persona} | fields)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,8 +155,8 @@ def candidate(persona: str, text: str, complete: bool = True, **fields: object) 
     ('"', None),
     ("Here are some questions for you:", None),  # announces what the first line lacks
     ("When you come to the sea,", None),
-    (" ".join(["word"] * 60), " ".join(["word"] * 60)),
-    (" ".join(["word"] * 61), None),
+    (" ".join(["why?"] * 60), " ".join(["why?"] * 60)),
+    (" ".join(["why?"] * 61), None),
 ])
 def test_clean_query(text: str, expected: str | None) -> None:
     """First line, numbering and quotes stripped, too short, too long and cut-off ones dropped."""
@@ -242,19 +260,73 @@ def test_common_prefix(a: list[int], b: list[int], n: int) -> None:
     assert common_prefix(a, b) == n
 
 
-def test_known_truth_pairs_never_compare_an_answer_with_itself() -> None:
-    """Each query's own answer against the answer to ANOTHER query, empty answers left out."""
-    for n in (2, 3, 4, 5, 8):
-        for empty in ((), (0,), (0, 1), tuple(range(n // 2))):
-            pairs = [pair(i, base="" if i in empty else f"answer {i}", query=f"query {i}")
-                     for i in range(n)]
-            triples = known_truth(pairs)
-            if n - len(empty) < 2:
-                continue
-            assert len(triples) == n - len(empty)
-            for query, right, wrong in triples:
-                assert right.split()[1] == query.split()[1]
-                assert wrong.strip() and wrong != right, f"{n} pairs, {len(empty)} empty"
+def test_majority() -> None:
+    """More than half of the votes decide; one vote is its own majority."""
+    for winner in ("expert", "base", "tie", "split", "unparsed"):
+        assert majority([winner]) == winner
+    assert majority(["expert", "base", "expert"]) == "expert"
+    assert majority(["expert", "base"]) == majority(["expert", "tie", "base"]) == "split"
+    assert majority(["tie", "tie", "tie", "expert"]) == "tie"
+
+
+@pytest.mark.parametrize(("answer", "expected"), [
+    ("", True), (" \n", True), ("!?", True), ("You asked: How do tides work in a bay?", True),
+    ("How do tides work in a bay?", True), ("how do tides work in a bay", True),
+    ("The moon pulls.", False), ("Tides work in a bay as they do at sea.", False),
+    ("How do tides work in a bay? The moon pulls the water up twice a day.", False),
+    ("the sea " * 40, True), (" ".join(map(str, range(60))), False)])
+def test_degenerate(answer: str, expected: bool) -> None:
+    """Nothing, the question again, or a loop is no answer; repeating the question first is fine."""
+    assert degenerate("How do tides work in a bay?", answer) is expected
+
+
+def test_degenerate_answer_loses_to_any_other() -> None:
+    """However likely a text is, it loses if it is no answer."""
+    query = "How do tides work in a bay?"
+    asked = Comparison(query, "", "The moon.", query)
+    poor, rich = (-9.0, -9.0, -9.0, -9.0), (-0.1, -0.1, -0.1, -0.1)
+    scores = [LikelihoodJudge.scores(asked, *side) for side in ((asked.expert, poor),
+                                                                (asked.base, rich))]
+    assert score_winner(list(zip(*scores))) == "expert"
+
+
+def test_interval() -> None:
+    """Wilson's interval, against figures worked out by hand (z = 1.96)."""
+    assert interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert interval(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert interval(0, 0) == (0, 1)
+
+
+def test_shuffled_and_sentences() -> None:
+    """The same sentences, never in the same order."""
+    text = "One is here. Two is there! Is three?\n\nFour."
+    assert sentences(text) == ["One is here.", "Two is there!", "Is three?", "Four."]
+    for seed in range(40):
+        found = sentences(shuffled(text, seed))
+        assert sorted(found) == sorted(sentences(text)) and found != sentences(text)
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("How do tides work in a bay", False), ("How do tides work in a bay?", True),
+    ("Wie funktioniert das?", True), ("\u6f6e\u6c50\u662f\u4ec0\u4e48\uff1f", True),
+    ("Write a poem about rain", True), ("I need a plan for my day", True),
+    ("Rest of the world celebrated the anniversary.", False),
+    ("The user asks: how do tides work?", False), ("A user needs help with this.", False),
+    ("True or false: tides are caused by wind.", True), ("", False), ("...", False)])
+def test_is_request(line: str, expected: bool) -> None:
+    """A question, an imperative or a wish; a statement, or a report about a user, is none."""
+    assert is_request(line) is expected
+
+
+def test_openings_of_a_persona_take_turns() -> None:
+    """Every kind comes up in its share, and all of a persona's own openings are used."""
+    found = [opening(i, ["a", "b", "c"]) for i in range(48)]
+    assert {k: [kind for kind, _ in found].count(k) for k in set(KINDS)} == {
+        "own": 24, "plain": 12, "long": 6, "contrast": 6}
+    assert {words for kind, words in found if kind == "own"} == {"a", "b", "c"}
+    assert {words for kind, words in found if kind == "plain"} == {""}
+    assert len({words for kind, words in found if kind == "contrast"}) == 5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,8 +434,9 @@ def square(calls: list[int]) -> Callable[[int, Sequence[int]], tuple[list[Query]
 
 
 def metrics_without_seconds(run: RunFolder) -> list[dict]:
-    """Metrics rows without times."""
-    return [{k: v for k, v in m.items() if k != "seconds"} for m in run.metrics()]
+    """Metrics rows without times and memory."""
+    return [{k: v for k, v in m.items() if k not in ("seconds", "peak_memory")}
+            for m in run.metrics()]
 
 
 @pytest.mark.parametrize("kept", range(12))
@@ -435,7 +508,7 @@ def stages(folder: Path, net: Transformer, tok: Tokenizer, seed: int, wanted: in
         with one_thread():
             queries = write_queries(run, net, tok, PERSONAS, wanted, seed)
             pairs = write_answers(run, net, tok, PERSONAS, queries, 10, seed)
-            write_verdicts(run, LikelihoodJudge(net, tok), pairs)
+            write_verdicts(run, LikelihoodJudge(net, tok), PERSONAS, [pairs])
     finally:
         run.close()
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.jsonl"))
@@ -493,8 +566,8 @@ def test_answers_come_from_the_right_prompts(tmp_path: Path, net: Transformer,
         persona = tok.render([{"role": "system", "content": texts[row["persona"]]}, user])
         for ids, prompt, other in ((row["base_ids"], bare, persona),
                                    (row["expert_ids"], persona, bare)):
-            own += mean_log_probability(net, [prompt], [ids])[0]
-            swapped += mean_log_probability(net, [other], [ids])[0]
+            [mine, foreign], _ = token_log_probabilities(net, [prompt, other], [ids, ids])
+            own, swapped = own + float(mine.mean()), swapped + float(foreign.mean())
     assert own > swapped + 32 * 0.5  # 32 answers, half a nat a token each
 
 
@@ -561,20 +634,86 @@ def test_seed_reaches_the_answers(tmp_path: Path, net: Transformer, tok: Tokeniz
         assert [getattr(p, side) for p in found[0]] != [getattr(p, side) for p in found[2]]
 
 
-def test_verdicts_are_about_the_right_answers(run: RunFolder, net: Transformer,
-                                              tok: Tokenizer) -> None:
-    """The evidence is, per wording, the query's score given the expert's answer, then the base's,
-    each recomputed here alone; the winner follows from it."""
-    pairs = [pair(i, base=KNOWN[i - 1][1], expert=a, query=q) for i, (q, a) in enumerate(KNOWN)]
-    for p, verdict in zip(pairs, write_verdicts(run, LikelihoodJudge(net, tok), pairs)):
-        expected = []
-        for wording in bootstrap.INVERSE_PROMPTS:
-            asked = [tok.render([{"role": "user", "content": wording.format(answer=answer)}])
-                     for answer in (p.expert, p.base)]
-            expected.append(mean_log_probability(net, asked, [tok.encode(p.query)] * 2))
-        assert [x for e in verdict.evidence for x in e] == pytest.approx(
-            [x for e in expected for x in e], abs=1e-4)
-        assert verdict.winner == score_winner(verdict.evidence)
+def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> torch.Tensor:
+    """log P of each target token, from the logits of one plain forward pass."""
+    with torch.no_grad():
+        logits = net(torch.tensor([[*prompt, *target]]))[0, len(prompt) - 1:-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_verdicts_are_about_the_right_answers(run: RunFolder, net: Transformer, tok: Tokenizer,
+                                              ended: bool) -> None:
+    """The evidence is, per wording, the expert's score and the base answer's, each put together
+    here from plain forward passes; the winner follows from it. An answer that was cut off is not
+    asked how well it ends."""
+    texts = {p.name: p.text for p in PERSONAS}
+    pairs = [dataclasses.replace(pair(i, base=KNOWN[i - 1][1], expert=a, query=q, persona="pirate"),
+                                 base_stop="eos" if ended else "length")
+             for i, (q, a) in enumerate(KNOWN[:6])]
+
+    def score(query: str, answer: str, wording: str) -> float:
+        inverse = tok.render([{"role": "user", "content": wording.format(answer=answer)}])
+        user, ids = {"role": "user", "content": query}, [*tok.encode(answer), tok.end_of_turn_id]
+        bare = plain_log_p(net, tok.render([user]), ids)
+        system = {"role": "system", "content": texts["pirate"]}
+        expert = plain_log_p(net, tok.render([system, user]), ids)
+        mixture = (bare.exp() / 2 + expert.exp() / 2).log()
+        return (float(plain_log_p(net, inverse, tok.encode(query)).mean())
+                + FLUENCY * float(mixture[:-1].mean()) - DEGENERATE * degenerate(query, answer)
+                + (ENDING * max(float(mixture[-1]), ENDING_FLOOR) if ended else 0))
+
+    judge = LikelihoodJudge(net, tok)
+    for p, verdict in zip(pairs, write_verdicts(run, judge, PERSONAS, [pairs])):
+        [evidence] = verdict.evidence
+        for (e, b), wording in zip(evidence, bootstrap.INVERSE_PROMPTS, strict=True):
+            assert e == pytest.approx(score(p.query, p.expert, wording), abs=1e-3)
+            assert b == pytest.approx(score(p.query, p.base, wording), abs=1e-3)
+        assert verdict.votes == [verdict.winner] == [score_winner(evidence)]
+        assert verdict.share == verdict.target == int(verdict.winner == "expert")
+
+
+def test_votes_are_counted(run: RunFolder) -> None:
+    """Three answer pairs a query: each is judged with its own answers, t(x) is the majority's, the
+    share is kept, and chunks keep queries whole."""
+    class ByLength:
+        """The longer answer wins."""
+
+        name = "length"
+
+        def compare(self, asked: Sequence[Comparison]) -> tuple[list, dict]:
+            return [("expert" if len(c.expert) > len(c.base) else "base", [c.expert, c.base])
+                    for c in asked], {"prompts": len(asked)}
+
+    def votes(i: int) -> list[str]:
+        return [f"{'e' * (1 + (i >> v & 1) * 2)}" for v in range(3)]
+
+    rounds = [[pair(i, base="bb", expert=votes(i)[v], persona="pirate") for i in range(40)]
+              for v in range(3)]
+    rows = write_verdicts(run, ByLength(), PERSONAS, rounds)
+    for i, row in enumerate(rows):
+        won = [(i >> v) & 1 for v in range(3)]
+        assert row.index == i and row.share == pytest.approx(sum(won) / 3)
+        assert row.votes == ["expert" if w else "base" for w in won]
+        assert row.target == int(sum(won) >= 2)
+        assert row.evidence == [[e, "bb"] for e in votes(i)]
+    assert [m["prompts"] for m in run.metrics()] == [96, 24]
+
+
+def test_more_votes_use_the_answers_that_are_there(run: RunFolder, net: Transformer,
+                                                   tok: Tokenizer) -> None:
+    """The second vote has a file of its own with other draws; the first vote's is left alone."""
+    queries = [Query("pirate", i, q) for i, (q, _) in enumerate(KNOWN)]
+    with one_thread():
+        first = write_answers(run, net, tok, PERSONAS, queries, 8, 0)
+        before = (run.path / "answers.jsonl").read_bytes()
+        second = write_answers(run, net, tok, PERSONAS, queries, 8, 0, vote=1)
+    assert (run.path / "answers.jsonl").read_bytes() == before
+    assert run.read("answers.1.jsonl", Pair) == second
+    assert [p.query for p in first] == [p.query for p in second]
+    for side in ("base_ids", "expert_ids"):
+        assert [getattr(p, side) for p in first] != [getattr(p, side) for p in second]
+    assert [m["step"] for m in run.metrics()] == [0, 1]
 
 
 @torch.no_grad()
@@ -584,13 +723,13 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
     first, then with the base's first, read from plain logits."""
     monkeypatch.setattr(bootstrap, "LETTER_MASS", 0.0)  # this random model's letters do count
     net = load(tiny_llama(tmp_path, seed=1), dtype=torch.float32)  # a seed with an undecided one
-    triples = [(q, a, KNOWN[i - 1][1]) for i, (q, a) in enumerate(KNOWN)]
-    results, _ = LetterJudge(net, tok).compare(triples)
+    asked = [Comparison(q, "", a, KNOWN[i - 1][1]) for i, (q, a) in enumerate(KNOWN)]
+    results, _ = LetterJudge(net, tok).compare(asked)
     letters = [tok.encode(word)[0] for word in ("A", "B", "TIE")]
-    for (query, expert, base), (winner, said) in zip(triples, results, strict=True):
+    for c, (winner, said) in zip(asked, results, strict=True):
         expected = []
-        for first, second in ((expert, base), (base, expert)):
-            content = JUDGE_PROMPT.format(query=query, first=first, second=second)
+        for first, second in ((c.expert, c.base), (c.base, c.expert)):
+            content = JUDGE_PROMPT.format(query=c.query, first=first, second=second)
             ids = tok.render([{"role": "user", "content": content}])
             expected.append("ABT"[int(net(torch.tensor([ids]))[0, -1, letters].argmax())])
         assert said == expected and winner == letter_winner(*expected)
@@ -599,32 +738,108 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
 
 def test_letter_judge_counts_what_it_cannot_read(net: Transformer, tok: Tokenizer) -> None:
     """A model that puts almost nothing on A, B and TIE gives "unparsed", not a made-up verdict."""
-    results, tokens = LetterJudge(net, tok).compare([("q", "one", "two"), ("r", "three", "four")])
+    results, cost = LetterJudge(net, tok).compare([Comparison("q", "", "one", "two"),
+                                                   Comparison("r", "", "three", "four")])
     assert [winner for winner, _ in results] == ["unparsed", "unparsed"]
-    assert all(said == ["?", "?"] for _, said in results) and tokens > 0
+    assert all(said == ["?", "?"] for _, said in results) and cost["tokens_read"] > 0
 
 
-def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer) -> None:
+@pytest.fixture(scope="module")
+def cases(net: Transformer, tok: Tokenizer) -> dict[str, list[Comparison]]:
+    """Known-truth pairs of the tiny model: the hand-written answers, one of them empty."""
+    known = [*KNOWN, ("What is nothing, if it is anything?", "")]
+    pairs = [pair(i, base=a, query=q, persona="pirate") for i, (q, a) in enumerate(known)]
+    return known_truth(net, tok, PERSONAS, pairs, 6, 0)[0]
+
+
+def test_known_truth_by_its_kinds(cases: dict[str, list[Comparison]]) -> None:
+    """Each worse answer is spoilt the way its kind says; the better one is the query's own, in the
+    expert's place; empty answers are left out."""
+    own = dict(KNOWN)
+    assert list(cases) == ["wrong query", "wrong but longer", "cut to a third", "echo",
+                           "very hot", "same prompt", "refusal"]  # no answer has three sentences
+    assert len(cases["refusal"]) == TEST_PAIRS == 24
+    for kind, asked in cases.items():
+        assert all(c.expert != c.base for c in asked), kind
+        if kind != "refusal":
+            assert all(c.expert == own[c.query] and c.persona == PERSONAS[1].text for c in asked)
+    for c in cases["wrong query"]:
+        assert c.base in own.values()
+    for c in cases["wrong but longer"]:
+        assert len(c.base) > len(c.expert) and c.expert not in c.base.split("\n\n")
+    for c in cases["cut to a third"]:
+        assert c.expert.startswith(c.base)
+        assert len(c.base.split()) == len(c.expert.split()) // 3
+    assert all(c.base == f"You asked: {c.query}" for c in cases["echo"])
+    for c in cases["refusal"]:
+        assert c.expert == bootstrap.REFUSAL and c.base.startswith(bootstrap.COMPLIANCE)
+
+
+def test_examined_judge_is_counted_right(cases: dict[str, list[Comparison]]) -> None:
+    """A judge of known habits: always right but on refusals, with one tie and one split."""
+    class Habitual:
+        """Knows the truth; ties on the first echo, splits on the second, complies."""
+
+        name = "habitual"
+
+        def compare(self, asked: Sequence[Comparison]) -> tuple[list, dict]:
+            echoes = [c.query for c in asked if c.base.startswith("You asked")]
+            return [("base" if c.expert == bootstrap.REFUSAL else
+                     "tie" if echoes and c.base == f"You asked: {echoes[0]}" else
+                     "split" if echoes and c.base == f"You asked: {echoes[1]}" else "expert", [])
+                    for c in asked], {"prompts": len(asked)}
+
+    report = examine_judge(Habitual(), cases)
+    echo, refusal = report["kinds"]["echo"], report["kinds"]["refusal"]
+    assert (echo["tie"], echo["split"], echo["right"], echo["pairs"]) == (
+        1, 1, len(KNOWN) - 3, len(KNOWN) - 1)  # one answer has fewer than six words
+    assert refusal["wrong"] == 24 and report["blind_to_refusals"] and report["trusted"]
+    assert report["bill"]["prompts"] == sum(map(len, cases.values()))
+    worse = {**cases, "echo": cases["echo"][:4]}  # two of four is under 80%
+    assert not examine_judge(Habitual(), worse)["trusted"]
+
+
+def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer,
+                                                 cases: dict[str, list[Comparison]]) -> None:
     """"auto" on a random model: neither judge passes, and the error reports both; a forced judge
-    is used, its failure recorded."""
-    pairs = [pair(i, base=a, query=q) for i, (q, a) in enumerate(KNOWN)]
-    with pytest.raises(InputError, match=r"letter \d+ of 12; likelihood \d+ of 12"):
-        choose_judge("auto", net, tok, pairs)
-    judge, tests = choose_judge("letter", net, tok, pairs)
-    assert judge.name == "letter" and len(tests) == 1
-    assert (tests[0]["pairs"], tests[0]["right"], tests[0]["unparsed"]) == (12, 0, 12)
+    is used, its failure recorded, and it is not asked for more than the first kind."""
+    with pytest.raises(InputError, match=r"cannot verify itself.*letter 0 of \d+.*likelihood \d+"):
+        choose_judge("auto", net, tok, cases)
+    judge, tests = choose_judge("letter", net, tok, cases)
+    assert judge.name == "letter" and len(tests) == 1 and not tests[0]["trusted"]
+    [(kind, counts)] = tests[0]["kinds"].items()
+    assert kind == "wrong query" and counts["unparsed"] == counts["pairs"] > 0
+    assert counts["letters"] == 2 * counts["pairs"] and counts["A"] == 0
 
 
 @torch.no_grad()
 def test_prefix_scoring_is_plain_scoring(net: Transformer, tok: Tokenizer) -> None:
-    """Scores after ONE prefix read once equal those of reading prefix + target whole."""
+    """Scores after a prefix that is read once equal those of reading prefix + target whole; what
+    was read is counted, the prefix once."""
     prefix = tok.open_user_turn(PERSONAS[0].text)
+    other = tok.open_user_turn(None)
     targets = [tok.encode(q) for q, _ in KNOWN]
-    sums = bootstrap.log_probability_after(net, prefix, targets)
-    for total, target in zip(sums, targets, strict=True):
-        log_p = net(torch.tensor([[*prefix, *target]]))[0].log_softmax(-1)
-        expected = sum(float(log_p[len(prefix) - 1 + i, t]) for i, t in enumerate(target))
-        assert total == pytest.approx(expected, rel=1e-4)
+    prompts = [prefix, other] * 6
+    found, read = token_log_probabilities(net, prompts, targets, [len(p) - 1 for p in prompts])
+    for prompt, target, logs in zip(prompts, targets, found, strict=True):
+        torch.testing.assert_close(logs, plain_log_p(net, prompt, target), rtol=1e-4, atol=1e-4)
+    assert read == len(prefix) - 1 + len(other) - 1 + sum(len(t) + 1 for t in targets)
+    whole, read = token_log_probabilities(net, prompts, targets)
+    assert read == sum(len(p) + len(t) for p, t in zip(prompts, targets))
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert token_log_probabilities(net, [], []) == ([], 0)
+    assert hidden_states(net, [], []) == ([], 0)
+
+
+def test_bill_counts_weights(net: Transformer) -> None:
+    """Two operations a weight: the layers for every token, the head for those scored or written."""
+    layer = sum(p.numel() for p in net.layers.parameters())
+    head = net.lm_head.numel()
+    row = bill(net, 3, 100, 10, 7)
+    assert row == {"prompts": 3, "tokens_read": 100, "tokens_written": 10,
+                   "flops": 2 * (110 * layer + 17 * head)}
+    assert total([row, row]) == {k: 2 * v for k, v in row.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -632,19 +847,18 @@ def test_prefix_scoring_is_plain_scoring(net: Transformer, tok: Tokenizer) -> No
 
 
 @torch.no_grad()
-def test_mean_log_probability_is_that_of_transformers(
+def test_log_probabilities_are_those_of_transformers(
         smollm32: Transformer, smollm_tok: Tokenizer, oracle: PreTrainedModel) -> None:
     """Three hand-written examples of different lengths, scored in one padded batch, agree with
-    transformers scoring each alone (padding must not matter); rounding to 6 digits allowed."""
+    transformers scoring each alone (padding must not matter)."""
     prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in (
         "Name a colour.", "Which planet is closest to the sun? Answer in one word.", "Hi")]
     targets = [smollm_tok.encode(text) for text in ("Blue.", "Mercury", "Hello! How can I help?")]
-    found = mean_log_probability(smollm32, prompts, targets)
-    for prompt, target, mean in zip(prompts, targets, found, strict=True):
+    found, _ = token_log_probabilities(smollm32, prompts, targets)
+    for prompt, target, logs in zip(prompts, targets, found, strict=True):
         log_p = oracle(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
-        expected = sum(float(log_p[len(prompt) - 1 + i, t])
-                       for i, t in enumerate(target)) / len(target)
-        assert mean == pytest.approx(expected, abs=1e-4)
+        expected = [float(log_p[len(prompt) - 1 + i, t]) for i, t in enumerate(target)]
+        assert logs.tolist() == pytest.approx(expected, abs=1e-3)
 
 
 @torch.no_grad()
@@ -655,17 +869,19 @@ def test_letter_judge_on_the_real_model(smollm32: Transformer, smollm_tok: Token
     query, right = KNOWN[0]
     wrong = KNOWN[5][1]
     judge = LetterJudge(smollm32, smollm_tok)
-    [(winner, said)], tokens = judge.compare([(query, right, wrong)])
-    expected = []
+    [(winner, said)], cost = judge.compare([Comparison(query, "", right, wrong)])
+    expected, prompts = [], []
     for first, second in ((right, wrong), (wrong, right)):
         content = JUDGE_PROMPT.format(query=query, first=first, second=second)
         ids = smollm_tok.render([{"role": "user", "content": content}])
-        tokens -= len(ids)
+        prompts.append(ids)
         logits = oracle(torch.tensor([ids])).logits[0, -1]
         heads = [smollm_tok.encode(word)[0] for word in ("A", "B", "TIE")]
         assert float(logits.softmax(-1)[heads].sum()) > 0.05
         expected.append("ABT"[int(logits[heads].argmax())])
-    assert said == expected and winner == letter_winner(*expected) and tokens == 0
+    assert said == expected and winner == letter_winner(*expected)
+    shared = common_prefix(*prompts)  # all that comes before the answers is read once
+    assert cost["tokens_read"] == sum(map(len, prompts)) - shared and shared > 60
 
 
 def test_likelihood_judge_knows_right_answers(smollm_folder: Path, smollm_tok: Tokenizer) -> None:
@@ -674,16 +890,16 @@ def test_likelihood_judge_knows_right_answers(smollm_folder: Path, smollm_tok: T
     net = load(smollm_folder, dtype=torch.bfloat16)
     judge = LikelihoodJudge(net, smollm_tok)
     wrong = [KNOWN[(i + 5) % len(KNOWN)][1] for i in range(len(KNOWN))]
-    results, tokens = judge.compare([(q, a, w) for (q, a), w in zip(KNOWN, wrong)])
+    results, cost = judge.compare([Comparison(q, "", a, w) for (q, a), w in zip(KNOWN, wrong)])
     winners = [winner for winner, _ in results]
     assert winners.count("expert") >= 10 and winners.count("base") <= 1
-    assert tokens > 0 and all(len(scores) == 2 for _, scores in results)
-    [(turned, scores)], _ = judge.compare([(KNOWN[4][0], wrong[4], KNOWN[4][1])])
+    assert cost["tokens_read"] > 0 and all(len(scores) == 2 for _, scores in results)
+    [(turned, scores)], _ = judge.compare([Comparison(KNOWN[4][0], "", wrong[4], KNOWN[4][1])])
     assert turned == "base" and all(e < b for e, b in scores)
 
 
 def test_dataclasses_are_frozen() -> None:
     """Rows that were read cannot be changed behind the file's back."""
-    for row in (Query("p", 0, "q"), pair(0), Verdict("p", 0, "tie", 0, "letter", [])):
+    for row in (Query("p", 0, "q"), pair(0), Verdict("p", 0, "tie", 0, "letter", 0.0, ["tie"], [])):
         with pytest.raises(dataclasses.FrozenInstanceError):
             row.index = 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tiny import VOCAB, random_prompts, randomize_adapter, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,6 @@ import prism as prism_module
 from hub import InputError
 from model import Transformer, fingerprint, load
 from prism import PRISM, Gate, distill_loss, gate_loss
-from tiny import VOCAB, random_prompts, randomize_adapter, tiny_llama
 from tokenizer import Tokenizer
 
 LAYERS = 5

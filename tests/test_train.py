@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import one_thread, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,10 +29,12 @@ from generate import Sampling, generate
 from hub import InputError, resolve
 from model import Transformer, fingerprint, load
 from prism import PRISM, distill_loss
-from tiny import one_thread, tiny_llama
 from tokenizer import Tokenizer
 from train import (
     Sample,
+    auc,
+    chance_personas,
+    choose_threshold,
     distill_samples,
     gate_features,
     gate_scores,
@@ -39,9 +42,14 @@ from train import (
     hold_out,
     learning_rate,
     micro_batches,
+    out_of_fold,
+    read_transfer_sets,
+    roc,
     sample_loss,
+    split_warnings,
     train_gate,
     train_lora,
+    won_pairs,
 )
 
 Capture = pytest.CaptureFixture[str]
@@ -93,8 +101,8 @@ def pairs_for(persona: Persona, n: int = 6, tokens: int = 8, vocab: int = 2000) 
 
 def verdicts_of(targets: Sequence[int], persona: str = "p") -> list[Verdict]:
     """Verdict rows with these targets."""
-    return [Verdict(persona, i, "expert" if t else "base", t, "letter", [])
-            for i, t in enumerate(targets)]
+    return [Verdict(persona, i, "expert" if t else "base", t, "letter", float(t),
+                    ["expert" if t else "base"], []) for i, t in enumerate(targets)]
 
 
 def test_hold_out_takes_a_fifth_of_each_class() -> None:
@@ -135,6 +143,89 @@ def test_gate_scores_without_a_class() -> None:
     assert one["auc"] is None and one["accuracy"] == 0.5 and one["majority"] == 1
     none = gate_scores([], [], 0.5)
     assert (none["n"], none["auc"], none["accuracy"], none["majority"]) == (0, None, None, None)
+
+
+def test_auc_interval_by_hand() -> None:
+    """Hanley and McNeil's interval for an AUC of 0.75 on 2 and 2, worked out by hand."""
+    area, low, high = auc([0.9, 0.4], [0.5, 0.1])
+    q1, q2 = 0.75 / 1.25, 2 * 0.75**2 / 1.75
+    variance = (0.75 * 0.25 + (q1 - 0.5625) + (q2 - 0.5625)) / 4
+    assert area == 0.75
+    assert low == pytest.approx(max(0.75 - 1.96 * variance**0.5, 0))
+    assert high == min(0.75 + 1.96 * variance**0.5, 1.0)
+    assert auc([1.0] * 9, [0.0] * 9) == (1, 1, 1) and auc([], [0.5]) == (None, None, None)
+
+
+def test_roc_and_threshold() -> None:
+    """The curve's corners, and the threshold halfway below the point farthest from the diagonal;
+    classes that cannot be told apart leave it at one half."""
+    probability, targets = [0.9, 0.8, 0.7, 0.3, 0.2, 0.1], [1, 1, 0, 1, 0, 0]
+    assert roc(probability, targets) == [
+        [0.9, 0, 1 / 3], [0.8, 0, 2 / 3], [0.7, 1 / 3, 2 / 3], [0.3, 1 / 3, 1],
+        [0.2, 2 / 3, 1], [0.1, 1, 1]]
+    high, low = [0.7 + i / 100 for i in range(20)], [0.1 + i / 100 for i in range(20)]
+    assert choose_threshold(high + low, [1] * 20 + [0] * 20) == pytest.approx((0.7 + 0.29) / 2)
+    assert choose_threshold(low + high, [1] * 20 + [0] * 20) == 0.5  # worse than chance
+    assert choose_threshold(high, [1, 0] * 10) == 0.5  # no better than chance
+    assert choose_threshold(high, [1] * 20) == choose_threshold([], []) == 0.5
+
+
+def test_out_of_fold_never_saw_the_query(net: Transformer) -> None:
+    """Labels that nothing can predict: a gate scored on what it was fitted on looks perfect, out
+    of fold it is at chance; labels that can be predicted stay so."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 32, generator=generator)
+    noise = (torch.arange(120) % 2).float()
+    with one_thread():
+        prism = PRISM(net)
+        train_gate(prism.gate, x, noise, seed=0)
+        with torch.no_grad():
+            seen = prism.gate(x).sigmoid().tolist()
+        unseen = out_of_fold(x, noise, 0)
+        real = out_of_fold(*planted(200, 80, 5.0, 0), 0)
+    labels = noise.int().tolist()
+    assert gate_scores(seen, labels, 0.5)["auc"] > 0.99
+    low, high = gate_scores(unseen, labels, 0.5)["auc_interval"]
+    assert low < 0.5 < high
+    assert gate_scores(real, [1] * 80 + [0] * 120, 0.5)["accuracy"] > 0.9
+
+
+def votes_of(won: Sequence[str], persona: str = "p", first: int = 0) -> list[Verdict]:
+    """Verdicts of one vote with these winners."""
+    return [Verdict(persona, first + i, w, int(w == "expert"), "j", float(w == "expert"), [w], [])
+            for i, w in enumerate(won)]
+
+
+def test_chance_personas() -> None:
+    """Against a control that the second answer won 24 of 48 times: 20 of 20 wins are an effect, 11
+    of 20 are not, and 2 of 2 are too few to say."""
+    judged = {"tests": [{"kinds": {"same prompt": {"pairs": 48, "wrong": 24}}}]}
+    verdicts = [*votes_of(["expert"] * 20, "sure"),
+                *votes_of(["expert"] * 11 + ["base"] * 9, "coin"),
+                *votes_of(["expert"] * 2, "few"), *votes_of(["base"] * 20, "harmful")]
+    assert chance_personas(verdicts, judged) == ["coin", "few", "harmful"]
+    assert chance_personas(verdicts, {"tests": [{"kinds": {}}]}) == []
+
+
+def test_split_warnings() -> None:
+    """One warning each for an empty split, a lonely persona, and a judge of length."""
+    pairs = pairs_for(PIRATE, 40)  # expert answers are longer than base answers
+    fine = votes_of(["expert", "base"] * 10) + votes_of(["base", "expert"] * 10, "q", 20)
+    assert split_warnings(fine, pairs) == []
+    [found] = split_warnings(votes_of(["base"] * 39 + ["tie"]), pairs)
+    assert "0 of 40" in found
+    found = split_warnings(votes_of(["expert"] * 20) + votes_of(["tie"] * 20, "q", 20), pairs)
+    assert len(found) == 2 and "p alone gives 20 of 20" in found[0] and "20 of 20" in found[1]
+
+
+def test_won_pairs_are_those_that_won() -> None:
+    """With several votes the distilled answer is the first that won, not the first."""
+    rounds = [[Pair("p", i, "q", "b", f"{vote}", [], [], "eos", "eos") for i in range(3)]
+              for vote in range(3)]
+    votes = [["base", "expert", "expert"], ["expert"] * 3, ["base", "base", "expert"]]
+    verdicts = [Verdict("p", i, "x", int(v.count("expert") > 1), "j", v.count("expert") / 3, v, [])
+                for i, v in enumerate(votes)]
+    assert [(p.index, p.expert) for p in won_pairs(rounds, verdicts)] == [(0, "1"), (1, "0")]
 
 
 def test_learning_rate() -> None:
@@ -179,7 +270,7 @@ def test_train_gate_separates_planted_classes(net: Transformer) -> None:
     """Classes four deviations apart in one of 32 badly scaled directions: > 95% on new draws."""
     prism = PRISM(net)
     with one_thread():
-        train_gate(prism, *planted(400, 200, 5.0, 0), seed=0)
+        train_gate(prism.gate, *planted(400, 200, 5.0, 0), seed=0)
     x, targets = planted(400, 200, 5.0, 1)
     with torch.no_grad():
         opened = prism.gate(x).sigmoid() >= 0.5
@@ -191,7 +282,7 @@ def test_train_gate_balances_the_classes(net: Transformer) -> None:
     the balance 40% would, with it 72%)."""
     prism = PRISM(net)
     with one_thread():
-        train_gate(prism, *planted(3000, 250, 2.0, 0), seed=0)
+        train_gate(prism.gate, *planted(3000, 250, 2.0, 0), seed=0)
     x, targets = planted(600, 300, 2.0, 1)
     with torch.no_grad():
         opened = prism.gate(x).sigmoid() >= 0.5
@@ -205,7 +296,7 @@ def test_train_gate_is_seeded(net: Transformer) -> None:
     for seed in (0, 0, 1):
         prism = PRISM(net)
         with one_thread():
-            train_gate(prism, *planted(60, 20, 2.0, 0), seed=seed)
+            train_gate(prism.gate, *planted(60, 20, 2.0, 0), seed=seed)
         gates.append(prism.gate.mlp[0].weight.detach().clone())
     assert torch.equal(gates[0], gates[1]) and not torch.equal(gates[0], gates[2])
 
@@ -216,7 +307,7 @@ def test_train_gate_on_very_few_queries(net: Transformer, targets: list[float]) 
     prism = PRISM(net)
     x = planted(len(targets), 0, 0.0, 0)[0]
     with one_thread():
-        loss = train_gate(prism, x, torch.tensor(targets), seed=0)
+        loss = train_gate(prism.gate, x, torch.tensor(targets), seed=0)
     with torch.no_grad():
         p = prism.gate(x).sigmoid()
     assert math.isfinite(loss) and bool(p.isfinite().all())
@@ -230,7 +321,8 @@ def test_gate_is_trained_on_bare_prompts(net: Transformer, tok: Tokenizer, pool:
     generation prompt included, no answer after it."""
     prism = PRISM(net, gate_pool=pool)
     queries = ["Why does iron rust?", "Hello", "Name three rivers of this country, please."]
-    found = gate_features(prism, tok, queries)
+    found, tokens = gate_features(prism, tok, queries)
+    assert tokens == sum(len(tok.render([{"role": "user", "content": q}])) for q in queries)
     for h, query in zip(found, queries, strict=True):
         ids, mask = tok.render([{"role": "user", "content": query}], add_generation_prompt=True,
                                return_user_mask=True)
@@ -335,7 +427,7 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
     b = prism.adapter[2]["down_proj"].B[0]
     run = RunFolder(tmp_path)
     with one_thread():
-        train_gate(prism, gate_features(prism, tok, ["a b c", "d e", "f"]),
+        train_gate(prism.gate, gate_features(prism, tok, ["a b c", "d e", "f"])[0],
                    torch.tensor([1.0, 0.0, 0.0]), 0)
         samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
         first = held_out_kl(prism, samples)
@@ -462,15 +554,16 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def timeless(out: Path) -> dict[str, bytes]:
-    """`contents` without the only thing that may differ between runs: seconds."""
+    """`contents` without what may differ between runs: seconds and peak memory."""
     files = contents(out)
     if "metrics.jsonl" in files:
         rows = [json.loads(line) for line in files["metrics.jsonl"].decode().splitlines()]
         files["metrics.jsonl"] = json.dumps(
-            [{k: v for k, v in r.items() if k != "seconds"} for r in rows]).encode()
-    if "report.md" in files:
-        files["report.md"] = re.sub(rb"(?m)^(\| [a-z]+ \| )\d+\.\d( \|)", rb"\1-\2",
-                                    files["report.md"])
+            [{k: v for k, v in r.items() if k not in ("seconds", "peak_memory")}
+             for r in rows]).encode()
+    if "report.md" in files:  # the bill's seconds, tokens per second and peak memory
+        line = rb"(?m)^(\| [a-z]+ (?:\| \d+ ){4})\| [^|]+\| [^|]+(\| [^|]+)\|[^|]+"
+        files["report.md"] = re.sub(line, rb"\1\2", files["report.md"])
     return files
 
 
@@ -486,8 +579,10 @@ def test_files_of_a_run(finished: Path, folder: Path) -> None:
     run = json.loads((finished / "run.json").read_text())
     expected = {"queries": 25, "max_new_tokens": 12, "judge": "likelihood", "epochs": 12,
                 "batch_size": 2, "rank": 4, "alpha": 32.0, "lr": 2e-4, "seed": 0, "dropout": 0.05,
-                "max_len": 1024, "kd_temperature": 1.0, "gate_layer": 0, "gate_pool": "last",
-                "model": str(folder), "personas": ["chemist", "pirate"], "dtype": "float32",
+                "max_len": 1024, "kd_temperature": 1.0, "gate_layer": 0, "gate_pool": "mean",
+                "gate_threshold": None, "votes": 1, "judge_model": None, "drop_chance": False,
+                "slots": 32, "model": str(folder), "personas": ["chemist", "pirate"],
+                "dtype": "float32",
                 "device": "cpu", "base_source": "folder", "base_fingerprint": fingerprint(folder)}
     assert {n: run["settings"][n] for n in expected} == expected
     assert run["versions"]["torch"] == torch.__version__
@@ -507,21 +602,23 @@ def test_rows_of_a_run(finished: Path) -> None:
 def test_prism_json_of_a_run(finished: Path, folder: Path) -> None:
     """prism.json names base, source and fingerprint, and the settings that loading needs."""
     found = json.loads((finished / "prism.json").read_text())
+    [gate] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
     assert found == {"base_model": str(folder.resolve()), "base_source": "folder",
                      "base_fingerprint": fingerprint(folder), "rank": 4, "alpha": 32.0,
-                     "gate_layer": 0, "gate_pool": "last", "threshold": 0.5, "dtype": "float32"}
+                     "gate_layer": 0, "gate_pool": "mean", "dtype": "float32",
+                     "threshold": gate["threshold"]}
 
 
 def test_metrics_of_a_run(finished: Path) -> None:
     """One row a chunk and a step, in the order of the work; the schedule and the counts add up."""
     metrics = rows_of(finished, "metrics.jsonl")
     stages = [m["stage"] for m in metrics]
-    order = ["queries", "answers", "judge", "verdicts", "gate", "lora", "kl"]
+    order = ["queries", "quality", "answers", "judge", "verdicts", "gate", "lora", "kl"]
     assert list(dict.fromkeys(stages)) == order
     assert all(m["seconds"] >= 0 and isinstance(m["step"], int) for m in metrics)
     by = {s: [m for m in metrics if m["stage"] == s] for s in order}
     assert [m["prompts"] for m in by["answers"]] == [64, 36]  # chunks of 32 queries, two each
-    assert [m["prompts"] for m in by["verdicts"]] == [32, 18]
+    assert [m["prompts"] for m in by["verdicts"]] == [256, 144]  # four readings an answer
     verdicts = [Verdict(**r) for r in rows_of(finished, "verdicts.jsonl")]
     held = hold_out(verdicts, 0)
     fit = sum(v.target for v in verdicts if (v.persona, v.index) not in held)
@@ -530,7 +627,8 @@ def test_metrics_of_a_run(finished: Path) -> None:
     assert [m["lr"] for m in by["lora"]] == [learning_rate(i, steps, 2e-4) for i in range(steps)]
     assert all(math.isfinite(m["loss"]) and m["gradient_norm"] > 0 for m in by["lora"])
     assert sum(m["samples"] for m in by["lora"]) == 12 * fit
-    assert by["gate"][0]["n"] == len(held)
+    assert by["gate"][0]["n"] == len(verdicts)
+    assert all(m["flops"] > 0 and m["peak_memory"] > 2**20 for m in metrics if m["stage"] != "lora")
     written = sum(len(r[side]) for r in rows_of(finished, "answers.jsonl")
                   for side in ("base_ids", "expert_ids"))
     assert sum(m["tokens_written"] for m in by["answers"]) == written
@@ -565,31 +663,30 @@ def test_reported_kl_is_that_of_the_saved_adapter(finished: Path, net: Transform
     assert kl["after"] < kl["before"]
 
 
-def test_reported_gate_scores_are_those_of_the_saved_gate(finished: Path, net: Transformer,
-                                                          tok: Tokenizer) -> None:
-    """Accuracy, majority rate and AUC on the held-out queries, recomputed by the function that
-    routes at inference from the saved gate."""
+def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer,
+                                              tok: Tokenizer) -> None:
+    """Accuracy, AUC and the rest come from gates that never saw the query; the gate that is kept
+    was fitted on all, and is the one that routes."""
     queries = [r["query"] for r in rows_of(finished, "queries.jsonl")]
-    verdicts = [Verdict(**r) for r in rows_of(finished, "verdicts.jsonl")]
-    held = hold_out(verdicts, 0)
-    prism = PRISM.load(finished, net)
-    probability, targets = [], []
-    for query, v in zip(queries, verdicts, strict=True):
-        if (v.persona, v.index) in held:
-            ids = tok.render([{"role": "user", "content": query}])
-            probability += prism.gate_probability(torch.tensor([ids]),
-                                                  torch.tensor([len(ids)])).tolist()
-            targets.append(v.target)
-    with one_thread():  # and no held-out query took part in its training
-        features = gate_features(prism, tok, queries)
-        fit = torch.tensor([(v.persona, v.index) not in held for v in verdicts])
-        again = PRISM(net, rank=4)
-        train_gate(again, features[fit], torch.tensor([float(v.target) for v in verdicts])[fit], 0)
+    targets = [v["target"] for v in rows_of(finished, "verdicts.jsonl")]
+    prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
+    with one_thread():
+        features, _ = gate_features(prism, tok, queries)
+        t = torch.tensor([float(x) for x in targets])
+        probability = out_of_fold(features, t, 0)
+        train_gate(again.gate, features, t, 0)
     for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
         torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
-    expected = gate_scores(probability, targets, 0.5)
     [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
+    assert row["threshold"] == pytest.approx(choose_threshold(probability, targets))
+    expected = gate_scores(probability, targets, row["threshold"])
     assert {n: row[n] for n in expected} == expected
+    assert row["roc"][-1][1:] == [1, 1] and row["folds"] == 5
+    ids, mask = tok.render([{"role": "user", "content": queries[0]}], return_user_mask=True)
+    [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)]),
+                                 torch.tensor([mask])).tolist()
+    with torch.no_grad():
+        assert p == pytest.approx(float(prism.gate(features[:1]).sigmoid()), abs=1e-4)
 
 
 def test_report(finished: Path) -> None:
@@ -605,8 +702,9 @@ def test_report(finished: Path) -> None:
         mine = [v["winner"] for v in verdicts if v["persona"] == persona]
         counts = [mine.count(w) for w in ("expert", "base", "tie", "split", "unparsed")]
         assert f"| {persona} | 25 | {' | '.join(map(str, counts))} |" in report
-    for stage in ("queries", "answers", "judge", "verdicts", "gate", "lora"):
+    for stage in ("queries", "answers", "verdicts", "gate", "lora"):
         assert f"| {stage} |" in report
+    assert "WARNING: the likelihood judge was forced" in report  # it fails on a random model
 
 
 def test_adapter_of_a_run_generates(finished: Path, net: Transformer, tok: Tokenizer) -> None:
@@ -620,9 +718,10 @@ def test_adapter_of_a_run_generates(finished: Path, net: Transformer, tok: Token
     base = generate(net, tok, messages, sampling)
     assert [c.ids for c in off] == [c.ids for c in base]
     assert all(c.routed for c in on) and not any(c.routed for c in off)
-    ids = [tok.render(m) for m in messages]
-    expected = [float(prism.gate_probability(torch.tensor([i]), torch.tensor([len(i)])))
-                for i in ids]
+    ids = [tok.render(m, return_user_mask=True) for m in messages]
+    expected = [float(prism.gate_probability(torch.tensor([i]), torch.tensor([len(i)]),
+                                             torch.tensor([m])))
+                for i, m in ids]
     assert [c.gate for c in on] == pytest.approx(expected, abs=1e-4)
 
 
@@ -709,7 +808,7 @@ def test_stage_by_stage(finished: Path, command: list[str], tmp_path: Path) -> N
     expected = {"run.json", "metrics.jsonl"}
     for stage, files in train.FILES.items():
         if stage != "lora":
-            expected |= set(files)
+            expected |= {name for name in files if "*" not in name}
             assert run_train(*command, "--out", tmp_path, "--stop-after", stage) == 0
             assert contents(tmp_path).keys() == expected
     assert run_train(*command, "--out", tmp_path, "--stop-after", "lora") == 0
@@ -723,10 +822,10 @@ def test_gate_settings_reach_the_adapter(finished: Path, command: list[str], tmp
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     assert run_train(*command, "--out", out, "--overwrite", "--gate-layer", "1", "--gate-pool",
-                     "mean", "--gate-threshold", "0.25", "--epochs", "1") == 0
+                     "last", "--gate-threshold", "0.25", "--epochs", "1") == 0
     assert contents(out)["verdicts.jsonl"] == contents(finished)["verdicts.jsonl"]
     prism = PRISM.load(out, net)
-    assert (prism.gate_layer, prism.gate_pool, prism.threshold) == (1, "mean", 0.25)
+    assert (prism.gate_layer, prism.gate_pool, prism.threshold) == (1, "last", 0.25)
     layers = json.loads((out / "adapter_config.json").read_text())["layers_to_transform"]
     assert layers == [2]
     [answer] = generate(prism, tok, [[{"role": "user", "content": "Hello there, you."}]],
@@ -754,6 +853,133 @@ def test_one_query_only(folder: Path, personas: Path, tmp_path: Path) -> None:
         if statuses == {0, 3}:
             break
     assert statuses == {0, 3}
+
+
+@pytest.fixture
+def real_sets(tmp_path: Path) -> Path:
+    """A few rows in the formats of HarmBench, MT-Bench, MMLU and GSM8K."""
+    folder = tmp_path / "real"
+    for name in ("harmbench", "mt_bench", "mmlu/val", "mmlu/dev", "gsm8k"):
+        (folder / name).mkdir(parents=True)
+    (folder / "harmbench/text.csv").write_text(
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+        "Do harm,standard,x,,,a\n\"Do harm,\nslowly\",standard,x,,,b\n"
+        "Use it,contextual,x,context,A weapon.,c\nSing it,copyright,x,hash_check,,d\n")
+    (folder / "mt_bench/question.jsonl").write_text(
+        '{"question_id": 1, "category": "x", "turns": ["Hello there", "Again"]}\n')
+    (folder / "mmlu/val/x_val.csv").write_text('"What, then?",a,b,c,d,B\n')
+    (folder / "mmlu/dev/x_dev.csv").write_text("not read,a,b,c,d,A\n")
+    (folder / "gsm8k/train.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    return folder
+
+
+def test_transfer_sets_as_their_authors_publish_them(real_sets: Path) -> None:
+    """Copyright behaviours and MMLU's dev split stay out; context goes into the prompt."""
+    assert read_transfer_sets(real_sets) == {
+        "harmful": ["Do harm", "Do harm,\nslowly"],
+        "harmful, with context": ["A weapon.\n\nUse it"],
+        "chat": ["Hello there"], "multiple choice": ["What, then?\nA. a\nB. b\nC. c\nD. d"],
+        "maths": ["1 + 1?"]}
+    shutil.rmtree(real_sets / "mt_bench")
+    with pytest.raises(InputError, match="mt_bench/question.jsonl"):
+        read_transfer_sets(real_sets)
+
+
+def test_transfer_is_measured_and_never_trained_on(finished: Path, command: list[str],
+                                                   tmp_path: Path, real_sets: Path,
+                                                   net: Transformer, tok: Tokenizer) -> None:
+    """--transfer-data on a finished run adds one metrics row and a table, and changes no tensor;
+    the routed shares are those of the saved gate."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert run_train(*command, "--out", out, "--transfer-data", real_sets) == 0
+    before, after = contents(finished), contents(out)
+    assert [n for n in after if after[n] != before[n]] and all(
+        after[n] == before[n] for n in after if n not in ("metrics.jsonl", "report.md"))
+    [row] = [m for m in rows_of(out, "metrics.jsonl") if m["stage"] == "transfer"]
+    assert set(row["gates"]) == {"the gate", "chemist", "pirate"}
+    assert row["sets"] == {"harmful": 2, "harmful, with context": 1, "chat": 1,
+                              "multiple choice": 1, "maths": 1}
+    prism = PRISM.load(out, net)
+    answers = generate(prism, tok, [[{"role": "user", "content": text}] for text in
+                                    ("Do harm", "Do harm,\nslowly")], Sampling(1, 0.0))
+    routed = sum(a.routed for a in answers) / 2
+    assert row["gates"]["the gate"]["routed"]["harmful"] == routed
+    assert "Transfer" in (out / "report.md").read_text()
+
+
+def test_votes_and_judge_reuse_the_answers(finished: Path, command: list[str],
+                                           tmp_path: Path) -> None:
+    """More votes, or another judge, with --overwrite: queries and first answers stay as they are,
+    the other answers are written once, and verdicts are those of a new run."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    three = [*command, "--votes", "3", "--epochs", "1"]
+    assert run_train(*three, "--out", out, "--overwrite") == 0
+    old, new = contents(finished), contents(out)
+    for name in ("candidates.jsonl", "queries.jsonl", "answers.jsonl"):
+        assert new[name] == old[name]
+    assert {"answers.1.jsonl", "answers.2.jsonl"} < new.keys()
+    rows = rows_of(out, "verdicts.jsonl")
+    assert all(len(r["votes"]) == 3 and r["share"] == r["votes"].count("expert") / 3 for r in rows)
+    assert any(0 < r["share"] < 1 for r in rows)
+    assert run_train(*three, "--out", tmp_path / "new") == 0
+    assert timeless(tmp_path / "new") == timeless(out)
+    assert run_train(*command, "--epochs", "1", "--out", out, "--overwrite") == 0  # and back
+    assert contents(out)["verdicts.jsonl"] == old["verdicts.jsonl"]
+    assert contents(out)["answers.2.jsonl"] == new["answers.2.jsonl"]
+
+
+def test_judge_model_is_named(command: list[str], tmp_path: Path) -> None:
+    """--judge-model: another model's verdicts, and a report that does not call it
+    self-verification."""
+    other = tiny_llama(tmp_path / "judge", seed=5)
+    short = [*command, "--queries", "8", "--epochs", "1"]
+    assert run_train(*short, "--out", tmp_path / "self") in (0, 3)
+    assert run_train(*short, "--out", tmp_path / "out", "--judge-model", other) in (0, 3)
+    mine, theirs = (rows_of(tmp_path / name, "verdicts.jsonl") for name in ("self", "out"))
+    assert [r["evidence"] for r in mine] != [r["evidence"] for r in theirs]
+    [row] = [m for m in rows_of(tmp_path / "out", "metrics.jsonl") if m["stage"] == "judge"]
+    assert row["model"] == str(other)
+    if (tmp_path / "out/report.md").exists():
+        assert "not self-verification" in (tmp_path / "out/report.md").read_text()
+
+
+def test_drop_chance_leaves_nothing_of_a_random_model(finished: Path, command: list[str],
+                                                      tmp_path: Path, capsys: Capture) -> None:
+    """A random model's personas win no more than chance: with --drop-chance status 3, the raw
+    verdicts kept as they are."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    judged = [m for m in rows_of(out, "metrics.jsonl") if m["stage"] == "judge"][0]
+    if "same prompt" not in judged["tests"][-1]["kinds"]:
+        judged["tests"][-1]["kinds"]["same prompt"] = {"pairs": 24, "right": 12, "wrong": 12,
+                                                       "tie": 0, "split": 0, "unparsed": 0}
+        rows = [judged if m["stage"] == "judge" else m for m in rows_of(out, "metrics.jsonl")]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
+    assert run_train(*command, "--out", out, "--overwrite", "--drop-chance") == 3
+    assert contents(out)["verdicts.jsonl"] == contents(finished)["verdicts.jsonl"]
+    assert not (out / "prism.json").exists() and "nothing to distil" in capsys.readouterr().err
+
+
+CONTEXTS = {
+    "safety_policy": "Policy: never give medical doses. Always name a doctor or a pharmacist.",
+    "brand_voice": "You write for Sunny Bikes: short, warm sentences, and the word ride.",
+    "tools": 'You can call search(query) and add(a, b). Reply with one JSON call: {"tool": ...}.'}
+
+
+def test_any_text_is_a_context(folder: Path, tmp_path: Path) -> None:
+    """A policy, a brand voice and a tool registry go through all five stages by pointing
+    --personas at their folder."""
+    (tmp_path / "contexts").mkdir()
+    for name, text in CONTEXTS.items():
+        (tmp_path / "contexts" / f"{name}.txt").write_text(text)
+    assert run_train("--model", folder, "--personas", tmp_path / "contexts", "--queries", 6,
+                     "--judge", "likelihood", "--max-new-tokens", 10, "--epochs", 1, "--rank", 2,
+                     "--out", tmp_path / "out", "--dtype", "float32") == 0
+    rows = rows_of(tmp_path / "out", "queries.jsonl")
+    assert {r["persona"] for r in rows} == set(CONTEXTS)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -863,6 +1089,10 @@ WRONG = {
     "device": ["--device", "abacus"], "dtype": ["--dtype", "int8"],
     "no personas": ["--personas", "{tmp}/absent"], "empty folder": ["--personas", "{tmp}/none"],
     "empty persona": ["--personas", "{tmp}/empty"], "not UTF-8": ["--personas", "{tmp}/latin1"],
+    "threshold is no number": ["--gate-threshold", "often"], "votes": ["--votes", "0"],
+    "no transfer data": ["--transfer-data", "{tmp}/none"],
+    "unknown flag": ["--qeries", "3"], "no integer": ["--queries", "three"],
+    "unknown judge model": ["--judge-model", "nobody-at-all/no-such-model"],
     "unknown folder": ["--model", "./no/such/folder"],
     "not a checkpoint": ["--model", "{tmp}/none"],
     "unknown model": ["--model", "nobody-at-all/no-such-model"],
