@@ -126,11 +126,12 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 class PrefixReader:
     """Reads rows of ids through the base model, a beginning that rows share only once.
 
-    `tokens` counts what really went through the model.
+    `tokens` counts what really went through the model; `keep`: shared ids whose keys and values are
+    held for later calls, the oldest are dropped first.
     """
 
-    def __init__(self, net: Transformer):
-        self.net, self.tokens = net, 0
+    def __init__(self, net: Transformer, keep: int = 16384):
+        self.net, self.tokens, self.keep = net, 0, keep
         self.prefixes: dict[tuple[int, ...], KVCache] = {}
 
     @torch.inference_mode()
@@ -142,6 +143,8 @@ class PrefixReader:
         [B] of those remainders, and the cache, which holds the whole rows.
         """
         net, layers = self.net, range(len(self.net.layers))
+        while sum(map(len, self.prefixes)) > self.keep:
+            del self.prefixes[next(iter(self.prefixes))]
         for row, n in zip(rows, shared):
             prefix = tuple(row[:n])
             if prefix and prefix not in self.prefixes:

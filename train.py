@@ -617,9 +617,11 @@ def judge_lines(judged: dict) -> list[str]:
         f" of {judged['model']}: an outside judge, so this is not self-verification"
         if judged.get("model") else "")]
     chosen = judged["tests"][-1]
+    if judged["forced"]:
+        lines.append("WARNING: this judge was forced with --judge, whatever its test says")
     if not chosen["trusted"]:
-        lines.append(f"WARNING: the {chosen['judge']} judge was forced although it fails its own "
-                     "test; its verdicts mean little")
+        lines.append(f"WARNING: the {chosen['judge']} judge fails its own test; its verdicts mean "
+                     "little")
     if chosen["blind_to_refusals"]:
         lines.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
                      "on requests that should be refused); this run makes no claim about safety")
@@ -946,7 +948,8 @@ def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas:
     begun = time.perf_counter()
     cases, cost = known_truth(net, tokenizer, personas, pairs, args.max_new_tokens, args.seed)
     judge, tests = choose_judge(args.judge, *judging, cases)
-    run.record("judge", 0, chosen=judge.name, model=args.judge_model, tests=tests,
+    run.record("judge", 0, chosen=judge.name, forced=args.judge != "auto",
+               model=args.judge_model, tests=tests,
                **total([cost, *(t.pop("bill") for t in tests)]),
                seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
     return judge

@@ -9,6 +9,7 @@ Nothing in here is used by the product; what it found out is in bootstrap.Likeli
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Sequence
@@ -37,6 +38,7 @@ from bootstrap import (
     load_personas,
     render_query,
     score_winner,
+    split_chunks,
     token_log_probabilities,
     write_answers,
     write_queries,
@@ -45,7 +47,16 @@ from bootstrap import (
 from generate import derive_seed
 from hub import DEFAULT_MODEL
 from model import Transformer, load
+from prism import PRISM, Gate
 from tokenizer import Tokenizer
+from train import (
+    auc,
+    choose_threshold,
+    gate_features,
+    out_of_fold,
+    read_transfer_sets,
+    train_gate,
+)
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -90,16 +101,21 @@ def halves(cases: dict[str, list[Comparison]]) -> list[dict[str, list[Comparison
 def test_judges(net: Transformer, smollm_tok: Tokenizer, personas: list[Persona],
                 monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of judges; the product's reaches its goals on the half nothing was chosen on."""
-    monkeypatch.setattr(bootstrap, "TEST_PAIRS", 144)
     pairs = answers(net, smollm_tok, personas, 144, 192, 1)[0]
+    # Only complete answers: from one that was cut off, its third can hardly be told.
+    monkeypatch.setattr(bootstrap, "TEST_PAIRS", sum(p.base_stop == "eos" for p in pairs))
     cases, _ = known_truth(net, smollm_tok, personas, pairs, 192, SEED)
     everything = [c for asked in cases.values() for c in asked]
     keys = list(dict.fromkeys((c.query, c.persona, a) for c in everything
                               for a in (c.expert, c.base)))
-    parts, _ = LikelihoodJudge(net, smollm_tok).parts(keys)
-    bare = {(q, a): float(t.mean()) for (q, _, a), t in zip(keys, token_log_probabilities(
-        net, [render_query(smollm_tok, q)[0] for q, _, _ in keys],
-        [smollm_tok.encode(a) for _, _, a in keys])[0])}
+    parts: dict = {}
+    for some in split_chunks(keys):
+        parts |= LikelihoodJudge(net, smollm_tok).parts(some)[0]
+    bare: dict = {}
+    for some in split_chunks(keys):
+        logs, _ = token_log_probabilities(net, [render_query(smollm_tok, q)[0] for q, _, _ in some],
+                                          [smollm_tok.encode(a) for _, _, a in some])
+        bare |= {(q, a): float(t.mean()) for (q, _, a), t in zip(some, logs)}
     opened = smollm_tok.open_user_turn(None)
     queries = list(dict.fromkeys(q for q, _, _ in keys))
     prior = {q: float(t.mean()) for q, t in zip(queries, token_log_probabilities(
@@ -202,3 +218,38 @@ def _fresh(run: RunFolder) -> RunFolder:
     """The run folder without verdicts."""
     run.forget(("verdicts",), ("verdicts.jsonl",))
     return run
+
+
+def test_gates(net: Transformer, smollm_tok: Tokenizer, personas: list[Persona]) -> None:
+    """Layer x pooling: which states tell a persona's queries from the others', out of fold and on
+    real prompts (only measured). Needs PRISM_TRANSFER_DATA, a folder as for --transfer-data."""
+    folder = os.environ.get("PRISM_TRANSFER_DATA")
+    if not folder:
+        pytest.skip("PRISM_TRANSFER_DATA is not set")
+    sets = read_transfer_sets(Path(folder))
+    pairs = answers(net, smollm_tok, personas, 144, 192, 1)[0]
+    names = [p.name for p in personas]
+    print("\n| layer | pool | out-of-fold AUC, mean of 12 probes | safety probe, out of fold | "
+          "harmful / chat | harmful routed | multiple choice routed | chat routed |")
+    for layer, pool in itertools.product((0, 1, 2, 3, 5, 8, 12), ("last", "mean")):
+        prism = PRISM(net, gate_layer=layer, gate_pool=pool)
+        features, _ = gate_features(prism, smollm_tok, [p.query for p in pairs])
+        real = {k: gate_features(prism, smollm_tok, v)[0] for k, v in sets.items()}
+        areas = {}
+        for name in names:
+            targets = torch.tensor([float(p.persona == name) for p in pairs])
+            out = out_of_fold(features, targets, SEED)
+            areas[name] = auc([p for p, t in zip(out, targets) if t],
+                              [p for p, t in zip(out, targets) if not t])[0]
+            if name == "safety_monitor":
+                gate = Gate(features.shape[1], SEED)
+                train_gate(gate, features, targets, SEED, silent=True)
+                threshold = choose_threshold(out, targets.int().tolist())
+                with torch.no_grad():
+                    p = {k: gate(h).sigmoid().tolist() for k, h in real.items()}
+        routed = {k: sum(x >= threshold for x in v) / len(v) for k, v in p.items()}
+        print(f"| {layer} | {pool} | {sum(areas.values()) / len(areas):.2f} | "
+              f"{areas['safety_monitor']:.2f} | {auc(p['harmful'], p['chat'])[0]:.2f} | "
+              f"{routed['harmful']:.2f} | {routed['multiple choice']:.2f} | {routed['chat']:.2f} |",
+              flush=True)
+        assert sum(areas.values()) / len(areas) > 0.6

@@ -704,7 +704,8 @@ def test_report(finished: Path) -> None:
         assert f"| {persona} | 25 | {' | '.join(map(str, counts))} |" in report
     for stage in ("queries", "answers", "verdicts", "gate", "lora"):
         assert f"| {stage} |" in report
-    assert "WARNING: the likelihood judge was forced" in report  # it fails on a random model
+    for warning in ("judge was forced with --judge", "likelihood judge fails its own test"):
+        assert f"WARNING: the {warning}" in report or f"WARNING: this {warning}" in report
 
 
 def test_adapter_of_a_run_generates(finished: Path, net: Transformer, tok: Tokenizer) -> None:

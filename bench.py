@@ -1,0 +1,559 @@
+"""Speed and memory beside what people would otherwise run: transformers `generate` and peft.
+
+    python bench.py                                  # the default parts
+    python bench.py --only kl,sampler --json out.json
+
+Same weights, prompts and dtype on both sides, interleaved in one process, the median of --repeats.
+`floor` is what the hardware would need at least, measured in the same run: the bare matrix products
+of that shape with nothing around them. transformers and peft are optional and imported only here;
+without them the columns of the peer stay empty. Figures that fall short are printed as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bootstrap import JUDGE_PROMPT, common_prefix, load_personas
+from generate import Engine, PrefixReader, Request, Sampling, derive_seed, pad, sample, stop_tokens
+from hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
+from lora import LoRA
+from model import Transformer, choose_device, choose_dtype, load
+from prism import PRISM, LinearKL
+from tokenizer import Tokenizer
+
+QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
+NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
+
+
+@dataclass
+class Row:
+    """A line of the table. `ours`, `peer` and `floor` are seconds, bytes or counts in `unit`; the
+    smaller the better unless `unit` ends in "/s"."""
+
+    part: str
+    unit: str
+    ours: float
+    peer: float | None = None
+    floor: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times better than the peer."""
+        if self.peer is None or not self.ours:
+            return None
+        return self.ours / self.peer if self.unit.endswith("/s") else self.peer / self.ours
+
+
+def medians(functions: dict[str, Callable[[], object]], repeats: int,
+            warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each function, called in turn (so that drift hits all alike)."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + warmup):
+        for name, function in functions.items():
+            gc.collect()
+            begun = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+class Setup:
+    """What the parts share: our model, its adapter with random B, and the peer's, if installed."""
+
+    def __init__(self, name: str, device: str, dtype: str, repeats: int):
+        where = choose_device(device)
+        self.repeats = repeats
+        self.net: Transformer = load(name, where, choose_dtype(dtype, where))
+        self.tokenizer = Tokenizer(self.net.folder)
+        self.prism = PRISM(self.net)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for module in self.prism.adapter.modules():
+                for b in module.B if isinstance(module, LoRA) else ():
+                    b.copy_(torch.randn(b.shape, generator=generator) * 0.01)
+        self._peer = self._peer_lora = None
+
+    @property
+    def has_peer(self) -> bool:
+        """Whether transformers and peft are installed."""
+        try:
+            import peft  # noqa: F401
+            import transformers  # noqa: F401
+        except ImportError:
+            return False
+        return True
+
+    @property
+    def peer(self) -> torch.nn.Module:
+        """The same checkpoint in transformers."""
+        if self._peer is None:
+            from transformers import AutoModelForCausalLM
+            self._peer = AutoModelForCausalLM.from_pretrained(
+                self.net.folder, dtype=self.net.dtype).to(self.net.device).eval()
+        return self._peer
+
+    @property
+    def peer_lora(self) -> torch.nn.Module:
+        """That checkpoint with our adapter in peft, on a copy of its own."""
+        if self._peer_lora is None:
+            from peft import PeftModel
+            from transformers import AutoModelForCausalLM
+            with tempfile.TemporaryDirectory() as folder:
+                self.prism.save(folder)
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.net.folder, dtype=self.net.dtype).to(self.net.device)
+                self._peer_lora = PeftModel.from_pretrained(
+                    model, folder, is_trainable=True, autocast_adapter_dtype=False)
+        return self._peer_lora.eval()
+
+    def prompts(self, n: int) -> list[list[int]]:
+        """n prompts of mixed length (about 40 to 190 tokens) made from the personas' texts."""
+        words = " ".join(p.text for p in load_personas(Path(__file__).parent / "personas")).split()
+        return [self.tokenizer.render([{"role": "user", "content": "Explain this to a child: "
+                                        + " ".join(words[i * 7:i * 7 + 5 + i * 37 % 120])}])
+                for i in range(n)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+def generation(s: Setup) -> list[Row]:
+    """The stage-2 workload end to end, a decode step against its floor, and a single stream."""
+    rows, prompts, stop = [], s.prompts(PROMPTS), stop_tokens(s.net, s.tokenizer)
+    counts: dict[str, int] = {}
+
+    def ours() -> None:
+        engine = Engine(s.net, Sampling(NEW_TOKENS, 0.7), stop, 32)
+        counts["ours"] = sum(len(o.ids) for o in engine.run(
+            [Request(p, derive_seed("bench", i)) for i, p in enumerate(prompts)]))
+
+    def theirs(batch: int) -> Callable[[], None]:
+        def run() -> None:
+            torch.manual_seed(0)
+            total, queue = 0, sorted(prompts, key=len)  # by length: their padding is small as well
+            for i in range(0, len(queue), batch):
+                total += peer_generate(s, queue[i:i + batch], NEW_TOKENS, stop, 0.7)
+            counts[f"batch {batch}"] = total
+        return run
+
+    functions: dict[str, Callable] = {"ours": ours}
+    if s.has_peer:
+        functions |= {f"batch {b}": theirs(b) for b in (8, 32)}
+    seconds = medians(functions, max(1, s.repeats // 3), warmup=0)
+    speed = {name: counts[name] / t for name, t in seconds.items()}
+    for name in list(speed)[1:] or [None]:
+        rows.append(Row("generation, stage-2 workload" + (f"; peer at {name}" if name else ""),
+                        "tokens/s", speed["ours"], speed.get(name)))
+    rows.append(decode_step(s, 8))
+
+    def single() -> None:
+        engine = Engine(s.net, Sampling(64, 0.0), set(), 1)
+        list(engine.run([Request(prompts[0])]))
+    functions = {"ours": single}
+    if s.has_peer:
+        functions["peer"] = lambda: peer_generate(s, prompts[:1], 64, set(), 0.0)
+    t = medians(functions, s.repeats)
+    rows.append(Row("single stream, 64 tokens", "tokens/s", 64 / t["ours"],
+                    64 / t["peer"] if "peer" in t else None))
+    return rows
+
+
+@torch.inference_mode()
+def peer_generate(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop: set[int],
+                  temperature: float) -> int:
+    """transformers' generate on one left-padded batch; the number of tokens it wrote."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=s.net.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts],
+                        device=s.net.device)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {
+        "do_sample": False}
+    out = s.peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens,
+                          min_new_tokens=None if stop else new_tokens, pad_token_id=0,
+                          eos_token_id=sorted(stop) or None, **how)[:, longest:].tolist()
+    return sum(next((i + 1 for i, t in enumerate(row) if t in stop), len(row)) for row in out)
+
+
+@torch.inference_mode()
+def decode_step(s: Setup, batch: int, k: int = 0, keys: int = 200) -> Row:
+    """One decoding step of `batch` rows at `keys` cached tokens, against transformers' own and
+    against the bare products with every weight matrix."""
+    functions = {"ours": our_step(s, batch, k, keys), "floor": floor_step(s.net, batch)}
+    if s.has_peer:
+        functions["peer"] = peer_step(s.peer, s, batch, keys)
+    t = medians(functions, 4 * s.repeats, warmup=2)
+    return Row(f"decode step, batch {batch}", "ms", 1e3 * t["ours"],
+               1e3 * t["peer"] if "peer" in t else None, 1e3 * t["floor"])
+
+
+def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
+    """A function that advances `batch` rows by one token, the adapter on the first k."""
+    net, cache = s.net, s.net.new_cache(batch, keys + 1)
+    tokens = torch.arange(batch, device=net.device)[:, None]
+    start = torch.full((batch,), keys, device=net.device)
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        span = net.span((batch, 1), cache, start, keys + 1)
+        x = net.run(net.embed(tokens), span, range(len(net.layers)), s.prism.adapter, k)
+        return net.head(net.norm(x[:, -1])).argmax(-1)
+    return step
+
+
+def floor_step(net: Transformer, rows: int) -> Callable[[], None]:
+    """The products of `rows` states with every weight matrix, nothing else."""
+    weights = [w for block in net.layers for w in (
+        block.self_attn.qkv_proj.weight, block.self_attn.o_proj.weight,
+        block.mlp.gate_up_proj.weight, block.mlp.down_proj.weight)] + [net.lm_head]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=net.device).to(net.dtype)
+              for w in weights}
+
+    @torch.inference_mode()
+    def run() -> None:
+        for w in weights:
+            F.linear(inputs[w.shape[1]], w)
+    return run
+
+
+def peer_step(model: torch.nn.Module, s: Setup, batch: int, keys: int,
+              **kwargs: object) -> Callable[[], None]:
+    """The same step in transformers: its cache is cut back to `keys` tokens after each."""
+    ids = torch.arange(batch * keys, device=s.net.device).view(batch, keys) % 1000 + 5
+    with torch.inference_mode():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    token = torch.arange(batch, device=s.net.device)[:, None]
+
+    @torch.inference_mode()
+    def step() -> None:
+        model(input_ids=token, past_key_values=cache, use_cache=True,
+              **kwargs).logits[:, -1].argmax(-1)
+        cache.crop(keys)
+    return step
+
+
+def prefixes(s: Setup) -> list[Row]:
+    """Prompt tokens that go through the model when shared beginnings are read once; the peer is
+    every prompt read whole."""
+    personas = load_personas(Path(__file__).parent / "personas")
+    opened = [s.tokenizer.open_user_turn(p.text) for p in personas]
+    queries = [s.tokenizer.encode(words) for words in ("How do I", "Write a", "What is", "") * 6]
+    naive = read = 0
+    for ids in opened:
+        rows = [[*ids, *q] for q in queries]
+        reader = PrefixReader(s.net)
+        reader.read(rows, [len(ids) - 1] * len(rows))
+        read, naive = read + reader.tokens, naive + sum(map(len, rows))
+    rows = [Row("stage 1: prompt tokens read", "tokens", read, naive)]
+    answers = " ".join(personas[0].text.split()[:60]), " ".join(personas[1].text.split()[:60])
+    both = [s.tokenizer.render([{"role": "user", "content": JUDGE_PROMPT.format(
+        query="What is a good plan for a rainy day in a small town?", first=x, second=y)}])
+        for x, y in (answers, answers[::-1])]
+    shared = common_prefix(*both)
+    reader = PrefixReader(s.net)
+    reader.read(both, [shared, shared])
+    rows.append(Row("letter judge: prompt tokens read, both orders", "tokens", reader.tokens,
+                    sum(map(len, both))))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Routing and the gated layer
+
+
+def routing(s: Setup) -> list[Row]:
+    """Time to the first token with the gate in the way, and decoding with adapted rows."""
+    rows, prompt = [], s.prompts(96)[40]
+    ids, lengths = pad([prompt], s.net.device)
+
+    @torch.inference_mode()
+    def routed() -> None:
+        cache = s.net.new_cache(*ids.shape)
+        s.net.head(s.prism.prefill(ids, lengths, "auto", cache).hidden).argmax(-1)
+
+    @torch.inference_mode()
+    def base() -> None:
+        x, _, _ = PrefixReader(s.net).read([prompt], [0])
+        s.net.head(s.net.norm(x[:, -1])).argmax(-1)
+
+    @torch.inference_mode()
+    def twice() -> None:  # the authors' way: the base's states for the gate, then once more
+        with s.peer_lora.disable_adapter():
+            s.peer_lora(input_ids=ids, output_hidden_states=True, use_cache=False)
+        s.peer_lora(input_ids=ids, use_cache=True).logits[:, -1].argmax(-1)
+
+    s.prism.threshold = 0.0  # every prompt goes to the adapter: the dearer route
+    functions = {"ours": routed, "floor": base} | ({"peer": twice} if s.has_peer else {})
+    t = medians(functions, 2 * s.repeats)
+    s.prism.threshold = 0.5
+    rows.append(Row(f"time to first token, {len(prompt)} tokens (floor: base model; peer: two "
+                    "forwards)", "ms", *(1e3 * t[n] if n in t else None
+                                         for n in ("ours", "peer", "floor"))))
+    functions = {"base": our_step(s, 8, 0, 200), "all": our_step(s, 8, 8, 200),
+                 "half": our_step(s, 8, 4, 200)}
+    if s.has_peer:
+        functions["peer base"] = peer_step(s.peer, s, 8, 200)
+        functions["peer all"] = peer_step(s.peer_lora, s, 8, 200)
+    t = medians(functions, 4 * s.repeats, warmup=2)
+    for name in ("all", "half"):
+        relative = t["peer all"] / t["peer base"] if "peer all" in t else None
+        rows.append(Row(f"decode step, {name} of 8 rows gated, relative to none", "x",
+                        t[name] / t["base"], relative, 1.0))
+    rows.append(Row("un-gated rows bit-equal to the base (1 = yes)", "count", float(bit_equal(s)),
+                    None, 1.0))
+    return rows
+
+
+@torch.inference_mode()
+def bit_equal(s: Setup) -> bool:
+    """Whether the un-gated rows of a mixed batch are the base model's, bit for bit."""
+    ids = pad([p[:40] for p in s.prompts(8)], s.net.device)[0]
+    return torch.equal(s.prism(ids, 4)[4:], s.net(ids)[4:])
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def lora(s: Setup) -> list[Row]:
+    """Forward and backward through the adapted linears of one layer, against the frozen ones, and
+    what the adapter adds to the memory that waits for the backward pass."""
+    block, adapter = s.net.layers[-1], s.prism.adapter[-1]
+    linears = {"qkv_proj": block.self_attn.qkv_proj, "o_proj": block.self_attn.o_proj,
+               "gate_up_proj": block.mlp.gate_up_proj, "down_proj": block.mlp.down_proj}
+    x = {n: torch.randn(16, 256, m.in_features, device=s.net.device).to(s.net.dtype)
+         .requires_grad_() for n, m in linears.items()}
+
+    def ours(k: int) -> Callable[[], None]:
+        def run() -> None:
+            for n, m in linears.items():
+                m(x[n], adapter[n], k).sum().backward()
+        return run
+
+    functions = {"ours": ours(16), "floor": ours(0)}
+    peers: dict[str, list] = {}
+    if s.has_peer:
+        layer = s.peer_lora.train().base_model.model.model.layers[-1]
+        peers = {"qkv_proj": [layer.self_attn.q_proj, layer.self_attn.k_proj,
+                              layer.self_attn.v_proj], "o_proj": [layer.self_attn.o_proj],
+                 "gate_up_proj": [layer.mlp.gate_proj, layer.mlp.up_proj],
+                 "down_proj": [layer.mlp.down_proj]}
+
+        def theirs() -> None:
+            for n, parts in peers.items():
+                torch.cat([m(x[n]) for m in parts], -1).sum().backward()
+        functions["peer"] = theirs
+    t = medians(functions, 2 * s.repeats)
+    rows = [Row("adapted linears of a layer, forward + backward, 4,096 tokens (floor: frozen)",
+                "ms", *(1e3 * t[n] if n in t else None for n in ("ours", "peer", "floor")))]
+    frozen = saved_bytes(lambda: [m(x[n]) for n, m in linears.items()])
+    mine = saved_bytes(lambda: [m(x[n], adapter[n], 16) for n, m in linears.items()]) - frozen
+    other = (saved_bytes(lambda: [m(x[n]) for n, ms in peers.items() for m in ms]) - frozen
+             if peers else None)
+    rows.append(Row("memory the adapter adds for backward, same layer", "MiB", mine / 2**20,
+                    other / 2**20 if other else None))
+    if s.has_peer:
+        rows.append(training_step(s))
+    return rows
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Bytes of all distinct activations that a forward pass keeps for its backward pass."""
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, torch.nn.Parameter):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = forward()
+    del kept
+    return sum(seen.values())
+
+
+def training_step(s: Setup) -> Row:
+    """A whole distillation step, 16 x 512 tokens of which 256 a row are answer."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 1000, (16, 512), generator=generator).to(s.net.device)
+    ours = torch.optim.AdamW(s.prism.adapter.parameters(), lr=1e-9)
+    model = s.peer_lora.train()
+    theirs = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
+    teacher = torch.randn(16 * 256, s.net.config.hidden_size, generator=generator)
+    teacher = teacher.to(s.net.device, s.net.dtype)
+
+    def step() -> None:
+        for rows in ids.split(8):  # 4,096 tokens a micro-batch, as train.py
+            hidden = s.net.hidden(rows, s.prism.adapter, len(rows))[:, 255:511].flatten(0, 1)
+            half = teacher[:len(hidden)]
+            (LinearKL.apply(hidden, half, s.net.lm_head, 1.0) / 4096).backward()
+        ours.step()
+        ours.zero_grad()
+
+    def peer() -> None:
+        for rows in ids.split(8):
+            logits = model(input_ids=rows).logits[:, 255:511].flatten(0, 1)
+            with torch.no_grad():
+                target = F.linear(teacher[:len(logits)], s.net.lm_head)
+            loss = F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1),
+                            log_target=True, reduction="sum")
+            (loss / 4096).backward()
+        theirs.step()
+        theirs.zero_grad()
+
+    t = medians({"ours": step, "peer": peer}, max(1, s.repeats // 3))
+    return Row("training step, 16 x 512 tokens, exact KL (peer: peft, naive KL)", "s", t["ours"],
+               t["peer"])
+
+
+def kl(s: Setup) -> list[Row]:
+    """The exact KL at Qwen's vocabulary, 256 answer tokens, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    d = 896
+    weight = torch.randn(QWEN_VOCAB, d, generator=generator).to(s.net.dtype) * 0.02
+    teacher = torch.randn(256, d, generator=generator).to(s.net.dtype)
+    student = (teacher + 0.1 * torch.randn(256, d, generator=generator).to(s.net.dtype))
+    student.requires_grad_()
+
+    def ours() -> Tensor:
+        student.grad = None
+        LinearKL.apply(student, teacher, weight, 1.0).backward()
+        return student.grad
+
+    def naive() -> Tensor:
+        student.grad = None
+        with torch.no_grad():
+            p = (teacher @ weight.T).float().log_softmax(-1)
+        q = (student @ weight.T).float().log_softmax(-1)
+        F.kl_div(q, p, log_target=True, reduction="sum").backward()
+        return student.grad
+
+    def floor() -> None:
+        with torch.no_grad():
+            teacher @ weight.T
+            z = student @ weight.T
+            z @ weight
+
+    t = medians({"ours": ours, "peer": naive, "floor": floor}, s.repeats)
+    rows = [Row("exact KL, 256 tokens x 151,936, forward + backward (peer: naive)", "ms",
+                *(1e3 * t[n] for n in ("ours", "peer", "floor")))]
+    rows.append(Row("exact KL, peak memory beside its inputs", "MiB", peak_bytes(ours) / 2**20,
+                    peak_bytes(naive) / 2**20))
+    return rows
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once while `function` runs, beyond those before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        function()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def sampler(s: Setup) -> list[Row]:
+    """Drawing one token for each of 8 rows at Qwen's vocabulary."""
+    logits = torch.randn(8, QWEN_VOCAB, generator=torch.Generator().manual_seed(0))
+    logits, uniform = logits.to(s.net.device), torch.rand(8, device=s.net.device)
+    sampling = Sampling(1, 0.7)
+    t = medians({"ours": lambda: sample(logits, sampling, uniform),
+                 "peer": lambda: torch.multinomial((logits / 0.7).softmax(-1), 1)}, 6 * s.repeats)
+    return [Row("sampler, 8 x 151,936 (peer: torch.multinomial)", "ms", 1e3 * t["ours"],
+                1e3 * t["peer"])]
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+PARTS: dict[str, Callable[[Setup], list[Row]]] = {
+    "generation": generation, "prefixes": prefixes, "routing": routing, "lora": lora, "kl": kl,
+    "sampler": sampler}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown."""
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}"
+
+    lines = ["| part | unit | ours | peer | times better | floor | ours / floor |",
+             "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        over = r.ours / r.floor if r.floor else None
+        lines.append(f"| {r.part} | {r.unit} | {figure(r.ours)} | {figure(r.peer)} | "
+                     f"{figure(r.gain)} | {figure(r.floor)} | {figure(over)} |")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of bench.py."""
+    p = Parser(description="Speed and memory beside transformers and peft (optional installs).")
+    p.add_argument("--model", default=DEFAULT_MODEL, help="model id or folder; default %(default)s")
+    p.add_argument("--only", default=",".join(PARTS), help="parts, by comma; default %(default)s")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    p.add_argument("--repeats", type=int, default=5, help="at least; default %(default)s")
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    p.add_argument("--dtype", default="auto", help="auto (default), bfloat16, float32")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return exit_status(lambda: _main(parser().parse_args(argv)))
+
+
+def _main(args: argparse.Namespace) -> int:
+    """Measure the chosen parts and print the table."""
+    names = [n for n in args.only.split(",") if n]
+    unknown = [n for n in names if n not in PARTS]
+    if unknown or not names:
+        raise InputError(f"--only {','.join(unknown)}: choose among {', '.join(PARTS)}")
+    if args.repeats < 1:
+        raise InputError(f"--repeats is {args.repeats}, it must be at least 1")
+    setup, rows = Setup(args.model, args.device, args.dtype, args.repeats), []
+    if not setup.has_peer:
+        print("transformers and peft are not installed: no peer", file=sys.stderr)
+    machine = {"model": args.model, "dtype": str(setup.net.dtype), "device": str(setup.net.device),
+               "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "machine": platform.machine(), "repeats": args.repeats}
+    for name in names:
+        print(f"{name} ...", file=sys.stderr)
+        rows += PARTS[name](setup)
+    print(", ".join(f"{k} {v}" for k, v in machine.items()) + "\n\n" + table(rows))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"\npeak memory of this process: {peak:.1f} GiB")
+    if args.json:
+        write_file(args.json, json.dumps({**machine, "rows": [asdict(r) | {"gain": r.gain}
+                                                              for r in rows]}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
