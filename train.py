@@ -32,48 +32,16 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
-from bootstrap import (
-    SLOTS,
-    LetterJudge,
-    LikelihoodJudge,
-    Pair,
-    Persona,
-    Query,
-    RunFolder,
-    Verdict,
-    bill,
-    choose_judge,
-    hidden_states,
-    interval,
-    known_truth,
-    load_personas,
-    peak_memory,
-    total,
-    write_answers,
-    write_queries,
-    write_verdicts,
-)
+from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, LikelihoodJudge, Pair,
+                       Persona, Query, RunFolder, Verdict, bill, choose_judge, hidden_states,
+                       interval, known_truth, load_personas, peak_memory, split_chunks, total,
+                       write_answers, write_queries, write_verdicts)
 from generate import derive_seed, pad
-from hub import (
-    DEFAULT_MODEL,
-    InputError,
-    Parser,
-    base_source,
-    exit_status,
-    read_json,
-    resolve,
-    write_file,
-)
-from model import Transformer, choose_device, choose_dtype, fingerprint, load
-from prism import (
-    ADAPTER_FILE,
-    GATE_FILE,
-    PRISM,
-    PRISM_FILE,
-    Gate,
-    distill_loss,
-    gate_loss,
-)
+from hub import (DEFAULT_MODEL, InputError, Parser, base_source, exit_status, read_json, resolve,
+                 write_file)
+from model import Config, Transformer, choose_device, choose_dtype, fingerprint, load
+from prism import (ADAPTER_FILE, GATE_FILE, KL_CHUNK_ELEMENTS, PRISM, PRISM_FILE, Gate,
+                   distill_loss, gate_loss)
 from tokenizer import Tokenizer
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
@@ -97,7 +65,9 @@ TRANSFER_LIMIT = 400  # prompts of each real set that --transfer-data measures
 GATE_STEPS, GATE_BATCH, GATE_LR, GATE_DECAY = 300, 64, 1e-3, 0.01
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 WEIGHT_DECAY, CLIP = 0.01, 1.0
+PLAN_PROMPT = 512  # tokens of persona and query that --dry-run plans for
 TRAIN_TOKENS = 4096  # padded tokens in one micro-batch
+RECOMPUTE_ABOVE = 4 * 2**30  # bytes of activations from which layers are computed twice instead
 CHECKPOINT_EVERY = 20  # optimizer steps
 
 
@@ -390,17 +360,28 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
                                           user]))
         answers.append(pair.expert_ids[:max(max_len - len(teachers[-1]), 0)])
     rows = [[*t, *a] for t, a in zip(teachers, answers)]
-    states, _ = hidden_states(net, rows, [len(t) - 1 for t in teachers])
+    states: list[Tensor] = []
+    for some in split_chunks(list(zip(rows, teachers))):  # off the device as soon as they are there
+        found, _ = hidden_states(net, [row for row, _ in some], [len(t) - 1 for _, t in some])
+        states += [h.cpu() for h in found]
     # inference tensors cannot take part in autograd, hence the clone
     return [Sample(f"{p.persona}/{p.index}", [*s, *a], len(s), h[:-1].clone())
             for p, s, a, h in zip(pairs, students, answers, states) if a]
+
+
+def activation_bytes(config: Config, tokens: int) -> int:
+    """About what `tokens` leave behind for the backward pass: per layer eight states of width d
+    (inputs of the norms, of the projections and of attention) and three of the MLP's width."""
+    per_layer = 8 * config.hidden_size + 3 * config.intermediate_size
+    return tokens * config.num_layers * per_layer * config.dtype.itemsize
 
 
 def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
                 generator: torch.Generator | None = None) -> Tensor:
     """Summed KL of a micro-batch: the student reads the bare prompt, all rows gated."""
     ids, _ = pad([s.ids for s in samples], prism.net.device)
-    hidden = prism.net.hidden(ids, prism.adapter, len(samples), generator)
+    recompute = activation_bytes(prism.net.config, TRAIN_TOKENS) > RECOMPUTE_ABOVE
+    hidden = prism.net.hidden(ids, prism.adapter, len(samples), generator, recompute)
     student = torch.cat([hidden[i, s.start - 1:len(s.ids) - 1] for i, s in enumerate(samples)])
     teacher = torch.cat([s.teacher for s in samples]).to(prism.net.device)
     return distill_loss(student, teacher, prism.net, temperature)
@@ -733,6 +714,72 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# --dry-run
+
+
+def memory_plan(config: Config, args: argparse.Namespace, slots: int = SLOTS,
+                train_tokens: int = TRAIN_TOKENS) -> dict[str, dict[str, int]]:
+    """Stage -> part -> bytes on the device, from the sizes alone: no weight is loaded."""
+    with torch.device("meta"):
+        net = Transformer(config)
+    size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
+    weights = sum(p.numel() for p in net.parameters()) * size
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size  # keys and values
+    gate_layer = (config.num_layers // GATE_DEPTH if args.gate_layer is None else args.gate_layer)
+    adapter = PRISM(net, args.rank, args.alpha, gate_layer).adapter
+    trained = sum(p.numel() for p in adapter.parameters())
+    reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
+    activations = activation_bytes(config, train_tokens)
+    if activations > RECOMPUTE_ABOVE:  # every layer's input, and all of one layer
+        activations = (config.num_layers * train_tokens * d * size
+                       + activations // config.num_layers)
+    logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
+    return {
+        "1-2 answers": {"weights": weights,
+                        "KV slots": slots * (PLAN_PROMPT + args.max_new_tokens) * token,
+                        "reading prompts": slots * PLAN_PROMPT * (reading + token),
+                        "sampling": slots * logits},
+        "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
+                       "logits": 3 * 4 * SCORE_LOGITS},
+        "4 gate": {"weights": weights, "reading prompts": GATE_BATCH * PLAN_PROMPT * reading},
+        # fp32 master, gradient and two moments, and the cast copy
+        "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
+                      "activations": activations,
+                      "loss chunk": KL_CHUNK_ELEMENTS * (4 * 4 + 2 * size)}}
+
+
+def dry_run(args: argparse.Namespace) -> int:
+    """Print the memory plan for --model (an id, a folder, or a config.json)."""
+    path = Path(args.model)
+    path = path if path.suffix == ".json" else resolve(args.model) / "config.json"
+    config = Config.from_json(read_json(path), str(path))
+    config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
+                                torch.device("cpu"))
+    plan = memory_plan(config, args)
+    parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
+    print(f"{path}: {SLOTS} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")
+    print(table(("stage", *parts, "sum"), [
+        [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
+         f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]))
+
+    def largest(stage: str, name: str, limit: float) -> int | str:
+        fitting = [n for n in (2**i for i in range(17)) if sum(memory_plan(
+            config, args, **{name: n})[stage].values()) <= limit]
+        return max(fitting, default="does not fit")
+
+    print("\nIt fits, and at most so much would, with 1 GiB left to the driver:\n")
+    rows = []
+    for gigabytes in [args.gpu_memory] if args.gpu_memory else [24, 40, 80]:
+        limit = (gigabytes - 1) * 2**30
+        fits = all(sum(stage.values()) <= limit for stage in plan.values())
+        rows.append([f"{gigabytes:g} GB", "yes" if fits else "no",
+                     largest("1-2 answers", "slots", limit),
+                     largest("5 adapter", "train_tokens", limit)])
+    print(table(("GPU", "all five stages fit", "most slots", "most training tokens"), rows))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -761,6 +808,9 @@ def parser() -> argparse.ArgumentParser:
     add(run, "--device", "auto", "auto, cpu, cuda, ...")
     add(run, "--dtype", "auto", "auto, bfloat16, float32, float16")
     run.add_argument("--stop-after", choices=STAGES, help="end after this stage")
+    run.add_argument("--dry-run", action="store_true",
+                     help="print the memory plan of --model (or of a config.json) and end")
+    run.add_argument("--gpu-memory", type=float, metavar="GB", help="plan for a GPU of this size")
     run.add_argument("--overwrite", action="store_true",
                      help="drop the results that other settings make invalid (all, if none differ)")
     data = p.add_argument_group("stages 1-3: the data")
@@ -808,7 +858,7 @@ def check(args: argparse.Namespace) -> None:
                             ("batch_size", 1, 1e5), ("rank", 1, 1e4), ("max_len", 8, 1e7),
                             ("alpha", 1e-9, 1e9), ("lr", 1e-12, 1e3), ("dropout", 0, 0.99),
                             ("kd_temperature", 1e-3, 1e3), ("gate_threshold", 0, 1),
-                            ("votes", 1, 1000)):
+                            ("votes", 1, 1000), ("gpu_memory", 1, 1e5)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # also refuses NaN
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be in "
@@ -857,6 +907,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     """Check everything first, then run the stages in the locked output folder."""
     check(args)
+    if args.dry_run:
+        return dry_run(args)
     personas = load_personas(args.personas)
     args.persona_names = [p.name for p in personas]
     device = choose_device(args.device)

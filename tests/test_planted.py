@@ -1,7 +1,7 @@
 """A planted truth, end to end on SmolLM2's real weights.
 
 Real verdicts are noisy, so the machinery is proved on one that is not: a context whose effect can
-be seen by a rule (every reply starts with "Ahoy!"), and verdicts set by a rule on the query's topic.
+be seen by a rule (every reply starts with "Ahoy!"), and verdicts set by a rule on the topic.
 On held-out queries the gate must open for that topic only, the adapter must show the behaviour
 without the prompt, and where the gate stays closed nothing may change.
 """

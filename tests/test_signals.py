@@ -228,10 +228,10 @@ def test_gates(net: Transformer, smollm_tok: Tokenizer, personas: list[Persona])
         pytest.skip("PRISM_TRANSFER_DATA is not set")
     sets = read_transfer_sets(Path(folder))
     pairs = answers(net, smollm_tok, personas, 144, 192, 1)[0]
-    names = [p.name for p in personas]
-    print("\n| layer | pool | out-of-fold AUC, mean of 12 probes | safety probe, out of fold | "
+    names = ["safety_monitor", "math", "coding", "writing"]
+    print("\n| layer | pool | out-of-fold AUC, mean of 4 probes | safety probe, out of fold | "
           "harmful / chat | harmful routed | multiple choice routed | chat routed |")
-    for layer, pool in itertools.product((0, 1, 2, 3, 5, 8, 12), ("last", "mean")):
+    for layer, pool in itertools.product((0, 1, 3, 5, 8), ("last", "mean")):
         prism = PRISM(net, gate_layer=layer, gate_pool=pool)
         features, _ = gate_features(prism, smollm_tok, [p.query for p in pairs])
         real = {k: gate_features(prism, smollm_tok, v)[0] for k, v in sets.items()}

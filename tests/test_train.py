@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import one_thread, tiny_llama
+from tiny import one_thread, randomize_adapter, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -400,6 +400,53 @@ def test_micro_batching_does_not_change_the_step(net: Transformer, tok: Tokenize
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-4)
+
+
+def test_recomputed_layers_give_the_same_gradients(net: Transformer, tok: Tokenizer,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradient checkpointing loss and gradients are equal bit for bit, dropout masks
+    included, and fewer bytes wait for the backward pass."""
+    samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
+    found = []
+    for above in (train.RECOMPUTE_ABOVE, -1):
+        monkeypatch.setattr(train, "RECOMPUTE_ABOVE", above)
+        prism, kept = randomize_adapter(PRISM(net, dropout=0.3)), {}
+
+        def pack(t: Tensor, kept: dict = kept) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with one_thread(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = sample_loss(prism, samples, 1.0, torch.Generator().manual_seed(3))
+        with one_thread():
+            loss.backward()
+        found.append((loss.detach(), [p.grad for p in prism.adapter.parameters()],
+                      sum(kept.values())))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert found[1][2] < 0.7 * found[0][2]
+
+
+QWEN_7B = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
+           "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
+
+
+def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
+    """From a config.json alone: weights and cache by hand, all five stages within 24 GB, not
+    within 16; nothing is written."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    arguments = ["--dry-run", "--model", str(tmp_path / "config.json")]
+    assert train.main(arguments) == 0
+    out = capsys.readouterr().out
+    layer = 3584 * (3584 + 2 * 512) + 3584 + 2 * 512 + 3584**2 + 3 * 3584 * 18944 + 2 * 3584
+    weights = 2 * (28 * layer + 2 * 152064 * 3584 + 3584)
+    cache = 32 * (512 + 512) * 28 * 2 * 4 * 128 * 2
+    assert f"| 1-2 answers | {weights / 2**30:.2f} | {cache / 2**30:.2f} |" in out
+    assert "| 24 GB | yes |" in out and "| 80 GB | yes |" in out
+    assert train.main([*arguments, "--gpu-memory", "16"]) == 0
+    assert "| 16 GB | no |" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
