@@ -38,6 +38,7 @@ from tokenizer import Tokenizer
 
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
 NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
+TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
 
 
 @dataclass
@@ -106,8 +107,9 @@ class Setup:
         """The same checkpoint in transformers."""
         if self._peer is None:
             from transformers import AutoModelForCausalLM
-            self._peer = AutoModelForCausalLM.from_pretrained(
-                self.net.folder, dtype=self.net.dtype).to(self.net.device).eval()
+            with torch.inference_mode(False):
+                self._peer = AutoModelForCausalLM.from_pretrained(
+                    self.net.folder, dtype=self.net.dtype).to(self.net.device).eval()
         return self._peer
 
     @property
@@ -116,7 +118,8 @@ class Setup:
         if self._peer_lora is None:
             from peft import PeftModel
             from transformers import AutoModelForCausalLM
-            with tempfile.TemporaryDirectory() as folder:
+            # The first use may be inside inference mode, whose tensors could not be trained on.
+            with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
                 self.prism.save(folder)
                 model = AutoModelForCausalLM.from_pretrained(
                     self.net.folder, dtype=self.net.dtype).to(self.net.device)
@@ -246,7 +249,7 @@ def peer_step(model: torch.nn.Module, s: Setup, batch: int, keys: int,
     def step() -> None:
         model(input_ids=token, past_key_values=cache, use_cache=True,
               **kwargs).logits[:, -1].argmax(-1)
-        cache.crop(keys)
+        cache.crop(-1)  # take the token back
     return step
 
 
@@ -391,37 +394,38 @@ def saved_bytes(forward: Callable[[], object]) -> int:
 
 
 def training_step(s: Setup) -> Row:
-    """A whole distillation step, 16 x 512 tokens of which 256 a row are answer."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 1000, (16, 512), generator=generator).to(s.net.device)
+    """A whole distillation step, micro-batches of half the rows, half of each row is answer."""
+    generator, (rows, tokens) = torch.Generator().manual_seed(0), TRAINED
+    ids = torch.randint(5, 1000, TRAINED, generator=generator).to(s.net.device)
+    answer = slice(tokens // 2 - 1, tokens - 1)
+    n = rows * tokens // 2
     ours = torch.optim.AdamW(s.prism.adapter.parameters(), lr=1e-9)
     model = s.peer_lora.train()
     theirs = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
-    teacher = torch.randn(16 * 256, s.net.config.hidden_size, generator=generator)
+    teacher = torch.randn(n // 2, s.net.config.hidden_size, generator=generator)
     teacher = teacher.to(s.net.device, s.net.dtype)
 
     def step() -> None:
-        for rows in ids.split(8):  # 4,096 tokens a micro-batch, as train.py
-            hidden = s.net.hidden(rows, s.prism.adapter, len(rows))[:, 255:511].flatten(0, 1)
-            half = teacher[:len(hidden)]
-            (LinearKL.apply(hidden, half, s.net.lm_head, 1.0) / 4096).backward()
+        for part in ids.split(rows // 2):
+            hidden = s.net.hidden(part, s.prism.adapter, len(part))[:, answer].flatten(0, 1)
+            (LinearKL.apply(hidden, teacher, s.net.lm_head, 1.0) / n).backward()
         ours.step()
         ours.zero_grad()
 
     def peer() -> None:
-        for rows in ids.split(8):
-            logits = model(input_ids=rows).logits[:, 255:511].flatten(0, 1)
+        for part in ids.split(rows // 2):
+            logits = model(input_ids=part).logits[:, answer].flatten(0, 1)
             with torch.no_grad():
-                target = F.linear(teacher[:len(logits)], s.net.lm_head)
+                target = F.linear(teacher, s.net.lm_head)
             loss = F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1),
                             log_target=True, reduction="sum")
-            (loss / 4096).backward()
+            (loss / n).backward()
         theirs.step()
         theirs.zero_grad()
 
     t = medians({"ours": step, "peer": peer}, max(1, s.repeats // 3))
-    return Row("training step, 16 x 512 tokens, exact KL (peer: peft, naive KL)", "s", t["ours"],
-               t["peer"])
+    return Row(f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, naive KL)", "s",
+               t["ours"], t["peer"])
 
 
 def kl(s: Setup) -> list[Row]:

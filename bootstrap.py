@@ -55,7 +55,8 @@ NEAR_DUPLICATE = 0.7  # Jaccard similarity of word sets from which two queries c
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # of its own, for each persona
 SCORE_TOKENS = 8192  # padded tokens in one scoring batch
 SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
-TRUST, TEST_PAIRS = 0.8, 24  # a judge must be right on this share of that many known pairs
+TRUST, TEST_PAIRS = 0.8, 24  # a judge must be right on this share of at most so many known pairs
+FEWEST_TESTS = 4  # known pairs below which a judge cannot be called tested
 HOT = 1.6  # temperature at which answers fall apart
 LETTER_MASS = 0.05  # probability A, B and T together need for a verdict to count as one
 MARGIN = 0.02  # nats per token by which an answer must score higher to win
@@ -238,7 +239,7 @@ def load_personas(folder: Path) -> list[Persona]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such personas folder")
     personas = []
-    for path in sorted(folder.glob("*.txt")):
+    for path in sorted(p for p in folder.glob("*.txt") if not p.name.startswith(".")):
         try:
             path.name.encode("utf-8")
         except UnicodeEncodeError:
@@ -285,7 +286,7 @@ class RunFolder:
         path, rows = self.path / name, []
         if not path.exists():
             return rows
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 rows.append(kind(**json.loads(line)))
             except (ValueError, TypeError) as error:
@@ -387,7 +388,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
 
 
-def interval(hits: int, n: int) -> tuple[float, float]:
+def interval(hits: float, n: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share, which unlike the normal one stays within [0, 1].
 
     >>> [round(x, 2) for x in interval(24, 24)]
@@ -416,6 +417,8 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     """
     todo: list[Sequence[tuple[str, int, int]]] = []  # chunks of (persona, round, number)
     stop_ids = stop_tokens(net, tokenizer)
+    if not stop_ids:
+        raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever end")
     systems = {p.name: p.text for p in personas}
     opened = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
     own = assign_openings(net, tokenizer, opened)
@@ -428,7 +431,8 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                     for (name, round_, i), (_, words) in zip(chunk, begun)]
         engine = Engine(net, Sampling(**QUERY_SAMPLING), stop_ids, SLOTS)
         outputs = sorted(engine.run(requests), key=lambda out: out.index)
-        texts = [words + tokenizer.decode(out.ids) for (_, words), out in zip(begun, outputs)]
+        texts = [tokenizer.decode([*tokenizer.encode(words), *out.ids])
+                 for (_, words), out in zip(begun, outputs)]
         clean = [clean_query(text, systems[c[0]]) if out.stop == "eos" else None
                  for text, c, out in zip(texts, chunk, outputs)]
         guesses, read, scored = likeliest_persona(net, tokenizer, opened, clean)
@@ -443,7 +447,9 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     for round_ in range(ROUNDS):
         todo += split_chunks([(p.name, round_, i) for p in lacking
                               for i in range(OVERSAMPLE * wanted)], CANDIDATE_CHUNK)
+        # A continued run may find later rounds on disk already; a round is judged by its own past.
         candidates = run.chunks("queries", "candidates.jsonl", Candidate, todo, work)
+        candidates = candidates[:sum(map(len, todo))]
         queries = keep_queries(candidates, personas, wanted)
         counts = Counter(q.persona for q in queries)
         lacking = [p for p in personas if counts[p.name] < wanted]
@@ -526,12 +532,20 @@ def clean_query(text: str, persona: str = "") -> str | None:
     if len(line) > 1 and line[0] == line[-1] == '"':
         line = line[1:-1].strip()
     # A line that ends in a colon announces something that the first-line rule has cut off.
-    if not MIN_WORDS <= len(line.split()) <= MAX_WORDS or line.endswith((":", ",")):
+    if not MIN_WORDS <= count_words(line) <= MAX_WORDS or line.endswith((":", ",")):
         return None
     words, source = (re.findall(r"\w+", t.lower()) for t in (line, persona))
     runs = {tuple(source[i:i + ECHO_WORDS]) for i in range(len(source) - ECHO_WORDS + 1)}
     echo = any(tuple(words[i:i + ECHO_WORDS]) in runs for i in range(len(words)))
     return line if is_request(line) and not echo else None
+
+
+def count_words(text: str) -> int:
+    """Words of a text; scripts that do not separate words (Chinese, Japanese, Thai) count two
+    characters as one."""
+    joined = len(re.findall("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]", text))
+    return joined // 2 + len(re.sub("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]", " ",
+                                    text).split())
 
 
 def is_request(line: str) -> bool:
@@ -541,7 +555,7 @@ def is_request(line: str) -> bool:
         return False
     wish = re.search(r"\b(?:please|help|advice|i (?:need|want)|i(?:'d| would) like|i wonder)\b",
                      line.lower())
-    return bool(re.search("[?？؟]", line) or words[0] in REQUEST_WORDS or wish
+    return bool(re.search("[?？؟;՞፧]$|[?？؟]", line) or words[0] in REQUEST_WORDS or wish
                 or line.startswith(("In three bullet points", "True or false")))
 
 
@@ -635,7 +649,9 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, asked: Sequence[tuple
         requests.append(Request([*ids, *tokenizer.encode(lead)], seed, prefix=shared))
     engine = Engine(net, Sampling(max_new_tokens, temperature), stop_tokens(net, tokenizer), SLOTS)
     outputs = sorted(engine.run(requests), key=lambda out: out.index)
-    texts = [lead + tokenizer.decode(o.ids[:-1] if o.stop == "eos" else o.ids) for o in outputs]
+    # Decoded together: some decoders drop the space a text begins with.
+    texts = [tokenizer.decode([*tokenizer.encode(lead),
+                               *(o.ids[:-1] if o.stop == "eos" else o.ids)]) for o in outputs]
     return ([(text, o.ids, o.stop) for text, o in zip(texts, outputs)],
             bill(net, len(requests), engine.prompt_tokens, engine.new_tokens))
 
@@ -674,7 +690,11 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     Returns:
         the states, and the number of tokens that went through the model.
     """
-    shared = shared or [0] * len(rows)
+    shared, context = shared or [0] * len(rows), net.config.max_position_embeddings
+    longest = max(map(len, rows), default=0)
+    if longest > context:
+        raise InputError(f"a text of {longest} tokens is longer than the model's context of "
+                         f"{context}; use shorter personas or fewer --max-new-tokens")
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]) - shared[i], i))
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     reader = PrefixReader(net)
@@ -875,7 +895,7 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
     Complete answers are taken first: what was cut off already can hardly be told from its third.
     """
     texts = {p.name: p.text for p in personas}
-    usable = sorted((p for p in pairs if len(p.base.split()) >= 6), key=lambda p: (
+    usable = sorted((p for p in pairs if count_words(p.base) >= 6), key=lambda p: (
         p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
     taken = usable[:TEST_PAIRS]
     n = len(taken)
@@ -898,18 +918,26 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
         if other.query != pair.query:
             add("wrong query", pair, other.base, other.base_stop)
             longer = f"{other.base}\n\n{third.base}"
-            if len(longer) > len(pair.base) and third.query != pair.query:
+            if len(longer) > len(pair.base) and third.query not in (pair.query, other.query):
                 add("wrong but longer", pair, longer, third.base_stop)
-        words = pair.base.split(" ")
-        add("cut to a third", pair, " ".join(words[:len(words) // 3]), "eos")
+        ends = [match.end() for match in re.finditer(r"\S+", pair.base)]
+        cut = pair.base[:ends[len(ends) // 3 - 1]] if len(ends) >= 3 else (
+            pair.base[:len(pair.base) // 3])
+        add("cut to a third", pair, cut, "eos")
         add("echo", pair, f"You asked: {pair.query}", "eos")
     for pair in [p for p in usable if len(sentences(p.base)) >= 3][:TEST_PAIRS]:
         add("sentences shuffled", pair, shuffled(pair.base, derive_seed(seed, pair.query)), "eos")
     queries = [p.query for p in taken]
     for pair, (text, _, stop) in zip(taken, sampled("hot", queries, HOT)):
         add("very hot", pair, text, stop)
-    for pair, (text, _, stop) in zip(taken, sampled("again", queries, ANSWER_TEMPERATURE)):
-        add("same prompt", pair, text, stop)
+    # Both answers fresh, and queries picked without a look at any answer, or one would be ahead.
+    control = sorted(pairs, key=lambda p: derive_seed(seed, "known", p.persona, p.index))
+    control = control[:TEST_PAIRS]
+    one, two = (sampled(kind, [p.query for p in control], ANSWER_TEMPERATURE)
+                for kind in ("first", "second"))
+    cases["same prompt"] = [Comparison(p.query, texts[p.persona], x[0], y[0],
+                                       x[2] == y[2] == "eos")
+                            for p, x, y in zip(control, one, two)]
     complied = sampled("comply", SHOULD_REFUSE, ANSWER_TEMPERATURE, COMPLIANCE)
     cases["refusal"] = [Comparison(q, "", REFUSAL, text, stop == "eos")
                         for q, (text, _, stop) in zip(SHOULD_REFUSE, complied)]
@@ -934,17 +962,18 @@ def examine_judge(judge: LetterJudge | LikelihoodJudge, cases: dict[str, list[Co
     """Ask a judge about pairs whose truth is known; its accuracy and its habits, with intervals.
 
     Trusted is who is right on at least 80% of the wrong-query and of the echo pairs; blind to
-    refusals, who prefers compliance. A judge that fails the first kind is not asked the others.
+    refusals, who prefers compliance. A judge that fails the first kind is asked no other but the
+    control, two answers to the same prompt.
     """
     wrong = cases.get("wrong query", [])
     first, cost = judge.compare(wrong)
     answers, costs = {"wrong query": first}, [cost]
-    if sum(winner == "expert" for winner, _ in first) >= TRUST * len(first):
-        rest = [kind for kind in cases if kind != "wrong query"]
-        results, cost = judge.compare([c for kind in rest for c in cases[kind]])
-        queue = iter(results)
-        answers |= {kind: [next(queue) for _ in cases[kind]] for kind in rest}
-        costs.append(cost)
+    passed = sum(winner == "expert" for winner, _ in first) >= TRUST * len(first)
+    rest = [kind for kind in cases if kind != "wrong query" and (passed or kind == "same prompt")]
+    results, cost = judge.compare([c for kind in rest for c in cases[kind]])
+    queue = iter(results)
+    answers |= {kind: [next(queue) for _ in cases[kind]] for kind in rest}
+    costs.append(cost)
     kinds = {kind: habits(judge.name, results) for kind, results in answers.items()}
 
     def right(kind: str) -> bool:
@@ -983,8 +1012,16 @@ def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
     """
     kinds = {"letter": LetterJudge, "likelihood": LikelihoodJudge}
     tests = []
+    if name == "auto" and len(cases.get("wrong query", [])) < FEWEST_TESTS:
+        raise InputError(f"{len(cases.get('wrong query', []))} answers are too few to test a judge "
+                         f"({FEWEST_TESTS} are needed): more --queries, or force one with --judge")
     for kind in kinds.values() if name == "auto" else [kinds[name]]:
-        judge = kind(net, tokenizer)
+        try:
+            judge = kind(net, tokenizer)
+        except InputError:
+            if name != "auto":
+                raise
+            continue  # no letters in this tokenizer
         tests.append(examine_judge(judge, cases))
         if name != "auto" or tests[-1]["trusted"]:
             return judge, tests

@@ -7,8 +7,8 @@
    as the base model answers WITH it: exact forward KL over the whole vocabulary, on the answer's
    own sampled tokens, end of turn included.
 
-One split of the queries into fit and held-out serves both stages. Everything under --out can be
-continued after a kill by running the same command again.
+A fifth of the queries is held out from stage 5; the gate is scored out of fold and then fitted on
+all. Everything under --out can be continued after a kill by running the same command again.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -52,6 +53,7 @@ FILES = {"queries": ("candidates.jsonl", "queries.jsonl"),
                   "report.md")}
 # The first stage whose result depends on a setting; what comes before it can be kept.
 FIRST_STAGE = {"max_new_tokens": "answers", "judge": "verdicts", "judge_model": "verdicts",
+               "judge_fingerprint": "verdicts",
                "votes": "verdicts", "drop_chance": "gate", "gate_layer": "gate",
                "gate_pool": "gate", "gate_threshold": "gate", "rank": "lora", "alpha": "lora",
                "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
@@ -76,8 +78,8 @@ CHECKPOINT_EVERY = 20  # optimizer steps
 
 
 def hold_out(verdicts: Sequence[Verdict], seed: int) -> set[tuple[str, int]]:
-    """The (persona, index) pairs that neither stage 4 nor stage 5 is fitted on: a fifth of each
-    class, at least one where there are two, picked by a hash of their names."""
+    """The (persona, index) pairs that stage 5 is not fitted on: a fifth of each class, at least one
+    where there are two, picked by a hash of their names."""
     held = set()
     for target in (0, 1):
         keys = sorted(((v.persona, v.index) for v in verdicts if v.target == target),
@@ -130,8 +132,9 @@ def train_gate(gate: Gate, features: Tensor, targets: Tensor, seed: int,
     return sum(tail) / len(tail)
 
 
-def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> list[float]:
-    """The probability of every query under a gate fitted without it (5-fold cross-validation).
+def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> tuple[list[float], list[int]]:
+    """The probability of every query under a gate fitted without it, and its fold (5-fold
+    cross-validation).
 
     Folds are dealt out within each class, in an order that depends on the seed alone.
     """
@@ -148,13 +151,14 @@ def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> list[float]:
             train_gate(gate, features[~held], targets[~held], seed, silent=True)
             with torch.no_grad():
                 probability[held] = gate(features[held]).sigmoid()
-    return probability.tolist()
+    return probability.tolist(), fold.tolist()
 
 
-def gate_scores(probability: Sequence[float], targets: Sequence[int], threshold: float) -> dict:
-    """Accuracy at the threshold, the majority rate beside it, AUC and the confusion matrix."""
+def gate_scores(probability: Sequence[float], targets: Sequence[int],
+                thresholds: Sequence[float]) -> dict:
+    """Accuracy at each query's threshold, the majority rate beside it, AUC, confusion matrix."""
     n, positives = len(targets), sum(targets)
-    opened = [int(p >= threshold) for p in probability]
+    opened = [int(p >= t) for p, t in zip(probability, thresholds)]
     pairs = Counter(zip(targets, opened))
     area, low, high = auc([p for p, t in zip(probability, targets) if t],
                           [p for p, t in zip(probability, targets) if not t])
@@ -171,9 +175,11 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple:
     m, n = len(positive), len(negative)
     if not (m and n):
         return None, None, None
-    area = sum((p > q) + 0.5 * (p == q) for p in positive for q in negative) / (m * n)
-    q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
-    variance = (area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)) / (m * n)
+    wins = sum((p > q) + 0.5 * (p == q) for p in positive for q in negative)
+    area = wins / (m * n)
+    a = (wins + 0.5) / (m * n + 1)  # the formula's variance is 0 at 0 and 1, however few there are
+    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
+    variance = (a * (1 - a) + (m - 1) * (q1 - a**2) + (n - 1) * (q2 - a**2)) / (m * n)
     half = 1.96 * math.sqrt(max(variance, 0.0))
     return area, max(area - half, 0.0), min(area + half, 1.0)
 
@@ -199,6 +205,12 @@ def choose_threshold(probability: Sequence[float], targets: Sequence[int]) -> fl
     return (points[best][0] + below) / 2
 
 
+def gate_bill(prism: PRISM, prompts: int, tokens: int) -> dict:
+    """What it cost to read the gate's features: only the layers up to it ran."""
+    row = bill(prism.net, prompts, tokens)
+    return row | {"flops": row["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)}
+
+
 def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
              verdicts: Sequence[Verdict], args: argparse.Namespace) -> None:
     """Stage 4 as a resumable step: score the gate out of fold, then fit the one that is kept on all
@@ -214,14 +226,23 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     targets = torch.tensor([v.share if v.target == (v.share > 0.5) else float(v.target)
                             for v in verdicts], device=features.device)
     labels = [v.target for v in verdicts]
-    probability = out_of_fold(features, targets, args.seed)
-    prism.threshold = (choose_threshold(probability, labels) if args.gate_threshold is None
-                       else args.gate_threshold)
+    probability, fold = out_of_fold(features, targets, args.seed)
+
+    def chosen(left_out: int | None) -> float:
+        """The threshold from all queries outside of a fold."""
+        kept = [i for i, f in enumerate(fold) if f != left_out]
+        return args.gate_threshold if args.gate_threshold is not None else choose_threshold(
+            [probability[i] for i in kept], [labels[i] for i in kept])
+
+    # A query's decision is scored at a threshold that it had no part in; the pooled one routes.
+    by_fold = {f: chosen(f) for f in set(fold)}
+    prism.threshold = chosen(None)
     loss = train_gate(prism.gate, features, targets, args.seed)
     prism.save_gate(run.path)
     run.record("gate", 0, loss=loss, folds=GATE_FOLDS, threshold=prism.threshold,
-               **gate_scores(probability, labels, prism.threshold), roc=roc(probability, labels),
-               **bill(prism.net, len(pairs), tokens),
+               **gate_scores(probability, labels, [by_fold[f] for f in fold]),
+               roc=roc(probability, labels),
+               **gate_bill(prism, len(pairs), tokens),
                seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
 
 
@@ -230,39 +251,56 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
 
 
 def read_transfer_sets(folder: Path) -> dict[str, list[str]]:
-    """Real prompts from public files (the formats of evaluate.py): name -> user messages.
+    """Real prompts from HarmBench, MT-Bench, MMLU and GSM8K files as their authors publish them:
+    name -> user messages, at most TRANSFER_LIMIT each.
 
     Raises:
-        InputError: HarmBench or MT-Bench is missing: without both there is nothing to compare.
+        InputError: HarmBench or MT-Bench is missing (without both there is nothing to compare), or
+            a file is not what its name says.
     """
-    def rows(pattern: str) -> list:
-        return [row for path in sorted(folder.glob(pattern))
-                for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines(True))]
-
-    def lines(*names: str) -> list[dict]:
-        path = next((folder / n for n in names if (folder / n).is_file()), None)
-        text = path.read_text(encoding="utf-8") if path else ""
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-
     sets: dict[str, list[str]] = {"harmful": [], "harmful, with context": []}
-    head, *behaviors = rows("harmbench/*.csv") or [[]]
-    for row in (dict(zip(head, values)) for values in behaviors if values != head):
-        if "copyright" not in row["Tags"] + row["FunctionalCategory"]:
-            context = row.get("ContextString", "")
+    for row in _rows(folder, "harmbench/*.csv", lambda text: csv.DictReader(text)):
+        if "copyright" not in f"{row['Tags']}{row['FunctionalCategory']}":
+            context = row.get("ContextString")
             sets["harmful, with context" if context else "harmful"].append(
                 f"{context}\n\n{row['Behavior']}" if context else row["Behavior"])
-    sets["chat"] = [row["turns"][0] for row in lines("mt_bench/question.jsonl")]
+    sets["chat"] = _rows(folder, "mt_bench/question.jsonl", _json_lines,
+                         lambda row: row["turns"][0])
     split = next((s for s in ("test", "val") if list(folder.glob(f"mmlu/{s}/*.csv"))), "val")
-    sets["multiple choice"] = [
-        f"{q[0]}\n" + "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", q[1:5]))
-        for q in rows(f"mmlu/{split}/*.csv")]
-    sets["maths"] = [row["question"] for row in lines("gsm8k/test.jsonl", "gsm8k/train.jsonl")]
+    sets["multiple choice"] = _rows(
+        folder, f"mmlu/{split}/*.csv", lambda text: (q for q in csv.reader(text) if q),
+        lambda q: f"{q[0]}\nA. {q[1]}\nB. {q[2]}\nC. {q[3]}\nD. {q[4]}")
+    split = "test" if (folder / "gsm8k/test.jsonl").is_file() else "train"
+    sets["maths"] = _rows(folder, f"gsm8k/{split}.jsonl", _json_lines, lambda row: row["question"])
     if not (sets["harmful"] and sets["chat"]):
         raise InputError(f"{folder}: --transfer-data needs harmbench/*.csv and "
                          "mt_bench/question.jsonl in it")
     # evenly spaced, so that every MMLU subject is there
     return {name: prompts[::math.ceil(len(prompts) / TRANSFER_LIMIT)]
             for name, prompts in sets.items() if prompts}
+
+
+def _json_lines(text: Iterable[str]) -> Iterator[dict]:
+    """The objects of a JSONL file."""
+    return (json.loads(line) for line in text if line.strip())
+
+
+def _rows(folder: Path, pattern: str, parse: Callable[[Iterable[str]], Iterable],
+          pick: Callable | None = None) -> list:
+    """`pick` of every row of the matching files; a malformed one is an InputError that names it."""
+    rows = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                for row in parse(file):
+                    row = pick(row) if pick else {"Tags": "", "FunctionalCategory": "", **row}
+                    if not isinstance(row if pick else row["Behavior"], str):
+                        raise ValueError("a prompt is missing or no text")
+                    rows.append(row)
+        except (ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
+            raise InputError(f"{path}: not in the format its authors publish "
+                             f"({type(error).__name__}: {error})") from None
+    return rows
 
 
 def run_transfer(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
@@ -273,14 +311,20 @@ def run_transfer(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequ
     that persona's queries from all others'. A probe shows what the queries alone would let a gate
     learn, whatever the judge thought of the answers.
     """
-    begun, sets = time.perf_counter(), read_transfer_sets(args.transfer_data)
-    real = {name: gate_features(prism, tokenizer, prompts)[0] for name, prompts in sets.items()}
-    features, _ = gate_features(prism, tokenizer, [p.query for p in pairs])
+    begun, context = time.perf_counter(), prism.net.config.max_position_embeddings
+    sets = {name: [p for p in prompts if len(tokenizer.render(
+        [{"role": "user", "content": p}])) < context]
+        for name, prompts in read_transfer_sets(args.transfer_data).items()}
+    real, read = {}, 0
+    for name, prompts in sets.items():
+        real[name], tokens = gate_features(prism, tokenizer, prompts)
+        read += tokens
+    features, tokens = gate_features(prism, tokenizer, [p.query for p in pairs])
     names = list(dict.fromkeys(p.persona for p in pairs))
     gates = {"the gate": (prism.gate, prism.threshold)}
     for name in names if len(names) > 1 else ():
         targets = torch.tensor([float(p.persona == name) for p in pairs], device=features.device)
-        threshold = choose_threshold(out_of_fold(features, targets, args.seed),
+        threshold = choose_threshold(out_of_fold(features, targets, args.seed)[0],
                                      targets.int().tolist())
         probe = Gate(features.shape[1], args.seed).to(features.device)
         train_gate(probe, features, targets, args.seed, silent=True)
@@ -292,7 +336,9 @@ def run_transfer(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequ
         area, low, high = auc(p["harmful"], p["chat"])
         rows[name] = {"auc": area, "auc_interval": [low, high], "threshold": threshold,
                       "routed": {k: sum(x >= threshold for x in v) / len(v) for k, v in p.items()}}
-    run.record("transfer", 0, sets={k: len(v) for k, v in sets.items()}, gates=rows,
+    run.record("transfer", 0, data=str(args.transfer_data),
+               sets={k: len(v) for k, v in sets.items()}, gates=rows,
+               **gate_bill(prism, sum(map(len, sets.values())) + len(pairs), read + tokens),
                seconds=round(time.perf_counter() - begun, 3))
 
 
@@ -311,12 +357,18 @@ def chance_personas(verdicts: Sequence[Verdict], judged: dict) -> list[str]:
     high = interval(control["wrong"], control["pairs"])[1]
     names = []
     for name in dict.fromkeys(v.persona for v in verdicts):
-        votes = [w for v in verdicts if v.persona == name for w in v.votes]
-        rate = votes.count("expert") / len(votes)
-        low = interval(votes.count("expert"), len(votes))[0]
+        # The mean share of each query: several votes on one query are no new data.
+        shares = [v.share for v in verdicts if v.persona == name]
+        rate, low = sum(shares) / len(shares), interval(sum(shares), len(shares))[0]
         if rate - base - math.hypot(rate - low, high - base) <= 0:
             names.append(name)
     return names
+
+
+def drop_chance(verdicts: Sequence[Verdict], judged: dict) -> list[Verdict]:
+    """The verdicts with t(x) = 0 for every persona that cannot be told from chance."""
+    chance = chance_personas(verdicts, judged)
+    return [replace(v, target=0, share=0.0) if v.persona in chance else v for v in verdicts]
 
 
 def won_pairs(votes: Sequence[Sequence[Pair]], verdicts: Sequence[Verdict]) -> list[Pair]:
@@ -483,8 +535,12 @@ def load_checkpoint(folder: Path, prism: PRISM, optimizer: torch.optim.AdamW) ->
         return 0
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    step = int(json.loads(data[8:8 + length])["__metadata__"]["step"])
-    tensors = parse_safetensors(data)
+    try:
+        step = int(json.loads(data[8:8 + length])["__metadata__"]["step"])
+        tensors = parse_safetensors(data)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{path}: not a checkpoint of this run ({error}); delete it and stage 5 "
+                         "starts again") from None
     with torch.no_grad():
         for i, p in enumerate(prism.adapter.parameters()):
             p.copy_(tensors[f"{i}.value"])
@@ -509,14 +565,18 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     if not fit:
         raise InputError(f"no answer fits in --max-len {args.max_len} beside its persona; raise it")
     before = held_out_kl(prism, test)  # B is zero: this is the base model
+    around = time.perf_counter() - begun
     train_lora(run, prism, fit, args)
+    begun = time.perf_counter()
     after = held_out_kl(prism, test)
     steps = [m for m in run.metrics() if m["stage"] == "lora"]
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
                answer_tokens=sum(s.answer_tokens for s in test),
                prompts=len(samples), tokens_trained=sum(m["answer_tokens"] for m in steps),
                flops=sum(m["flops"] for m in steps),
-               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+               # an interrupted run's steps count as well
+               seconds=round(around + time.perf_counter() - begun
+                             + sum(m["seconds"] for m in steps), 3), peak_memory=peak_memory())
     prism.save(run.path)
     (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
@@ -608,34 +668,40 @@ def judge_lines(judged: dict) -> list[str]:
                      "on requests that should be refused); this run makes no claim about safety")
     lines.append(table(("judge", "worse answer", "pairs", "right", "wrong", "tie", "split",
                         "unparsed", "share of A"), rows))
-    lines.append('("same prompt": two answers to one prompt, so half right is what is right)')
+    lines.append('("same prompt": two answers to one prompt, so "right" and "wrong" should be '
+                 'equal but for chance)')
     return lines
 
 
-def longer_wins(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> tuple[int, int]:
-    """How many decided verdicts the longer answer (in tokens) won, and how many there are."""
-    longer = [(len(p.expert_ids) > len(p.base_ids)) == (v.winner == "expert")
-              for p, v in zip(pairs, verdicts) if v.winner in ("expert", "base")
-              and len(p.expert_ids) != len(p.base_ids)]
+def longer_wins(verdicts: Sequence[Verdict],
+                votes: Sequence[Sequence[Pair]]) -> tuple[int, int]:
+    """How many decided votes the longer answer (in tokens) won, and how many there are; `votes`
+    holds the answer pairs of each vote in the verdicts' order."""
+    longer = [(len(p.expert_ids) > len(p.base_ids)) == (winner == "expert")
+              for i, v in enumerate(verdicts) for winner, p in zip(v.votes, (r[i] for r in votes))
+              if winner in ("expert", "base") and len(p.expert_ids) != len(p.base_ids)]
     return sum(longer), len(longer)
 
 
-def verdict_table(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> str:
+def verdict_table(verdicts: Sequence[Verdict], votes: Sequence[Sequence[Pair]]) -> str:
     """Verdicts, mean answer lengths in tokens, and who won by length, per persona."""
+    groups = {n: [i for i, v in enumerate(verdicts) if v.persona == n]
+              for n in dict.fromkeys(v.persona for v in verdicts)}
     rows = []
-    for name in [*dict.fromkeys(v.persona for v in verdicts), "all"]:
-        mine = [(p, v) for p, v in zip(pairs, verdicts) if name in (v.persona, "all")]
-        counts, n = Counter(v.winner for _, v in mine), len(mine)
-        won, decided = longer_wins(*zip(*mine))
+    for name, chosen in [*groups.items(), ("**all**", list(range(len(verdicts))))]:
+        counts, n = Counter(verdicts[i].winner for i in chosen), len(chosen)
+        answers = [r[i] for r in votes for i in chosen]
+        won, decided = longer_wins([verdicts[i] for i in chosen],
+                                   [[r[i] for i in chosen] for r in votes])
         rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
-                     round(sum(len(p.base_ids) for p, _ in mine) / n),
-                     round(sum(len(p.expert_ids) for p, _ in mine) / n),
+                     round(sum(len(p.base_ids) for p in answers) / len(answers)),
+                     round(sum(len(p.expert_ids) for p in answers) / len(answers)),
                      share(counts["expert"], n), f"{won} of {decided}"])
     return table(("persona", "queries", "expert", "base", "tie", "split", "unparsed",
                   "tokens base", "tokens expert", "expert wins", "longer wins"), rows)
 
 
-def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[str]:
+def split_warnings(verdicts: Sequence[Verdict], votes: Sequence[Sequence[Pair]]) -> list[str]:
     """What looks unhealthy about the split into distill and retain set."""
     chosen = Counter(v.persona for v in verdicts if v.target)
     distilled, n, warnings = sum(chosen.values()), len(verdicts), []
@@ -646,7 +712,7 @@ def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[s
     if 2 * most > distilled and len({v.persona for v in verdicts}) > 1:
         warnings.append(f"WARNING: {name} alone gives {most} of {distilled} distill samples; the "
                         "adapter will be mostly that persona")
-    won, decided = longer_wins(pairs, verdicts)
+    won, decided = longer_wins(verdicts, votes)
     if won > 0.8 * decided:
         warnings.append(f"WARNING: the longer answer won {won} of {decided} decided verdicts; the "
                         "judge may reward length")
@@ -689,11 +755,13 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
     if "judge" in last:
         parts += ["## Self-verification", *judge_lines(last["judge"])]
     if verdicts:
-        targets = Counter(v.target for v in verdicts)
-        parts += [verdict_table(verdicts, pairs),
+        votes = [pairs, *(run.read(f"answers.{i}.jsonl", Pair) for i in range(1, args.votes))]
+        used = drop_chance(verdicts, last["judge"]) if args.drop_chance else verdicts
+        targets = Counter(v.target for v in used)
+        parts += [verdict_table(verdicts, votes),
                   f"distill / retain: {targets[1]} / {targets[0]}",
-                  *split_warnings(verdicts, pairs)]
-        dropped = chance_personas(verdicts, last["judge"]) if "judge" in last else []
+                  *split_warnings(used, votes)]
+        dropped = chance_personas(verdicts, last["judge"])
         if dropped:
             parts.append("not distinguishable from two answers to the same prompt (95%): "
                          + ", ".join(dropped) + ("; dropped" if args.drop_chance else
@@ -812,7 +880,8 @@ def parser() -> argparse.ArgumentParser:
                      help="print the memory plan of --model (or of a config.json) and end")
     run.add_argument("--gpu-memory", type=float, metavar="GB", help="plan for a GPU of this size")
     run.add_argument("--overwrite", action="store_true",
-                     help="drop the results that other settings make invalid (all, if none differ)")
+                     help="drop the results that other settings make invalid (all of a "
+                     "complete run, if none differ)")
     data = p.add_argument_group("stages 1-3: the data")
     add(data, "--queries", "queries", "queries a persona")
     add(data, "--max-new-tokens", "max_new_tokens", "longest answer, in tokens")
@@ -890,7 +959,8 @@ def begin(run: RunFolder, settings: dict, overwrite: bool) -> None:
         n = changed[0]
         raise InputError(f"{run.path}: an earlier run has {n} = {old.get(n)}, now it is "
                          f"{settings[n]}; choose another --out, or --overwrite")
-    if overwrite:
+    if overwrite and (changed or old is None or (path.parent / "report.md").exists()):
+        # Nothing changed and no report: an interrupted --overwrite, which goes on.
         first = min((STAGES.index(FIRST_STAGE.get(n, "queries")) for n in changed), default=0)
         run.forget(STAGES[first:], [f for s in STAGES[first:] for f in FILES[s]])
     versions = {"python": platform.python_version(), "torch": torch.__version__,
@@ -914,8 +984,12 @@ def _main(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     folder = resolve(args.model)
-    if args.judge_model:
-        resolve(args.judge_model)  # a wrong name must not cost the stages before it
+    judge_fingerprint = None
+    if args.judge_model:  # a wrong one must not cost the stages before it
+        judging = resolve(args.judge_model)
+        Config.from_json(read_json(judging / "config.json"), str(judging))
+        Tokenizer(judging)
+        judge_fingerprint = fingerprint(judging)
     net, tokenizer = load(folder, device, dtype), Tokenizer(folder)
     net.name = args.model
     if args.gate_layer is None:
@@ -931,21 +1005,26 @@ def _main(args: argparse.Namespace) -> int:
                  "personas_sha256": hashlib.sha256(texts.encode()).hexdigest(),
                  "base_source": base_source(folder, args.model),
                  "base_fingerprint": fingerprint(folder), "device": device.type,
-                 "dtype": str(dtype).removeprefix("torch."), "slots": SLOTS}
+                 "dtype": str(dtype).removeprefix("torch."), "slots": SLOTS,
+                 "judge_fingerprint": judge_fingerprint}
     run = RunFolder(args.out)
     try:
         begin(run, settings, args.overwrite)
-        measured = any(m["stage"] == "transfer" for m in run.metrics())
+        measured = [m["data"] for m in run.metrics() if m["stage"] == "transfer"] == [
+            str(args.transfer_data)]
         # report.md is the last file a run writes
         if (run.path / "report.md").exists() and (measured or not args.transfer_data):
             print(f"{run.path}: complete already; --overwrite runs it again")
             return 0
+        (run.path / "report.md").unlink(missing_ok=True)
         status = stages(run, prism, tokenizer, personas, args)
     finally:
         run.close()
     print(f"\n{summarize(run, args)}\n\nsaved in {run.path}")
     if status == 3:
-        print("nothing to distil: the persona won no query, so there is no adapter; the data is "
+        reason = ("no persona's wins can be told from chance" if args.drop_chance else
+                  "the persona won no query")
+        print(f"nothing to distil: {reason}, so there is no adapter; the data is "
               "kept. Try more --queries, other personas, or a larger model.", file=sys.stderr)
     return status
 
@@ -955,6 +1034,10 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     """The five stages in order; each takes up where it was left. Returns the exit status."""
     net, stop = prism.net, args.stop_after
     queries = write_queries(run, net, tokenizer, personas, args.queries, args.seed)
+    if not queries:
+        raise InputError("no candidate became a query (too short, no request, cut off, or likelier "
+                         f"under another persona: see {run.path / 'candidates.jsonl'}); try more "
+                         "--queries, other personas or a larger model")
     if stop == "queries":
         return 0
     votes = [write_answers(run, net, tokenizer, personas, queries, args.max_new_tokens, args.seed,
@@ -962,20 +1045,19 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     pairs = votes[0]
     if stop == "answers":
         return 0
-    judge = pick_judge(run, net, tokenizer, personas, pairs, args)
-    verdicts = write_verdicts(run, judge, personas, votes)
+    verdicts = write_verdicts(run, pick_judge(run, net, tokenizer, personas, pairs, args),
+                              personas, votes)
     if stop == "verdicts":
         return 0
     if args.drop_chance:
         judged = next(m for m in run.metrics() if m["stage"] == "judge")
-        chance = chance_personas(verdicts, judged)
-        verdicts = [replace(v, target=0, share=0.0) if v.persona in chance else v
-                    for v in verdicts]
+        verdicts = drop_chance(verdicts, judged)
     won = won_pairs(votes, verdicts)
     if not won:
         return 3
     run_gate(run, prism, tokenizer, pairs, verdicts, args)
-    if args.transfer_data and not any(m["stage"] == "transfer" for m in run.metrics()):
+    done = [m["data"] for m in run.metrics() if m["stage"] == "transfer"]
+    if args.transfer_data and done != [str(args.transfer_data)]:
         run_transfer(run, prism, tokenizer, pairs, args)
     if stop == "gate":
         return 0

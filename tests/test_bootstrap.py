@@ -148,6 +148,8 @@ def candidate(persona: str, text: str, complete: bool = True, **fields: object) 
     ("2024 was a year of what?", "2024 was a year of what?"),  # a number that is no numbering
     ("3.5 metres is how many feet?", "3.5 metres is how many feet?"),
     ("Wie funktioniert Ebbe und Flut?", "Wie funktioniert Ebbe und Flut?"),
+    ("\u4e3a\u4ec0\u4e48\u5929\u7a7a\u5728\u767d\u5929\u662f\u84dd\u8272\u7684\uff1f",
+     "\u4e3a\u4ec0\u4e48\u5929\u7a7a\u5728\u767d\u5929\u662f\u84dd\u8272\u7684\uff1f"),
     ("How do tides work?", None),  # four words
     ("", None),
     (" \n \t\n", None),
@@ -608,6 +610,43 @@ def test_stage_files_cut_anywhere_are_completed(tmp_path: Path, net: Transformer
         assert stages(tmp_path / f"again-{name}-{kept}", net, tok, 0, keep=cut) == whole, name
 
 
+def test_stage_1_continues_where_it_was_in_any_round(
+        tmp_path: Path, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Personas that fill up in different rounds: whatever number of candidates is on disk, the same
+    command ends with the same candidates and queries."""
+    def clean(text: str, system: str = "") -> str | None:
+        """About one candidate in two, three and ten of the personas."""
+        luck = {PERSONAS[0].text: 2, PERSONAS[1].text: 3}.get(system, 10)
+        return text if derive_seed(text) % luck == 0 else None
+
+    monkeypatch.setattr(bootstrap, "CANDIDATE_CHUNK", 4)
+    monkeypatch.setattr(bootstrap, "clean_query", clean)
+    monkeypatch.setattr(bootstrap, "NEAR_DUPLICATE", 2.0)
+    monkeypatch.setattr(bootstrap, "keep_queries", lambda candidates, personas, wanted: [
+        Query(p.name, i, c.text) for p in personas for i, c in enumerate(
+            [c for c in candidates if c.persona == p.name and clean(c.text, p.text)][:wanted])])
+    three = [*PERSONAS, Persona("judge", "Be fair and brief.")]
+
+    def run_stage(folder: Path) -> dict[str, bytes]:
+        run = RunFolder(folder)
+        with one_thread():
+            write_queries(run, net, tok, three, 3, 0)
+        run.close()
+        return {n: (folder / n).read_bytes() for n in ("candidates.jsonl", "queries.jsonl")}
+
+    whole = run_stage(tmp_path / "whole")
+    lines = whole["candidates.jsonl"].splitlines(keepends=True)
+    rounds = [json.loads(line)["round"] for line in lines]
+    owners = [{json.loads(line)["persona"] for line in lines if json.loads(line)["round"] == r}
+              for r in sorted(set(rounds))]
+    assert len(owners) >= 3 and len(owners[0]) == 3 > len(owners[-1])
+    for kept in range(0, len(lines), 4):
+        cut = tmp_path / str(kept)
+        cut.mkdir()
+        (cut / "candidates.jsonl").write_bytes(b"".join(lines[:kept]))
+        assert run_stage(cut) == whole, kept
+
+
 def test_a_row_does_not_depend_on_how_many_follow(tmp_path: Path, net: Transformer,
                                                   tok: Tokenizer) -> None:
     """Draws are seeded by a row's own name: a persona's first candidates, and its first query,
@@ -758,10 +797,13 @@ def test_known_truth_by_its_kinds(cases: dict[str, list[Comparison]]) -> None:
     own = dict(KNOWN)
     assert list(cases) == ["wrong query", "wrong but longer", "cut to a third", "echo",
                            "very hot", "same prompt", "refusal"]  # no answer has three sentences
+    # the control takes every query, the one without a usable answer too, and two fresh answers
+    assert len(cases["same prompt"]) == len(KNOWN) + 1
+    assert not {c.expert for c in cases["same prompt"]} & set(own.values())
     assert len(cases["refusal"]) == TEST_PAIRS == 24
     for kind, asked in cases.items():
         assert all(c.expert != c.base for c in asked), kind
-        if kind != "refusal":
+        if kind not in ("refusal", "same prompt"):
             assert all(c.expert == own[c.query] and c.persona == PERSONAS[1].text for c in asked)
     for c in cases["wrong query"]:
         assert c.base in own.values()
@@ -805,10 +847,14 @@ def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenize
     is used, its failure recorded, and it is not asked for more than the first kind."""
     with pytest.raises(InputError, match=r"cannot verify itself.*letter 0 of \d+.*likelihood \d+"):
         choose_judge("auto", net, tok, cases)
+    few = {kind: asked[:3] for kind, asked in cases.items()}
+    with pytest.raises(InputError, match="3 answers are too few"):
+        choose_judge("auto", net, tok, few)
     judge, tests = choose_judge("letter", net, tok, cases)
     assert judge.name == "letter" and len(tests) == 1 and not tests[0]["trusted"]
-    [(kind, counts)] = tests[0]["kinds"].items()
-    assert kind == "wrong query" and counts["unparsed"] == counts["pairs"] > 0
+    assert list(tests[0]["kinds"]) == ["wrong query", "same prompt"]  # no other but the control
+    counts = tests[0]["kinds"]["wrong query"]
+    assert counts["unparsed"] == counts["pairs"] > 0
     assert counts["letters"] == 2 * counts["pairs"] and counts["A"] == 0
 
 

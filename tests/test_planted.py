@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bootstrap
-from bootstrap import Pair, Persona, Query, RunFolder, Verdict, write_answers
+from bootstrap import Persona, Query, RunFolder, Verdict, write_answers
 from generate import Completion, Sampling, generate
 from model import Transformer, load
 from prism import PRISM
@@ -91,7 +91,6 @@ def test_planted_truth(smollm_folder: Path, smollm_tok: Tokenizer, tmp_path: Pat
     assert ahoy(shown) >= 0.9 * prompted
     assert ahoy(closed) == 0
     # closed means the base model, token for token at the same batch shape
-    plain = ask(net, smollm_tok, programming)
-    stayed = [i for i, a in enumerate(closed) if not a.routed]
-    assert [closed[i].ids for i in stayed] == [plain[i].ids for i in stayed] or wrong > 0
-    assert isinstance(pairs[0], Pair)
+    stayed = [q for q, a in zip(programming, closed) if not a.routed]
+    assert [a.ids for a in ask(prism, smollm_tok, stayed)] == [
+        a.ids for a in ask(net, smollm_tok, stayed)]

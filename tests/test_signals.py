@@ -83,9 +83,11 @@ def personas() -> list[Persona]:
 def answers(net: Transformer, tokenizer: Tokenizer, personas: list[Persona], queries: int,
             new_tokens: int, votes: int) -> list[list[Pair]]:
     """Stage 2 on some of stage 1's queries, `votes` times."""
+    first = RunFolder(ROOT / "out" / "signals")
+    kept = write_queries(first, net, tokenizer, personas, QUERIES, SEED)
+    first.close()
     run = RunFolder(ROOT / "out" / f"signals-{new_tokens}")
     try:
-        kept = write_queries(run, net, tokenizer, personas, QUERIES, SEED)
         return [write_answers(run, net, tokenizer, personas, kept[::len(kept) // queries],
                               new_tokens, SEED, vote) for vote in range(votes)]
     finally:
@@ -238,7 +240,7 @@ def test_gates(net: Transformer, smollm_tok: Tokenizer, personas: list[Persona])
         areas = {}
         for name in names:
             targets = torch.tensor([float(p.persona == name) for p in pairs])
-            out = out_of_fold(features, targets, SEED)
+            out, _ = out_of_fold(features, targets, SEED)
             areas[name] = auc([p for p, t in zip(out, targets) if t],
                               [p for p, t in zip(out, targets) if not t])[0]
             if name == "safety_monitor":

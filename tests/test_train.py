@@ -128,7 +128,7 @@ def test_hold_out_of_small_classes(ones: int, zeros: int, expected: tuple[int, i
 
 def test_gate_scores_by_hand() -> None:
     """Five queries worked out by hand, one tie between the classes, threshold inclusive."""
-    scores = gate_scores([0.9, 0.4, 0.4, 0.2, 0.5], [1, 1, 0, 0, 0], 0.5)
+    scores = gate_scores([0.9, 0.4, 0.4, 0.2, 0.5], [1, 1, 0, 0, 0], [0.5] * 5)
     # positives 0.9 and 0.4 against 0.4, 0.2, 0.5: three wins; then a tie, a win and a loss
     assert scores["auc"] == pytest.approx((3 + 0.5 + 1 + 0) / 6)
     assert scores["accuracy"] == pytest.approx(3 / 5)
@@ -139,21 +139,27 @@ def test_gate_scores_by_hand() -> None:
 
 def test_gate_scores_without_a_class() -> None:
     """One class only has no AUC, and no query at all no accuracy: None, not an invented number."""
-    one = gate_scores([0.9, 0.1], [1, 1], 0.5)
+    one = gate_scores([0.9, 0.1], [1, 1], [0.5, 0.5])
     assert one["auc"] is None and one["accuracy"] == 0.5 and one["majority"] == 1
-    none = gate_scores([], [], 0.5)
+    none = gate_scores([], [], [])
     assert (none["n"], none["auc"], none["accuracy"], none["majority"]) == (0, None, None, None)
 
 
 def test_auc_interval_by_hand() -> None:
-    """Hanley and McNeil's interval for an AUC of 0.75 on 2 and 2, worked out by hand."""
+    """Hanley and McNeil's interval for 3 of 4 won pairs, its variance taken at 3.5 of 5; perfect
+    scores of very few queries are not certainty."""
     area, low, high = auc([0.9, 0.4], [0.5, 0.1])
-    q1, q2 = 0.75 / 1.25, 2 * 0.75**2 / 1.75
-    variance = (0.75 * 0.25 + (q1 - 0.5625) + (q2 - 0.5625)) / 4
+    a = 3.5 / 5
+    q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
+    variance = (a * (1 - a) + (q1 - a**2) + (q2 - a**2)) / 4
     assert area == 0.75
     assert low == pytest.approx(max(0.75 - 1.96 * variance**0.5, 0))
     assert high == min(0.75 + 1.96 * variance**0.5, 1.0)
-    assert auc([1.0] * 9, [0.0] * 9) == (1, 1, 1) and auc([], [0.5]) == (None, None, None)
+    area, low, high = auc([0.6], [0.4])
+    assert area == high == 1 and low < 0.5
+    area, low, _ = auc([1.0] * 40, [0.0] * 40)
+    assert area == 1 and low > 0.95
+    assert auc([], [0.5]) == (None, None, None)
 
 
 def test_roc_and_threshold() -> None:
@@ -181,13 +187,16 @@ def test_out_of_fold_never_saw_the_query(net: Transformer) -> None:
         train_gate(prism.gate, x, noise, seed=0)
         with torch.no_grad():
             seen = prism.gate(x).sigmoid().tolist()
-        unseen = out_of_fold(x, noise, 0)
-        real = out_of_fold(*planted(200, 80, 5.0, 0), 0)
-    labels = noise.int().tolist()
-    assert gate_scores(seen, labels, 0.5)["auc"] > 0.99
-    low, high = gate_scores(unseen, labels, 0.5)["auc_interval"]
+        unseen, fold = out_of_fold(x, noise, 0)
+        real, _ = out_of_fold(*planted(200, 80, 5.0, 0), 0)
+    labels, half = noise.int().tolist(), [0.5] * 200
+    assert gate_scores(seen, labels, half)["auc"] > 0.99
+    low, high = gate_scores(unseen, labels, half)["auc_interval"]
     assert low < 0.5 < high
-    assert gate_scores(real, [1] * 80 + [0] * 120, 0.5)["accuracy"] > 0.9
+    assert gate_scores(real, [1] * 80 + [0] * 120, half)["accuracy"] > 0.9
+    for label in (0, 1):  # both classes are dealt out evenly
+        assert [sum(f == i and t == label for f, t in zip(fold, labels)) for i in range(5)] == (
+            [12] * 5)
 
 
 def votes_of(won: Sequence[str], persona: str = "p", first: int = 0) -> list[Verdict]:
@@ -211,10 +220,10 @@ def test_split_warnings() -> None:
     """One warning each for an empty split, a lonely persona, and a judge of length."""
     pairs = pairs_for(PIRATE, 40)  # expert answers are longer than base answers
     fine = votes_of(["expert", "base"] * 10) + votes_of(["base", "expert"] * 10, "q", 20)
-    assert split_warnings(fine, pairs) == []
-    [found] = split_warnings(votes_of(["base"] * 39 + ["tie"]), pairs)
+    assert split_warnings(fine, [pairs]) == []
+    [found] = split_warnings(votes_of(["base"] * 39 + ["tie"]), [pairs])
     assert "0 of 40" in found
-    found = split_warnings(votes_of(["expert"] * 20) + votes_of(["tie"] * 20, "q", 20), pairs)
+    found = split_warnings(votes_of(["expert"] * 20) + votes_of(["tie"] * 20, "q", 20), [pairs])
     assert len(found) == 2 and "p alone gives 20 of 20" in found[0] and "20 of 20" in found[1]
 
 
@@ -720,13 +729,16 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer,
     with one_thread():
         features, _ = gate_features(prism, tok, queries)
         t = torch.tensor([float(x) for x in targets])
-        probability = out_of_fold(features, t, 0)
+        probability, fold = out_of_fold(features, t, 0)
         train_gate(again.gate, features, t, 0)
     for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
         torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
     [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
     assert row["threshold"] == pytest.approx(choose_threshold(probability, targets))
-    expected = gate_scores(probability, targets, row["threshold"])
+    others = {f: [i for i, g in enumerate(fold) if g != f] for f in range(5)}
+    thresholds = {f: choose_threshold([probability[i] for i in kept], [targets[i] for i in kept])
+                  for f, kept in others.items()}  # no query has a part in its own threshold
+    expected = gate_scores(probability, targets, [thresholds[f] for f in fold])
     assert {n: row[n] for n in expected} == expected
     assert row["roc"][-1][1:] == [1, 1] and row["folds"] == 5
     ids, mask = tok.render([{"role": "user", "content": queries[0]}], return_user_mask=True)
@@ -931,6 +943,47 @@ def test_transfer_sets_as_their_authors_publish_them(real_sets: Path) -> None:
     shutil.rmtree(real_sets / "mt_bench")
     with pytest.raises(InputError, match="mt_bench/question.jsonl"):
         read_transfer_sets(real_sets)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("harmbench/text.csv", "Goal,Tags\nx,y\n"), ("harmbench/text.csv", "\n"),
+    ("harmbench/text.csv", "Behavior,FunctionalCategory,Tags\n" + "x" * 200_000 + ",a,b\n"),
+    ("harmbench/text.csv", b"Behavior,FunctionalCategory,Tags\nh\xf6flich,a,b\n"),
+    ("mt_bench/question.jsonl", '{"turns": []}\n'), ("mt_bench/question.jsonl", '{"turns": [5]}\n'),
+    ("mt_bench/question.jsonl", "[1]\n"), ("mt_bench/question.jsonl", '{"tur'),
+    ("mmlu/val/x_val.csv", "one,two\n"), ("gsm8k/train.jsonl", '{"question": null}\n')])
+def test_malformed_transfer_data_is_named(real_sets: Path, name: str, text: str | bytes) -> None:
+    """A file that is not what its name says: one error that names it (or what is then missing)."""
+    (real_sets / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=f"{Path(name).name}|harmbench/"):
+        read_transfer_sets(real_sets)
+
+
+def test_transfer_files_with_odd_lines(real_sets: Path) -> None:
+    """Blank lines, a U+2028 inside of a JSON string, a second file with other columns: fine."""
+    with (real_sets / "mmlu/val/x_val.csv").open("a") as file:
+        file.write("\n\n")
+    text = "Tags,Behavior,FunctionalCategory\nx,More harm,y\n\n"
+    (real_sets / "harmbench/z.csv").write_text(text)
+    (real_sets / "mt_bench/question.jsonl").write_text('{"turns": ["Hello\u2028there"]}\n\n')
+    found = read_transfer_sets(real_sets)
+    assert found["harmful"][-1] == "More harm" and found["chat"] == ["Hello\u2028there"]
+    assert len(found["multiple choice"]) == 1
+
+
+def test_interrupted_overwrite_continues(finished: Path, command: list[str],
+                                         tmp_path: Path) -> None:
+    """The same --overwrite command, stopped half-way and given again, keeps what the first one
+    kept; on a complete run it starts from nothing."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    two = [*command, "--votes", "2", "--epochs", "1", "--out", str(out), "--overwrite"]
+    assert run_train(*two, "--stop-after", "verdicts") == 0
+    stamps = [(out / f).stat().st_mtime_ns for f in ("candidates.jsonl", "verdicts.jsonl")]
+    assert run_train(*two) == 0
+    assert [(out / f).stat().st_mtime_ns for f in ("candidates.jsonl", "verdicts.jsonl")] == stamps
+    assert run_train(*two) == 0
+    assert (out / "candidates.jsonl").stat().st_mtime_ns != stamps[0]
 
 
 def test_transfer_is_measured_and_never_trained_on(finished: Path, command: list[str],
@@ -1211,7 +1264,7 @@ def test_persona_longer_than_the_context(command: list[str], tmp_path: Path,
     (tmp_path / "personas" / "long.txt").write_text("one two three " * 600)
     status = run_train(*command, "--out", tmp_path / "out", "--personas", tmp_path / "personas")
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert status == 2 and error.startswith("error: ") and "1023" in error
+    assert status == 2 and error.startswith("error: ") and "1024" in error
 
 
 def test_persona_whose_file_name_is_not_text(command: list[str], tmp_path: Path,

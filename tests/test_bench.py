@@ -1,0 +1,89 @@
+"""bench.py: its table, its measuring tools, and every quick part on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from bench import Row, bit_equal, main, medians, peak_bytes, saved_bytes, table
+from tiny import one_thread, tiny_llama
+
+
+def test_table_and_gain() -> None:
+    """Seconds are better when smaller, rates when larger; what is missing is a dash."""
+    rows = [Row("a", "ms", 2.0, 6.0, 1.0), Row("b", "tokens/s", 300.0, 100.0), Row("c", "MiB", 5.0)]
+    assert [r.gain for r in rows] == [3.0, 3.0, None]
+    lines = table(rows).splitlines()
+    assert lines[2] == "| a | ms | 2 | 6 | 3 | 1 | 2 |"
+    assert lines[4] == "| c | MiB | 5 | - | - | - | - |"
+
+
+def test_medians_are_interleaved() -> None:
+    """Each turn calls every function once, the first turn is not counted."""
+    calls: list[str] = []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        time.sleep(seconds if len(calls) > 2 else 0.2)
+
+    found = medians({"a": lambda: work("a", 0.002), "b": lambda: work("b", 0.02)}, 3)
+    assert calls == ["a", "b"] * 4
+    assert 0.002 <= found["a"] < found["b"] < 0.1
+
+
+def test_bytes_are_counted() -> None:
+    """The peak of a function that holds two 4 MiB tensors at once, and what a product saves."""
+    def work() -> None:
+        a = torch.ones(2**20)
+        b = a + 1
+        del a
+        b + 1
+
+    assert 8 * 2**20 <= peak_bytes(work) < 9 * 2**20
+    x = torch.ones(256, 1024, requires_grad=True)
+    assert saved_bytes(lambda: x.exp()) == 2**20
+
+
+def test_parts_on_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part runs, with transformers and peft beside it; --json holds the printed rows."""
+    monkeypatch.setattr(bench, "QWEN_VOCAB", 500)
+    monkeypatch.setattr(bench, "PROMPTS", 4)
+    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
+    monkeypatch.setattr(bench, "TRAINED", (2, 64))
+    folder = tiny_llama(tmp_path / "tiny")
+    with one_thread():
+        assert main(["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--repeats",
+                     "1", "--json", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    out = capsys.readouterr().out
+    assert all(f"| {r['part']} | {r['unit']} |" in out for r in rows)
+    assert all(r["ours"] > 0 for r in rows)
+    with_peer = [r["part"] for r in rows if r["peer"]]
+    assert len(with_peer) >= len(rows) - 1
+    [shared] = [r for r in rows if r["part"].startswith("stage 1")]
+    assert shared["ours"] < shared["peer"]
+    [equal] = [r for r in rows if "bit-equal" in r["part"]]
+    assert equal["ours"] == 1
+
+
+def test_bit_equality_can_fail(tmp_path: Path) -> None:
+    """A base row that the adapter touched would be seen."""
+    setup = bench.Setup(str(tiny_llama(tmp_path / "tiny")), "cpu", "float32", 1)
+    assert bit_equal(setup)
+    setup.prism.forward = lambda ids, k: setup.net(ids) + 1e-3
+    assert not bit_equal(setup)
+
+
+@pytest.mark.parametrize("argv", [["--only", "speed"], ["--only", ""], ["--repeats", "0"],
+                                  ["--model", "./nowhere"], ["--dtype", "int4"]])
+def test_wrong_input(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 2 and one line."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
