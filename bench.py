@@ -17,6 +17,7 @@ import json
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -494,12 +495,38 @@ def sampler(s: Setup) -> list[Row]:
 
 
 # --------------------------------------------------------------------------------------------------
+# Whole runs; only by name, one repetition
+
+
+def growth(s: Setup) -> list[Row]:
+    """Stages 1-3 at 1, 4 and 16 queries a persona, each in a process of its own: seconds a query
+    and peak memory, beside those of the smallest run."""
+    seconds, peaks, rows = {}, {}, []
+    for n in (1, 4, 16):
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, str(Path(__file__).parent / "train.py"), "--model",
+                       str(s.net.folder), "--queries", str(n), "--max-new-tokens", "32",
+                       "--judge", "likelihood", "--stop-after", "verdicts", "--out", out]
+            subprocess.run(command, check=True, capture_output=True)
+            metrics = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
+        # the judge's self-test costs the same whatever the number of queries
+        seconds[n] = sum(m["seconds"] for m in metrics if m["stage"] != "judge")
+        peaks[n] = max(m["peak_memory"] for m in metrics)
+        rows += [Row(f"growth: seconds for {n} queries a persona (peer: {n} x one)", "s",
+                     seconds[n], n * seconds[1]),
+                 Row(f"growth: peak memory at {n} queries a persona (peer: at one)", "GiB",
+                     peaks[n] / 2**30, peaks[1] / 2**30)]
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
 PARTS: dict[str, Callable[[Setup], list[Row]]] = {
     "generation": generation, "prefixes": prefixes, "routing": routing, "lora": lora, "kl": kl,
-    "sampler": sampler}
+    "sampler": sampler, "growth": growth}
+BY_NAME = ("growth",)  # minutes, so not in the default set
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -520,7 +547,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line of bench.py."""
     p = Parser(description="Speed and memory beside transformers and peft (optional installs).")
     p.add_argument("--model", default=DEFAULT_MODEL, help="model id or folder; default %(default)s")
-    p.add_argument("--only", default=",".join(PARTS), help="parts, by comma; default %(default)s")
+    p.add_argument("--only", default=",".join(n for n in PARTS if n not in BY_NAME),
+                   help="parts, by comma; default %(default)s; only by name: " + ", ".join(BY_NAME))
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     p.add_argument("--repeats", type=int, default=5, help="at least; default %(default)s")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
