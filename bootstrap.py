@@ -61,7 +61,7 @@ HOT = 1.6  # temperature at which answers fall apart
 LETTER_MASS = 0.05  # probability A, B and T together need for a verdict to count as one
 MARGIN = 0.02  # nats per token by which an answer must score higher to win
 FLUENCY = 1.0  # weight of the answer's own likelihood beside the query's
-ENDING, ENDING_FLOOR = 0.1, -8.0  # weight of log P(end of turn | answer), and its lowest value
+ENDING, ENDING_FLOOR = 0.2, -8.0  # weight of log P(end of turn | answer), and its lowest value
 DEGENERATE = 100.0  # nats taken from what is no answer: nothing outweighs that
 Z95 = 1.959964  # the normal quantile of a 95% interval
 
