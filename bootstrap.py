@@ -920,10 +920,7 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
             longer = f"{other.base}\n\n{third.base}"
             if len(longer) > len(pair.base) and third.query not in (pair.query, other.query):
                 add("wrong but longer", pair, longer, third.base_stop)
-        ends = [match.end() for match in re.finditer(r"\S+", pair.base)]
-        cut = pair.base[:ends[len(ends) // 3 - 1]] if len(ends) >= 3 else (
-            pair.base[:len(pair.base) // 3])
-        add("cut to a third", pair, cut, "eos")
+        add("cut to a third", pair, first_third(pair.base), "eos")
         add("echo", pair, f"You asked: {pair.query}", "eos")
     for pair in [p for p in usable if len(sentences(p.base)) >= 3][:TEST_PAIRS]:
         add("sentences shuffled", pair, shuffled(pair.base, derive_seed(seed, pair.query)), "eos")
@@ -942,6 +939,12 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
     cases["refusal"] = [Comparison(q, "", REFUSAL, text, stop == "eos")
                         for q, (text, _, stop) in zip(SHOULD_REFUSE, complied)]
     return cases, total(costs)
+
+
+def first_third(text: str) -> str:
+    """The first third of a text's words (of its characters, if it does not separate words)."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    return text[:ends[len(ends) // 3 - 1] if len(ends) >= 3 else len(text) // 3]
 
 
 def sentences(text: str) -> list[str]:

@@ -222,9 +222,8 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
         return
     begun = time.perf_counter()
     features, tokens = gate_features(prism, tokenizer, [p.query for p in pairs])
-    # The soft target of several votes; without them it is t(x) itself.
-    targets = torch.tensor([v.share if v.target == (v.share > 0.5) else float(v.target)
-                            for v in verdicts], device=features.device)
+    # The share of votes is a soft target; with one vote it is t(x) itself.
+    targets = torch.tensor([float(v.share) for v in verdicts], device=features.device)
     labels = [v.target for v in verdicts]
     probability, fold = out_of_fold(features, targets, args.seed)
 
