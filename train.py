@@ -271,6 +271,8 @@ def read_transfer_sets(folder: Path) -> dict[str, list[str]]:
         lambda q: f"{q[0]}\nA. {q[1]}\nB. {q[2]}\nC. {q[3]}\nD. {q[4]}")
     split = "test" if (folder / "gsm8k/test.jsonl").is_file() else "train"
     sets["maths"] = _rows(folder, f"gsm8k/{split}.jsonl", _json_lines, lambda row: row["question"])
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder (--transfer-data)")
     if not (sets["harmful"] and sets["chat"]):
         raise InputError(f"{folder}: --transfer-data needs harmbench/*.csv and "
                          "mt_bench/question.jsonl in it")
@@ -665,7 +667,10 @@ def judge_lines(judged: dict) -> list[str]:
     if chosen["blind_to_refusals"]:
         lines.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
                      "on requests that should be refused); this run makes no claim about safety")
-    lines.append(table(("judge", "worse answer", "pairs", "right", "wrong", "tie", "split",
+    lines.append("Known pairs: an answer of the run against one that was spoilt on purpose; right "
+                 "means that it preferred the unspoilt one under both orders (or wordings), split "
+                 "that these disagree.")
+    lines.append(table(("judge", "how it was spoilt", "pairs", "right", "wrong", "tie", "split",
                         "unparsed", "share of A"), rows))
     lines.append('("same prompt": two answers to one prompt, so "right" and "wrong" should be '
                  'equal but for chance)')
@@ -727,6 +732,9 @@ def gate_lines(g: dict) -> list[str]:
             f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
             f"{number(g['majority'])}), AUC {number(g['auc'])} [{number(g['auc_interval'][0])}, "
             f"{number(g['auc_interval'][1])}]",
+            *(["WARNING: this AUC cannot be told from chance (0.5): the gate learned nothing that "
+               "holds on queries it has not seen; more --queries, or verdicts with less noise"]
+              if g["auc_interval"][0] is not None and g["auc_interval"][0] <= 0.5 else []),
             table(("", "gate open", "gate closed"), [["persona won", c["true_open"],
                   c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]]),
             "ROC: opened of those that should be, at 5%, 10%, 20%, 40% of the others opened: "
@@ -757,8 +765,11 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
         votes = [pairs, *(run.read(f"answers.{i}.jsonl", Pair) for i in range(1, args.votes))]
         used = drop_chance(verdicts, last["judge"]) if args.drop_chance else verdicts
         targets = Counter(v.target for v in used)
-        parts += [verdict_table(verdicts, votes),
-                  f"distill / retain: {targets[1]} / {targets[0]}",
+        parts += ["Verdicts on the run's own answers, with the persona (expert) against without "
+                  "(base); \"longer wins\": of the decided ones with unequal lengths.",
+                  verdict_table(verdicts, votes),
+                  f"distill / retain: {targets[1]} / {targets[0]} (queries the persona won, on "
+                  "which the adapter is trained, and all others)",
                   *split_warnings(used, votes)]
         dropped = chance_personas(verdicts, last["judge"])
         if dropped:
@@ -768,15 +779,18 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
     if "gate" in last:
         parts += ["## Gate", *gate_lines(last["gate"])]
     if "transfer" in last:
-        parts += ["Transfer: real prompts, only measured. \"the gate\" learned the verdicts; a row "
-                  "with a persona's name is a probe that learned whose query it is.",
+        parts += ["Transfer: real prompts, only measured; the columns after the threshold are the "
+                  "share that each gate would open for. \"the gate\" learned the verdicts; a row "
+                  "with a persona's name is a probe that learned whose query it is, whatever the "
+                  "verdicts.",
                   transfer_table(last["transfer"])]
     if "kl" in last:
         k = last["kl"]
         parts += ["## Adapter",
                   f"forward KL to the persona teacher on {k['held_out_samples']} held-out "
                   f"queries, nats per token: {number(k['before'], 4)} before, "
-                  f"{number(k['after'], 4)} after"]
+                  f"{number(k['after'], 4)} after (0 would be the persona's own distribution, read "
+                  "without the persona)"]
     return "\n\n".join([*parts, "## Bill", bill_table(metrics)])
 
 
@@ -1016,6 +1030,9 @@ def _main(args: argparse.Namespace) -> int:
             print(f"{run.path}: complete already; --overwrite runs it again")
             return 0
         (run.path / "report.md").unlink(missing_ok=True)
+        source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
+        print(f"{args.model}{source} on {device.type} in {settings['dtype']}, {len(personas)} "
+              f"personas, {args.queries} queries each, to {run.path}", file=sys.stderr)
         status = stages(run, prism, tokenizer, personas, args)
     finally:
         run.close()
