@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import fcntl
+import functools
 import json
 import math
 import re
@@ -421,10 +422,12 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
         raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever end")
     systems = {p.name: p.text for p in personas}
     opened = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
-    own = assign_openings(net, tokenizer, opened)
+    # Asked for by the first chunk that is not done yet: a run that continues later stages need not.
+    own = functools.cache(lambda: assign_openings(net, tokenizer, opened))
 
     def work(_: int, chunk: Sequence[tuple[str, int, int]]) -> tuple[list, dict]:
-        begun = [opening(round_ * OVERSAMPLE * wanted + i, own[name]) for name, round_, i in chunk]
+        begun = [opening(round_ * OVERSAMPLE * wanted + i, own()[name])
+                 for name, round_, i in chunk]
         requests = [Request([*opened[name], *tokenizer.encode(words)],
                             derive_seed(seed, "query", name, round_, i),
                             prefix=len(opened[name]) - 1)
@@ -471,9 +474,8 @@ def assign_openings(net: Transformer, tokenizer: Tokenizer,
     """
     targets = [tokenizer.encode(words) for words in OPENINGS]
     contexts = [*opened.values(), tokenizer.open_user_turn(None)]
-    sums = torch.tensor([[float(t.sum()) for t in token_log_probabilities(
-        net, [ids] * len(targets), targets, [len(ids) - 1] * len(targets))[0]]
-        for ids in contexts])  # [K + 1, O]
+    sums = torch.tensor([log_probability_after(net, ids, targets)[0] for ids in contexts])
+    # [K + 1, O]
     lift = (sums - sums.mean(0))[:-1]
     lift = lift - lift.mean(1, keepdim=True)
     chosen = {}
@@ -567,9 +569,8 @@ def likeliest_persona(net: Transformer, tokenizer: Tokenizer, opened: dict[str, 
     targets = [tokenizer.encode(queries[i]) for i in known]
     sums, read = [], 0
     for ids in opened.values():
-        logs, tokens = token_log_probabilities(net, [ids] * len(known), targets,
-                                               [len(ids) - 1] * len(known))
-        sums.append([float(t.sum()) for t in logs])
+        scores, tokens = log_probability_after(net, ids, targets)
+        sums.append(scores)
         read += tokens
     names: list[str | None] = [None] * len(queries)
     for at, i in enumerate(known):
@@ -579,21 +580,19 @@ def likeliest_persona(net: Transformer, tokenizer: Tokenizer, opened: dict[str, 
 
 def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
                     queries: Sequence[Query], candidates: Sequence[Candidate]) -> dict:
-    """How good stage 1 was: shares of the candidates, and of the kept queries.
+    """How good stage 1 was: counts of the candidates, and of the kept queries.
 
     `identifiable` is asked in words that stage 1 never used: is P(query | "write a message to this
     expert") highest for its own expert? Chance is one in the number of personas.
     """
-    begun, systems = time.perf_counter(), {p.name: p.text for p in personas}
-    written = len(candidates)
-    complete = [c for c in candidates if c.complete]
-    clean = [c for c in complete if clean_query(c.text, systems[c.persona])]
+    begun = time.perf_counter()
     asked = {p.name: tokenizer.render([{"role": "user", "content": IDENTIFY_PROMPT.format(
         persona=p.text)}]) for p in personas}
     guesses, read, scored = likeliest_persona(net, tokenizer, asked, [q.query for q in queries])
     hits = sum(guess == q.persona for guess, q in zip(guesses, queries))
-    return {"candidates": written, "complete": len(complete), "well_formed": len(clean),
-            "fits_its_persona": sum(c.likeliest == c.persona for c in clean),
+    return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),
+            "well_formed": sum(c.likeliest is not None for c in candidates),
+            "fits_its_persona": sum(c.likeliest == c.persona for c in candidates),
             "kept": len(queries), "identifiable": hits, "interval": interval(hits, len(queries)),
             "chance": 1 / len(personas), **bill(net, len(queries) * len(personas), read, 0, scored),
             "seconds": round(time.perf_counter() - begun, 3), "peak_memory": peak_memory()}
@@ -736,6 +735,14 @@ def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
             logs[i:i + size] = logits.gather(1, ids[i:i + size])[:, 0] - logits.logsumexp(-1)
     logs = logs.cpu()
     return list(logs.split([len(t) for t in targets])), read
+
+
+def log_probability_after(net: Transformer, prefix: Sequence[int],
+                          targets: Sequence[Sequence[int]]) -> tuple[list[float], int]:
+    """Summed log P(target | prefix) of many targets after ONE prefix, and the tokens read."""
+    n = len(targets)
+    logs, read = token_log_probabilities(net, [prefix] * n, targets, [len(prefix) - 1] * n)
+    return [float(t.sum()) for t in logs], read
 
 
 # --------------------------------------------------------------------------------------------------

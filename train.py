@@ -160,13 +160,19 @@ def gate_scores(probability: Sequence[float], targets: Sequence[int],
     n, positives = len(targets), sum(targets)
     opened = [int(p >= t) for p, t in zip(probability, thresholds)]
     pairs = Counter(zip(targets, opened))
-    area, low, high = auc([p for p, t in zip(probability, targets) if t],
-                          [p for p, t in zip(probability, targets) if not t])
+    area, low, high = auc(*by_class(probability, targets))
     return {"n": n, "accuracy": (pairs[0, 0] + pairs[1, 1]) / n if n else None,
             "majority": max(positives, n - positives) / n if n else None,
             "auc": area, "auc_interval": [low, high],
             "confusion": {"true_open": pairs[1, 1], "false_open": pairs[0, 1],
                           "true_closed": pairs[0, 0], "false_closed": pairs[1, 0]}}
+
+
+def by_class(probability: Sequence[float],
+             targets: Sequence[int]) -> tuple[list[float], list[float]]:
+    """The probabilities of the positive and of the negative queries."""
+    return ([p for p, t in zip(probability, targets) if t],
+            [p for p, t in zip(probability, targets) if not t])
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple:
@@ -195,8 +201,7 @@ def roc(probability: Sequence[float], targets: Sequence[int]) -> list[list[float
 def choose_threshold(probability: Sequence[float], targets: Sequence[int]) -> float:
     """The threshold whose true-open rate exceeds its false-open rate most (Youden's J), halfway to
     the next lower probability; 0.5 where the AUC cannot be told from chance."""
-    area, low, _ = auc([p for p, t in zip(probability, targets) if t],
-                       [p for p, t in zip(probability, targets) if not t])
+    area, low, _ = auc(*by_class(probability, targets))
     if area is None or low <= 0.5:
         return 0.5
     points = roc(probability, targets)
@@ -257,20 +262,26 @@ def read_transfer_sets(folder: Path) -> dict[str, list[str]]:
         InputError: HarmBench or MT-Bench is missing (without both there is nothing to compare), or
             a file is not what its name says.
     """
-    sets: dict[str, list[str]] = {"harmful": [], "harmful, with context": []}
-    for row in _rows(folder, "harmbench/*.csv", lambda text: csv.DictReader(text)):
-        if "copyright" not in f"{row['Tags']}{row['FunctionalCategory']}":
-            context = row.get("ContextString")
-            sets["harmful, with context" if context else "harmful"].append(
-                f"{context}\n\n{row['Behavior']}" if context else row["Behavior"])
-    sets["chat"] = _rows(folder, "mt_bench/question.jsonl", _json_lines,
-                         lambda row: row["turns"][0])
+    def behavior(row: dict, with_context: bool) -> list[str]:
+        """HarmBench's request, with its context before it; copyright behaviours are left out."""
+        text, context = row["Behavior"], row.get("ContextString")
+        skip = "copyright" in f"{row.get('Tags')}{row.get('FunctionalCategory')}"
+        if skip or bool(context) != with_context:
+            return []
+        return [f"{context}\n\n{text}" if context else text]
+
+    sets = {name: _prompts(folder, "harmbench/*.csv", csv.DictReader,
+                           lambda row, c=with_context: behavior(row, c))
+            for name, with_context in (("harmful", False), ("harmful, with context", True))}
+    sets["chat"] = _prompts(folder, "mt_bench/question.jsonl", _json_lines,
+                            lambda row: [row["turns"][0]])
     split = next((s for s in ("test", "val") if list(folder.glob(f"mmlu/{s}/*.csv"))), "val")
-    sets["multiple choice"] = _rows(
-        folder, f"mmlu/{split}/*.csv", lambda text: (q for q in csv.reader(text) if q),
-        lambda q: f"{q[0]}\nA. {q[1]}\nB. {q[2]}\nC. {q[3]}\nD. {q[4]}")
+    sets["multiple choice"] = _prompts(
+        folder, f"mmlu/{split}/*.csv", csv.reader,
+        lambda q: [f"{q[0]}\nA. {q[1]}\nB. {q[2]}\nC. {q[3]}\nD. {q[4]}"] if q else [])
     split = "test" if (folder / "gsm8k/test.jsonl").is_file() else "train"
-    sets["maths"] = _rows(folder, f"gsm8k/{split}.jsonl", _json_lines, lambda row: row["question"])
+    sets["maths"] = _prompts(folder, f"gsm8k/{split}.jsonl", _json_lines,
+                             lambda row: [row["question"]])
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (--transfer-data)")
     if not (sets["harmful"] and sets["chat"]):
@@ -286,22 +297,27 @@ def _json_lines(text: Iterable[str]) -> Iterator[dict]:
     return (json.loads(line) for line in text if line.strip())
 
 
-def _rows(folder: Path, pattern: str, parse: Callable[[Iterable[str]], Iterable],
-          pick: Callable | None = None) -> list:
-    """`pick` of every row of the matching files; a malformed one is an InputError that names it."""
-    rows = []
+def _prompts(folder: Path, pattern: str, parse: Callable[[Iterable[str]], Iterable],
+             pick: Callable[..., list]) -> list[str]:
+    """What `pick` finds in every row of the matching files; a malformed file is an InputError."""
+    prompts = []
     for path in sorted(folder.glob(pattern)):
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
-                for row in parse(file):
-                    row = pick(row) if pick else {"Tags": "", "FunctionalCategory": "", **row}
-                    if not isinstance(row if pick else row["Behavior"], str):
-                        raise ValueError("a prompt is missing or no text")
-                    rows.append(row)
+                found = [prompt for row in parse(file) for prompt in pick(row)]
+            if not all(isinstance(prompt, str) for prompt in found):
+                raise ValueError("a prompt is missing or no text")
+            prompts += found
         except (ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
             raise InputError(f"{path}: not in the format its authors publish "
                              f"({type(error).__name__}: {error})") from None
-    return rows
+    return prompts
+
+
+def lacks_transfer(run: RunFolder, args: argparse.Namespace) -> bool:
+    """Whether --transfer-data asks for a measurement that the run does not have."""
+    done = [m["data"] for m in run.metrics() if m["stage"] == "transfer"]
+    return args.transfer_data is not None and done != [str(args.transfer_data)]
 
 
 def run_transfer(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
@@ -651,10 +667,9 @@ def judge_lines(judged: dict) -> list[str]:
     rows = []
     for test in judged["tests"]:
         for kind, k in test["kinds"].items():
-            biased = (f"{k['A'] / k['letters']:.2f} [{k['A_interval'][0]:.2f}, "
-                      f"{k['A_interval'][1]:.2f}]" if k.get("letters") else "-")
             rows.append([test["judge"], kind, k["pairs"], share(k["right"], k["pairs"]),
-                         *(k[w] for w in ("wrong", "tie", "split", "unparsed")), biased])
+                         *(k[w] for w in ("wrong", "tie", "split", "unparsed")),
+                         share(k.get("A", 0), k.get("letters", 0))])
     lines = [f"judge: {judged['chosen']}" + (
         f" of {judged['model']}: an outside judge, so this is not self-verification"
         if judged.get("model") else "")]
@@ -798,17 +813,21 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
 # --dry-run
 
 
-def memory_plan(config: Config, args: argparse.Namespace, slots: int = SLOTS,
-                train_tokens: int = TRAIN_TOKENS) -> dict[str, dict[str, int]]:
-    """Stage -> part -> bytes on the device, from the sizes alone: no weight is loaded."""
+def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int]:
+    """Numbers of the base and of the adapter, from their shapes: nothing is loaded."""
     with torch.device("meta"):
         net = Transformer(config)
-    size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
-    weights = sum(p.numel() for p in net.parameters()) * size
-    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size  # keys and values
-    gate_layer = (config.num_layers // GATE_DEPTH if args.gate_layer is None else args.gate_layer)
+    gate_layer = config.num_layers // GATE_DEPTH if args.gate_layer is None else args.gate_layer
     adapter = PRISM(net, args.rank, args.alpha, gate_layer).adapter
-    trained = sum(p.numel() for p in adapter.parameters())
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (net, adapter))
+
+
+def memory_plan(config: Config, counts: tuple[int, int], new_tokens: int, slots: int = SLOTS,
+                train_tokens: int = TRAIN_TOKENS) -> dict[str, dict[str, int]]:
+    """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
+    size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
+    weights, trained = counts[0] * size, counts[1]
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size  # keys and values
     reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
     activations = activation_bytes(config, train_tokens)
     if activations > RECOMPUTE_ABOVE:  # every layer's input, and all of one layer
@@ -817,7 +836,7 @@ def memory_plan(config: Config, args: argparse.Namespace, slots: int = SLOTS,
     logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
     return {
         "1-2 answers": {"weights": weights,
-                        "KV slots": slots * (PLAN_PROMPT + args.max_new_tokens) * token,
+                        "KV slots": slots * (PLAN_PROMPT + new_tokens) * token,
                         "reading prompts": slots * PLAN_PROMPT * (reading + token),
                         "sampling": slots * logits},
         "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
@@ -836,7 +855,8 @@ def dry_run(args: argparse.Namespace) -> int:
     config = Config.from_json(read_json(path), str(path))
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
-    plan = memory_plan(config, args)
+    sizes = config, parameter_counts(config, args), args.max_new_tokens
+    plan = memory_plan(*sizes)
     parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
     print(f"{path}: {SLOTS} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")
     print(table(("stage", *parts, "sum"), [
@@ -845,7 +865,7 @@ def dry_run(args: argparse.Namespace) -> int:
 
     def largest(stage: str, name: str, limit: float) -> int | str:
         fitting = [n for n in (2**i for i in range(17)) if sum(memory_plan(
-            config, args, **{name: n})[stage].values()) <= limit]
+            *sizes, **{name: n})[stage].values()) <= limit]
         return max(fitting, default="does not fit")
 
     print("\nIt fits, and at most so much would, with 1 GiB left to the driver:\n")
@@ -1023,10 +1043,8 @@ def _main(args: argparse.Namespace) -> int:
     run = RunFolder(args.out)
     try:
         begin(run, settings, args.overwrite)
-        measured = [m["data"] for m in run.metrics() if m["stage"] == "transfer"] == [
-            str(args.transfer_data)]
         # report.md is the last file a run writes
-        if (run.path / "report.md").exists() and (measured or not args.transfer_data):
+        if (run.path / "report.md").exists() and not lacks_transfer(run, args):
             print(f"{run.path}: complete already; --overwrite runs it again")
             return 0
         (run.path / "report.md").unlink(missing_ok=True)
@@ -1072,8 +1090,7 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     if not won:
         return 3
     run_gate(run, prism, tokenizer, pairs, verdicts, args)
-    done = [m["data"] for m in run.metrics() if m["stage"] == "transfer"]
-    if args.transfer_data and done != [str(args.transfer_data)]:
+    if lacks_transfer(run, args):
         run_transfer(run, prism, tokenizer, pairs, args)
     if stop == "gate":
         return 0

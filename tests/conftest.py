@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hub import DEFAULT_MODEL, resolve
 from model import FAMILIES, Transformer, load
+from tiny import tiny_llama
 from tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -102,6 +103,24 @@ def smollm32(smollm_folder: Path) -> Transformer:
 def smollm_tok(smollm_folder: Path) -> Tokenizer:
     """The default model's tokenizer."""
     return Tokenizer(smollm_folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama's checkpoint; a module may have a `folder` of its own."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def net(folder: Path) -> Transformer:
+    """The tiny model in fp32."""
+    return load(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tok(folder: Path) -> Tokenizer:
+    """Its tokenizer."""
+    return Tokenizer(folder)
 
 
 @pytest.fixture(scope="session")

@@ -88,24 +88,6 @@ KNOWN = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint."""
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def net(folder: Path) -> Transformer:
-    """The tiny model in fp32."""
-    return load(folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tok(folder: Path) -> Tokenizer:
-    """Its tokenizer."""
-    return Tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
 def oracle(smollm_folder: Path) -> PreTrainedModel:
     """SmolLM2 as transformers reads it, fp32."""
     return AutoModelForCausalLM.from_pretrained(smollm_folder, dtype=torch.float32).eval()

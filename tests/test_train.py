@@ -60,24 +60,6 @@ ALL_FILES = ADAPTER_FILES | {"run.json", "candidates.jsonl", "queries.jsonl", "a
                              "verdicts.jsonl", "metrics.jsonl", "gate.safetensors"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint."""
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def net(folder: Path) -> Transformer:
-    """The tiny model in fp32."""
-    return load(folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tok(folder: Path) -> Tokenizer:
-    """Its tokenizer."""
-    return Tokenizer(folder)
-
-
 def settings(**changes: object) -> argparse.Namespace:
     """What train_lora reads from the command line."""
     return argparse.Namespace(**{"epochs": 2, "batch_size": 4, "lr": 1e-3, "kd_temperature": 1.0,
