@@ -219,7 +219,7 @@ def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
     def step() -> Tensor:
         span = net.span((batch, 1), cache, start, keys + 1)
         x = net.run(net.embed(tokens), span, range(len(net.layers)), s.prism.adapter, k)
-        return net.head(net.norm(x[:, -1])).argmax(-1)
+        return sample(net.head(net.norm(x[:, -1])), Sampling(1, 0.0), start)
     return step
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 64  # rows up to which add_for_inference computes in fp32 on a CPU
+FEW_ROWS = 64  # see `few_rows`
 
 
 class LoRA(nn.Module):
@@ -58,19 +58,42 @@ class LoRA(nn.Module):
 
         Tensor versions count in-place writes, so an optimizer step or a load is always seen.
         """
-        masters = (self.A, *self.B)
-        key = tuple((id(p), p._version, p.device) for p in masters)
+        # Not self.A and self.B: this runs in every layer of every step, and those are slow to get.
+        masters = (*self._parameters.values(), *self.B._parameters.values())
+        key = [(p._version, p.data_ptr()) for p in masters]
         if dtype not in self._cast or self._cast[dtype][0] != key:
             self._cast[dtype] = (key, tuple(p.detach().to(dtype) for p in masters))
+            self._stacked.pop(dtype, None)
         return self._cast[dtype][1]
 
-    def stacked(self, dtype: torch.dtype) -> Tensor:
-        """All B_i in one block-diagonal matrix [p * r, sum o_i], made anew with every `cast`: while
-        decoding, one product with its zeros costs less than a call for each projection."""
-        _, *Bs = casts = self.cast(dtype)
-        if dtype not in self._stacked or self._stacked[dtype][0] is not casts:
-            self._stacked[dtype] = (casts, torch.block_diag(*(b.t() for b in Bs)).contiguous())
-        return self._stacked[dtype][1]
+    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and all scale * B_i in one block-diagonal matrix [sum o_i, p * r], made anew with every
+        `cast`: for few rows, one product with its zeros costs less than one per projection."""
+        A, *Bs = self.cast(dtype)
+        if dtype not in self._stacked:
+            self._stacked[dtype] = (A, torch.block_diag(*Bs).mul_(self.scale))
+        return self._stacked[dtype]
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether x [..., d] is a decoding step's on a CPU: so few bf16 rows that the kernels made for
+    many of them are mostly overhead, so that other ways to compute the same are faster."""
+    return x.dtype == torch.bfloat16 and x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: x [..., d], weight [o, d] -> [..., o]; for few rows as W x^T.
+
+    With the long side first, the threads share W among them: 8 rows through 3072 x 576 take 190
+    instead of 300 us on two cores, as fast as W can be read. The result is then a transposed view,
+    which the elementwise operations and the next product take as it is.
+    """
+    if not few_rows(x):
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = torch.mv(weight, flat[0]) if len(flat) == 1 else torch.mm(weight, flat.t()).t()
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y.add_(bias)
 
 
 def add_low_rank(y: Tensor, h: Tensor, Bs: Sequence[Tensor], scale: float) -> None:
@@ -81,17 +104,21 @@ def add_low_rank(y: Tensor, h: Tensor, Bs: Sequence[Tensor], scale: float) -> No
         column += B.shape[0]
 
 
-def add_for_inference(y: Tensor, x: Tensor, lora: LoRA) -> None:
-    """In place, y [n, sum o_i] += scale * (x A^T) B^T of all projections in two products.
+def add_for_inference(y: Tensor, x: Tensor, lora: LoRA, k: int) -> None:
+    """In place, y [B, T, sum o_i] += scale * (x A^T) B^T on rows [:k], in two products.
 
-    On a CPU a few rows go through the fp32 masters: a bf16 product this small is all overhead (25
-    us a call on two cores, in fp32 6-13).
+    Few rows go through the fp32 masters: a bf16 product this small is all overhead (25 us a call on
+    two cores, in fp32 6-13). And all of them at once: to add exact zeros to the rows from k on is
+    faster than to write to a part of y, which is a transposed view here.
     """
-    if x.device.type == "cpu" and x.shape[0] <= FEW_ROWS:
-        low = (x.float() @ lora.A.t()) @ lora.stacked(torch.float32)
-        y.add_(low, alpha=lora.scale)
+    if few_rows(x):
+        A, B = lora.stacked(torch.float32)
+        h = A @ x.flatten(0, -2).t().float()  # [p * r, B * T]
+        h[:, k * x.shape[1]:] = 0
+        y.flatten(0, -2).add_((B @ h).to(y.dtype).t())
     else:
-        y.addmm_(x @ lora.cast(x.dtype)[0].t(), lora.stacked(x.dtype), alpha=lora.scale)
+        A, B = lora.stacked(x.dtype)
+        y[:k].flatten(0, -2).addmm_(x[:k].flatten(0, -2) @ A.t(), B.t())
 
 
 class GatedLoRAFunction(torch.autograd.Function):
@@ -107,7 +134,7 @@ class GatedLoRAFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mask, k, scale, casts, *masters):
         """x [B, T, d] -> y [B, T, sum o_i]; `casts` are (A, *Bs) in x's dtype, `masters` fp32."""
         A, *Bs = casts
-        y = F.linear(x, weight, bias)
+        y = linear(x, weight, bias)
         rows = x[:k].flatten(0, -2)  # [k * T, d]
         h = rows @ A.t()  # [k * T, p * r]
         if mask is not None:
@@ -166,10 +193,10 @@ class GatedLoRALinear(nn.Module):
             generator: source of the dropout mask; None means no dropout (inference).
         """
         if lora is None or k == 0:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         if generator is None and not torch.is_grad_enabled():
-            y = F.linear(x, self.weight, self.bias)
-            add_for_inference(y[:k].flatten(0, -2), x[:k].flatten(0, -2), lora)
+            y = linear(x, self.weight, self.bias)
+            add_for_inference(y, x, lora, k)
             return y
         casts = lora.cast(x.dtype)
         mask = None

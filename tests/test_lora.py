@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import GatedLoRALinear, LoRA
+from lora import FEW_ROWS, GatedLoRALinear, LoRA, few_rows
 
 D, OUT, RANK, SCALE = 24, (16, 8, 8), 4, 2.0
 
@@ -60,13 +60,35 @@ def plain(layer: GatedLoRALinear, lora: LoRA, x: Tensor, k: int,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_k_zero_is_the_plain_linear_map(dtype: torch.dtype, bias: bool) -> None:
-    """k = 0 is F.linear bit for bit, whatever B holds."""
+    """k = 0 is F.linear bit for bit, whatever B holds (few bf16 rows on a CPU: see below)."""
     layer, lora = make(bias=bias, dtype=dtype)
-    x = inputs(4, dtype=dtype)
+    x = inputs(4, FEW_ROWS, dtype=dtype)
     expected = F.linear(x, layer.weight, layer.bias)
     assert torch.equal(layer(x, lora, 0), expected)
     assert torch.equal(layer(x), expected)
     assert not torch.equal(layer(x, lora, 4), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, FEW_ROWS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_are_the_same_map(rows: int, bias: bool) -> None:
+    """A decoding step's other way to multiply differs from fp64 by bf16's rounding only, and takes
+    inputs of any layout."""
+    layer, lora = make(bias=bias, dtype=torch.bfloat16)
+    x = inputs(rows, 1, dtype=torch.bfloat16)
+    assert few_rows(x) and not few_rows(x.float())
+    assert not few_rows(inputs(FEW_ROWS + 1, 1, dtype=torch.bfloat16))
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2)
+    turned = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert turned.stride() != x.stride() or rows == 1
+    assert torch.equal(layer(turned), layer(x))
+    assert torch.equal(layer(turned, lora, 0), layer(x))
+    adapted = plain(layer.double(), lora.double(), x.double(), rows)
+    layer, lora = make(bias=bias, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(turned, lora, rows).double(), adapted, rtol=3e-2,
+                                   atol=0.15)
 
 
 def test_fresh_adapter_changes_nothing() -> None:

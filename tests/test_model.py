@@ -541,6 +541,21 @@ def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transf
     assert ours == theirs
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_smollm_decodes_in_bf16_as_well_as_it_reads(smollm_folder: Path, smollm32: Transformer,
+                                                    smollm_tok: Tokenizer, rows: int) -> None:
+    """A decoding step has products and norms of its own (few rows): measured against fp32, its
+    logits are as good as those of the whole text read at once."""
+    net = load(smollm_folder, dtype=torch.bfloat16)
+    ids = torch.tensor([smollm_tok.encode(" ".join(PROMPTS))[i:i + 90] for i in range(0, 40, 10)])
+    ids, steps = ids[:rows], 20
+    exact = smollm32(ids)[:, 69:89].log_softmax(-1)
+    read = net(ids)[:, 69:89].float().log_softmax(-1)
+    decoded = decode_with_cache(net, ids, [70] * rows, steps).float().log_softmax(-1)
+    error = [float((x - exact).square().mean().sqrt()) for x in (read, decoded)]
+    assert 0 < error[1] < 1.3 * error[0] < 0.3
+
+
 def test_smollm_config_is_the_real_one(smollm32: Transformer) -> None:
     """The default model is SmolLM2-135M: its published shape and size."""
     config = smollm32.config
