@@ -121,6 +121,21 @@ def add_for_inference(y: Tensor, x: Tensor, lora: LoRA, k: int) -> None:
         y[:k].flatten(0, -2).addmm_(x[:k].flatten(0, -2) @ A.t(), B.t())
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x [..., 2 d], whose halves are gate and up; [..., d]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
+    """The gradient [..., 2 d] of `swiglu` at x for dy [..., d], written half by half in place."""
+    (gate, up), dx = x.chunk(2, dim=-1), torch.empty_like(x)
+    dgate, dup = dx.chunk(2, dim=-1)
+    torch.mul(dy, F.silu(gate), out=dup)
+    torch.ops.aten.silu_backward(dy * up, gate, grad_input=dgate)
+    return dx
+
+
 class GatedLoRAFunction(torch.autograd.Function):
     """Forward and backward of `GatedLoRALinear` with gradients for x, A and B, none for W.
 
@@ -131,23 +146,25 @@ class GatedLoRAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mask, k, scale, casts, *masters):
+    def forward(ctx, x, weight, bias, activation, mask, k, scale, casts, *masters):
         """x [B, T, d] -> y [B, T, sum o_i]; `casts` are (A, *Bs) in x's dtype, `masters` fp32."""
         A, *Bs = casts
+        given, x = x, swiglu(x) if activation else x
         y = linear(x, weight, bias)
         rows = x[:k].flatten(0, -2)  # [k * T, d]
         h = rows @ A.t()  # [k * T, p * r]
         if mask is not None:
             h = h * mask
         add_low_rank(y[:k].view(-1, y.shape[-1]), h, Bs, scale)
-        ctx.save_for_backward(x, h, weight, mask, *casts)
-        ctx.k, ctx.scale = k, scale
+        ctx.save_for_backward(given, h, weight, mask, *casts)
+        ctx.k, ctx.scale, ctx.activation = k, scale, activation
         return y
 
     @staticmethod
     def backward(ctx, dy):
         """dy [B, T, sum o_i] -> gradients of x, A and every B_i."""
-        x, h, weight, mask, A, *Bs = ctx.saved_tensors
+        given, h, weight, mask, A, *Bs = ctx.saved_tensors
+        x = swiglu(given) if ctx.activation else given
         k, scale, rank = ctx.k, ctx.scale, Bs[0].shape[1]
         wide = torch.promote_types(A.dtype, torch.float32)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
@@ -157,14 +174,16 @@ class GatedLoRAFunction(torch.autograd.Function):
             dyi = drows[:, column:column + B.shape[0]]
             hi = h[:, i * rank:(i + 1) * rank]
             dh[:, i * rank:(i + 1) * rank] = (dyi @ B).mul_(scale)
-            dB.append((dyi.t() @ hi).to(wide).mul_(scale))
+            dB.append((hi.t() @ dyi).t().to(wide).mul_(scale))
             column += B.shape[0]
         if mask is not None:
             dh.mul_(mask)
         if dx is not None:
             dx[:k].view(-1, dx.shape[-1]).addmm_(dh, A)
         dA = (dh.t() @ rows).to(wide)
-        return dx, None, None, None, None, None, None, dA, *dB
+        if dx is not None and ctx.activation:
+            dx = swiglu_backward(given, dx)
+        return dx, None, None, None, None, None, None, None, dA, *dB
 
 
 class GatedLoRALinear(nn.Module):
@@ -174,12 +193,15 @@ class GatedLoRALinear(nn.Module):
         in_features: input width d.
         out_features: output width o_i of each stacked projection.
         bias: whether the frozen map has a bias.
+        activation: whether the input is `swiglu` of what is given, which is [..., 2 d]. Training
+            then keeps what is given, which must be kept anyway, and not its product as well.
     """
 
-    def __init__(self, in_features: int, out_features: Sequence[int], bias: bool = False):
+    def __init__(self, in_features: int, out_features: Sequence[int], bias: bool = False,
+                 activation: bool = False):
         super().__init__()
         self.in_features, self.out_features = in_features, tuple(out_features)
-        total = sum(out_features)
+        self.activation, total = activation, sum(out_features)
         self.weight = nn.Parameter(torch.empty(total, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(total), requires_grad=False) if bias else None
 
@@ -192,11 +214,12 @@ class GatedLoRALinear(nn.Module):
             k: number of leading rows to adapt, 0 <= k <= B.
             generator: source of the dropout mask; None means no dropout (inference).
         """
-        if lora is None or k == 0:
-            return linear(x, self.weight, self.bias)
-        if generator is None and not torch.is_grad_enabled():
+        adapted = lora is not None and k > 0
+        if not adapted or (generator is None and not torch.is_grad_enabled()):
+            x = swiglu(x) if self.activation else x
             y = linear(x, self.weight, self.bias)
-            add_for_inference(y, x, lora, k)
+            if adapted:
+                add_for_inference(y, x, lora, k)
             return y
         casts = lora.cast(x.dtype)
         mask = None
@@ -205,5 +228,5 @@ class GatedLoRALinear(nn.Module):
             shape = (x[:k, ..., 0].numel(), casts[0].shape[0])
             mask = torch.empty(shape, device=x.device, dtype=x.dtype)
             mask.bernoulli_(keep, generator=generator).div_(keep)
-        return GatedLoRAFunction.apply(x, self.weight, self.bias, mask, k, lora.scale, casts,
-                                       lora.A, *lora.B)
+        return GatedLoRAFunction.apply(x, self.weight, self.bias, self.activation, mask, k,
+                                       lora.scale, casts, lora.A, *lora.B)

@@ -347,13 +347,14 @@ class MLP(nn.Module):
         super().__init__()
         width = config.intermediate_size
         self.gate_up_proj = GatedLoRALinear(config.hidden_size, (width, width), config.mlp_bias)
-        self.down_proj = GatedLoRALinear(width, (config.hidden_size,), config.mlp_bias)
+        self.down_proj = GatedLoRALinear(width, (config.hidden_size,), config.mlp_bias,
+                                         activation=True)
 
     def forward(self, x: Tensor, lora: nn.ModuleDict | None, k: int,
                 generator: torch.Generator | None) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
-        gate, up = self.gate_up_proj(x, lora and lora["gate_up_proj"], k, generator).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up, lora and lora["down_proj"], k, generator)
+        gate_up = self.gate_up_proj(x, lora and lora["gate_up_proj"], k, generator)
+        return self.down_proj(gate_up, lora and lora["down_proj"], k, generator)
 
 
 class Block(nn.Module):

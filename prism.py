@@ -288,7 +288,9 @@ class LinearKL(torch.autograd.Function):
 
     The full [N, V] logits would be the largest tensor of the whole training step. Here each chunk's
     logits are made, used for the loss AND for the student's gradient, and dropped; only the
-    gradient with respect to the student's hidden states [N, d] is kept. Computed in fp32.
+    gradient with respect to the student's hidden states [N, d] is kept. Computed in fp32, in
+    buffers that all chunks share: on a CPU, memory fresh from the system costs more than the
+    arithmetic on it (28 against 1.5 ms for exp of one chunk).
     """
 
     @staticmethod
@@ -297,16 +299,23 @@ class LinearKL(torch.autograd.Function):
         wide = torch.promote_types(student.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=student.device)
         gradient = torch.empty_like(student)
-        chunk = max(1, KL_CHUNK_ELEMENTS // weight.shape[0])
-        for i in range(0, student.shape[0], chunk):
-            rows = slice(i, i + chunk)
-            log_p = ((teacher[rows] @ weight.t()).to(wide) / temperature).log_softmax(-1)
-            log_q = ((student[rows] @ weight.t()).to(wide) / temperature).log_softmax(-1)
-            p = log_p.exp()
-            total += (p * log_p.sub_(log_q)).sum()
+        chunk = min(max(1, KL_CHUNK_ELEMENTS // weight.shape[0]), max(1, len(student)))
+        narrow = student.new_empty(chunk, weight.shape[0])
+        buffers = [narrow.new_empty(narrow.shape, dtype=wide) for _ in range(3)]
+        for i in range(0, len(student), chunk):
+            rows = slice(i, min(i + chunk, len(student)))
+            logits, p, q, log_ratio = (b[:rows.stop - i] for b in (narrow, *buffers))
+            for hidden, logs in ((teacher, p), (student, q)):
+                logs.copy_(torch.mm(hidden[rows], weight.t(), out=logits))
+                if temperature != 1:
+                    logs.div_(temperature)
+                torch.log_softmax(logs, dim=-1, out=logs)
+            torch.sub(p, q, out=log_ratio)
+            p.exp_(), q.exp_()
+            total += torch.dot(p.flatten(), log_ratio.flatten())
             # d KL / d logits = (q - p) / T, times the T^2 of the loss
-            difference = log_q.exp_().sub_(p).mul_(temperature)
-            gradient[rows] = difference.to(weight.dtype) @ weight
+            difference = logits.copy_(q.sub_(p).mul_(temperature))
+            torch.mm(difference, weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return total * temperature**2
 
