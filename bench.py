@@ -12,6 +12,7 @@ without them the columns of the peer stay empty. Figures that fall short are pri
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -23,22 +24,26 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import train
 from bootstrap import JUDGE_PROMPT, common_prefix, load_personas
-from generate import Engine, PrefixReader, Request, Sampling, derive_seed, pad, sample, stop_tokens
+from generate import (Engine, Output, PrefixReader, Request, Sampling, derive_seed, pad, sample,
+                      stop_tokens)
 from hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
-from lora import LoRA
+from lora import GatedLoRALinear, LoRA
 from model import Transformer, choose_device, choose_dtype, load
 from prism import PRISM, LinearKL
 from tokenizer import Tokenizer
 
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
 NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
+QUICK = ["--quick"]  # the pipeline's settings
 TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
 
 
@@ -56,7 +61,7 @@ class Row:
     @property
     def gain(self) -> float | None:
         """How many times better than the peer."""
-        if self.peer is None or not self.ours:
+        if self.peer is None or self.ours <= 0:
             return None
         return self.ours / self.peer if self.unit.endswith("/s") else self.peer / self.ours
 
@@ -122,6 +127,8 @@ class Setup:
             # The first use may be inside inference mode, whose tensors could not be trained on.
             with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
                 self.prism.save(folder)
+                path = Path(folder) / "adapter_config.json"  # saved for inference: no dropout
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.05}))
                 model = AutoModelForCausalLM.from_pretrained(
                     self.net.folder, dtype=self.net.dtype).to(self.net.device)
                 self._peer_lora = PeftModel.from_pretrained(
@@ -155,7 +162,7 @@ def generation(s: Setup) -> list[Row]:
             torch.manual_seed(0)
             total, queue = 0, sorted(prompts, key=len)  # by length: their padding is small as well
             for i in range(0, len(queue), batch):
-                total += peer_generate(s, queue[i:i + batch], NEW_TOKENS, stop, 0.7)
+                total += sum(map(len, peer_generate(s, queue[i:i + batch], NEW_TOKENS, stop, 0.7)))
             counts[f"batch {batch}"] = total
         return run
 
@@ -183,8 +190,8 @@ def generation(s: Setup) -> list[Row]:
 
 @torch.inference_mode()
 def peer_generate(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop: set[int],
-                  temperature: float) -> int:
-    """transformers' generate on one left-padded batch; the number of tokens it wrote."""
+                  temperature: float) -> list[list[int]]:
+    """transformers' generate on one left-padded batch; the ids it wrote, up to the stop token."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=s.net.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts],
@@ -194,7 +201,7 @@ def peer_generate(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop:
     out = s.peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens,
                           min_new_tokens=None if stop else new_tokens, pad_token_id=0,
                           eos_token_id=sorted(stop) or None, **how)[:, longest:].tolist()
-    return sum(next((i + 1 for i, t in enumerate(row) if t in stop), len(row)) for row in out)
+    return [row[:next((i + 1 for i, t in enumerate(row) if t in stop), len(row))] for row in out]
 
 
 @torch.inference_mode()
@@ -338,60 +345,83 @@ def bit_equal(s: Setup) -> bool:
 
 
 def lora(s: Setup) -> list[Row]:
-    """Forward and backward through the adapted linears of one layer, against the frozen ones, and
-    what the adapter adds to the memory that waits for the backward pass."""
-    block, adapter = s.net.layers[-1], s.prism.adapter[-1]
+    """The adapter while training, dropout included on both sides: forward and backward of a layer's
+    adapted linears against the frozen ones, what a layer keeps in between, and a whole step."""
+    net, block, adapter = s.net, s.net.layers[-1], s.prism.adapter[-1]
+    down = GatedLoRALinear(block.mlp.down_proj.in_features, block.mlp.down_proj.out_features)
+    down.weight = block.mlp.down_proj.weight  # without the activation: the products alone
     linears = {"qkv_proj": block.self_attn.qkv_proj, "o_proj": block.self_attn.o_proj,
-               "gate_up_proj": block.mlp.gate_up_proj, "down_proj": block.mlp.down_proj}
-    x = {n: torch.randn(16, 256, m.in_features, device=s.net.device).to(s.net.dtype)
-         .requires_grad_() for n, m in linears.items()}
+               "gate_up_proj": block.mlp.gate_up_proj, "down_proj": down}
+    generator = torch.Generator(net.device).manual_seed(0)
 
-    dy = {n: torch.randn(16, 256, sum(m.out_features), device=s.net.device).to(s.net.dtype)
-          for n, m in linears.items()}
+    def random(*shape: int) -> Tensor:
+        return torch.randn(16, 256, *shape, generator=generator, device=net.device).to(net.dtype)
+
+    x = {n: random(m.in_features).requires_grad_() for n, m in linears.items()}
+    dy = {n: random(sum(m.out_features)) for n, m in linears.items()}
 
     def ours(k: int) -> Callable[[], None]:
         def run() -> None:
             for n, m in linears.items():
                 wanted = [x[n], *adapter[n].parameters()] if k else [x[n]]
-                torch.autograd.grad(m(x[n], adapter[n], k), wanted, dy[n])
+                torch.autograd.grad(m(x[n], adapter[n], k, generator), wanted, dy[n])
         return run
 
-    functions = {"ours": ours(16), "floor": ours(0)}
-    peers: dict[str, list] = {}
+    def whole(k: int) -> int:
+        span = net.span((16, 256))
+        return saved_bytes(lambda: block(dy["o_proj"].clone().requires_grad_(), span, adapter, k,
+                                         generator), net)
+    functions, kept = {"ours": ours(16), "floor": ours(0)}, {"ours": whole(16), "floor": whole(0)}
     if s.has_peer:
-        layer = s.peer_lora.train().base_model.model.model.layers[-1]
-        peers = {"qkv_proj": [layer.self_attn.q_proj, layer.self_attn.k_proj,
-                              layer.self_attn.v_proj], "o_proj": [layer.self_attn.o_proj],
-                 "gate_up_proj": [layer.mlp.gate_proj, layer.mlp.up_proj],
-                 "down_proj": [layer.mlp.down_proj]}
-
-        def theirs() -> None:
-            for n, parts in peers.items():
-                found = [m(x[n]) for m in parts]
-                wanted = [x[n], *(p for m in parts for p in m.parameters() if p.requires_grad)]
-                torch.autograd.grad(found, wanted, dy[n].split([y.shape[-1] for y in found], -1))
-        functions["peer"] = theirs
+        functions["peer"], kept["peer"], kept["peer floor"] = peer_layer(s, x, dy)
     t = medians(functions, 2 * s.repeats)
-    rows = [Row("adapted linears of a layer, forward + backward, 4,096 tokens (floor: frozen)",
-                "ms", *(1e3 * t[n] if n in t else None for n in ("ours", "peer", "floor")))]
-    frozen = saved_bytes(lambda: [m(x[n]) for n, m in linears.items()])
-    mine = saved_bytes(lambda: [m(x[n], adapter[n], 16) for n, m in linears.items()]) - frozen
-    other = (saved_bytes(lambda: [m(x[n]) for n, ms in peers.items() for m in ms]) - frozen
-             if peers else None)
-    rows.append(Row("memory the adapter adds for backward, same layer", "MiB", mine / 2**20,
-                    other / 2**20 if other else None))
+    step, rows = training_step(s), [
+        Row("adapted linears of a layer, forward + backward, 4,096 tokens (floor: frozen)", "ms",
+            *(1e3 * t[n] if n in t else None for n in ("ours", "peer", "floor"))),
+        Row("memory a whole layer keeps for backward (floor: frozen)", "MiB",
+            *(kept[n] / 2**20 if n in kept else None for n in ("ours", "peer", "floor")))]
     if s.has_peer:
-        rows.append(training_step(s))
-    return rows
+        rows.append(Row("of that, added by the adapter", "MiB",
+                        (kept["ours"] - kept["floor"]) / 2**20,
+                        (kept["peer"] - kept["peer floor"]) / 2**20))
+    return rows + step
 
 
-def saved_bytes(forward: Callable[[], object]) -> int:
-    """Bytes of all distinct activations that a forward pass keeps for its backward pass."""
+def peer_layer(s: Setup, x: dict[str, Tensor],
+               dy: dict[str, Tensor]) -> tuple[Callable[[], None], int, int]:
+    """peft on the same layer: a function for its linears, bytes kept by the layer with its adapter
+    and by the layer without."""
+    model = s.peer_lora.train().base_model.model.model
+    layer = model.layers[-1]
+    parts = {"qkv_proj": [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
+             "o_proj": [layer.self_attn.o_proj], "down_proj": [layer.mlp.down_proj],
+             "gate_up_proj": [layer.mlp.gate_proj, layer.mlp.up_proj]}
+
+    def linears() -> None:
+        for n, modules in parts.items():
+            wanted = [x[n], *(p for m in modules for p in m.parameters() if p.requires_grad)]
+            found = [m(x[n]) for m in modules]
+            torch.autograd.grad(found, wanted, dy[n].split([y.shape[-1] for y in found], -1))
+
+    def whole() -> int:
+        positions = torch.arange(256, device=s.net.device)[None]
+        rotary = model.rotary_emb(dy["o_proj"], positions)
+        return saved_bytes(lambda: layer(dy["o_proj"].clone().requires_grad_(),
+                                         position_embeddings=rotary), model)
+    adapted = whole()
+    with s.peer_lora.disable_adapter():
+        return linears, adapted, whole()
+
+
+def saved_bytes(forward: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes of all distinct tensors but weights that a forward pass keeps for its backward pass."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        if not isinstance(t, torch.nn.Parameter):
-            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -400,39 +430,46 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     return sum(seen.values())
 
 
-def training_step(s: Setup) -> Row:
+def training_step(s: Setup) -> list[Row]:
     """A whole distillation step, micro-batches of half the rows, half of each row is answer."""
     generator, (rows, tokens) = torch.Generator().manual_seed(0), TRAINED
     ids = torch.randint(5, 1000, TRAINED, generator=generator).to(s.net.device)
     answer = slice(tokens // 2 - 1, tokens - 1)
     n = rows * tokens // 2
-    ours = torch.optim.AdamW(s.prism.adapter.parameters(), lr=1e-9)
-    model = s.peer_lora.train()
-    theirs = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     teacher = torch.randn(n // 2, s.net.config.hidden_size, generator=generator)
     teacher = teacher.to(s.net.device, s.net.dtype)
+    optimizer = torch.optim.AdamW(s.prism.adapter.parameters(), lr=1e-9)
+    dropout = torch.Generator(s.net.device).manual_seed(0)
 
-    def step() -> None:
+    def ours() -> None:
         for part in ids.split(rows // 2):
-            hidden = s.net.hidden(part, s.prism.adapter, len(part))[:, answer].flatten(0, 1)
-            (LinearKL.apply(hidden, teacher, s.net.lm_head, 1.0) / n).backward()
-        ours.step()
-        ours.zero_grad()
-
-    def peer() -> None:
-        for part in ids.split(rows // 2):
-            logits = model(input_ids=part).logits[:, answer].flatten(0, 1)
-            with torch.no_grad():
-                target = F.linear(teacher, s.net.lm_head)
-            loss = F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1),
-                            log_target=True, reduction="sum")
+            hidden = s.net.hidden(part, s.prism.adapter, len(part), dropout)
+            loss = LinearKL.apply(hidden[:, answer].flatten(0, 1), teacher, s.net.lm_head, 1.0)
             (loss / n).backward()
-        theirs.step()
-        theirs.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    t = medians({"ours": step, "peer": peer}, max(1, s.repeats // 3))
-    return Row(f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, naive KL)", "s",
-               t["ours"], t["peer"])
+    functions = {"ours": ours}
+    if s.has_peer:
+        model = s.peer_lora.train()
+        theirs = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
+
+        def peer() -> None:
+            for part in ids.split(rows // 2):
+                logits = model(input_ids=part).logits[:, answer].flatten(0, 1)
+                with torch.no_grad():
+                    target = F.linear(teacher, s.net.lm_head)
+                loss = F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1),
+                                log_target=True, reduction="sum")
+                (loss / n).backward()
+            theirs.step()
+            theirs.zero_grad()
+        functions["peer"] = peer
+    t = medians(functions, max(1, s.repeats // 3))
+    peaks = {name: peak_bytes(function) / 2**30 for name, function in functions.items()}
+    name = f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, naive KL)"
+    return [Row(name, "s", t["ours"], t.get("peer")),
+            Row(name + ", peak", "GiB", peaks["ours"], peaks.get("peer"))]
 
 
 def kl(s: Setup) -> list[Row]:
@@ -504,6 +541,110 @@ def sampler(s: Setup) -> list[Row]:
 # Whole runs; only by name, one repetition
 
 
+def pipeline(s: Setup) -> list[Row]:
+    """`train.py --quick` as it is, and once more with its engine, its scoring and its training
+    replaced by what transformers and peft offer: the same prompts, rows and steps by construction.
+    """
+    seconds: dict[str, dict[str, float]] = {}
+    for name, replaced in {"ours": {}, **({"peer": replacements(s)} if s.has_peer else {})}.items():
+        with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
+            for target, new in replaced.items():
+                stack.enter_context(mock.patch(target, new))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            begun = time.perf_counter()
+            status = train.main([*QUICK, "--model", str(s.net.folder), "--out", out,
+                                 "--device", str(s.net.device),
+                                 "--dtype", str(s.net.dtype).removeprefix("torch.")])
+            seconds[name] = {"whole command": time.perf_counter() - begun}
+            if status:
+                raise InputError(f"train.py ended with status {status}")
+            for line in (Path(out) / "metrics.jsonl").open():
+                m = json.loads(line)
+                stage = seconds[name]
+                stage[m["stage"]] = stage.get(m["stage"], 0) + m.get("seconds", 0)
+    theirs = seconds.get("peer", {})
+    return [Row(f"train.py --quick: {stage}", "s", t, theirs.get(stage))
+            for stage, t in seconds["ours"].items() if t >= 0.1]
+
+
+def replacements(s: Setup) -> dict[str, object]:
+    """What an author without this project would write in the place of its parts."""
+    class PeerEngine:
+        """transformers' generate on batches of 8 prompts of like length."""
+
+        def __init__(self, net: Transformer, sampling: Sampling, stop_ids: set[int], slots: int):
+            self.sampling, self.stop_ids = sampling, stop_ids
+            self.prompt_tokens = self.new_tokens = 0
+
+        def run(self, requests: Sequence[Request]) -> Iterator[Output]:
+            torch.manual_seed(requests[0].seed if requests else 0)
+            order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
+            for at in range(0, len(order), 8):
+                some = order[at:at + 8]
+                rows = peer_generate(s, [requests[i].ids for i in some],
+                                     self.sampling.max_new_tokens, self.stop_ids,
+                                     self.sampling.temperature)
+                self.prompt_tokens += sum(len(requests[i].ids) for i in some)
+                self.new_tokens += sum(map(len, rows))
+                yield from (Output(i, ids, "eos" if ids[-1] in self.stop_ids else "length")
+                            for i, ids in zip(some, rows))
+
+    @torch.inference_mode()
+    def log_probabilities(net: Transformer, prompts: Sequence, targets: Sequence,
+                          shared: Sequence | None = None) -> tuple[list[Tensor], int]:
+        """Every row read whole, 8 at a time, the logits of all its tokens."""
+        rows = [[*p, *t] for p, t in zip(prompts, targets)]
+        order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None] * len(rows)
+        for at in range(0, len(order), 8):
+            some = order[at:at + 8]
+            logits = s.peer(input_ids=pad([rows[i] for i in some], net.device)[0]).logits
+            for row, i in zip(logits, some):
+                logs = row[len(prompts[i]) - 1:len(rows[i]) - 1].float().log_softmax(-1)
+                ids = torch.tensor(targets[i], device=net.device)[:, None]
+                found[i] = logs.gather(1, ids)[:, 0].cpu()
+        return found, sum(map(len, rows))
+
+    def states_by(batch: int) -> Callable:
+        @torch.inference_mode()
+        def states(net: Transformer, rows: Sequence, starts: Sequence,
+                   shared: Sequence | None = None) -> tuple[list[Tensor], int]:
+            """The last hidden states of rows read whole, `batch` at a time."""
+            order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None] * len(rows)
+            for at in range(0, len(order), batch):
+                some = order[at:at + batch]
+                out = s.peer(input_ids=pad([rows[i] for i in some], net.device)[0],
+                             output_hidden_states=True)
+                for row, i in zip(out.hidden_states[-1], some):
+                    found[i] = row[starts[i]:len(rows[i])].clone()
+            return found, sum(map(len, rows))
+        return states
+
+    def train_lora(run: object, prism: PRISM, samples: Sequence[train.Sample],
+                   args: argparse.Namespace) -> None:
+        """peft, padded batches, the naive KL of whole logits; ends without handing over A and B."""
+        model = s.peer_lora.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr)
+        for step, at in enumerate([*range(0, len(samples), args.batch_size)] * args.epochs):
+            begun, batch = time.perf_counter(), samples[at:at + args.batch_size]
+            logits = model(input_ids=pad([b.ids for b in batch], s.net.device)[0]).logits
+            student = torch.cat([logits[i, b.start - 1:len(b.ids) - 1]
+                                 for i, b in enumerate(batch)])
+            with torch.no_grad():
+                target = F.linear(torch.cat([b.teacher for b in batch]).to(s.net.device),
+                                  s.net.lm_head)
+            loss = F.kl_div(student.float().log_softmax(-1), target.float().log_softmax(-1),
+                            log_target=True, reduction="sum") / len(target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.record("lora", step, loss=loss.item(), samples=len(batch), flops=0,
+                       answer_tokens=len(target), seconds=time.perf_counter() - begun)
+
+    return {"bootstrap.Engine": PeerEngine, "bootstrap.token_log_probabilities": log_probabilities,
+            "bootstrap.hidden_states": states_by(8), "train.hidden_states": states_by(1),
+            "train.train_lora": train_lora}
+
+
 def growth(s: Setup) -> list[Row]:
     """Stages 1-3 at 1, 4 and 16 queries a persona, each in a process of its own: seconds a query
     and peak memory, beside those of the smallest run."""
@@ -531,8 +672,8 @@ def growth(s: Setup) -> list[Row]:
 
 PARTS: dict[str, Callable[[Setup], list[Row]]] = {
     "generation": generation, "prefixes": prefixes, "routing": routing, "lora": lora, "kl": kl,
-    "sampler": sampler, "growth": growth}
-BY_NAME = ("growth",)  # minutes, so not in the default set
+    "sampler": sampler, "pipeline": pipeline, "growth": growth}
+BY_NAME = ("pipeline", "growth")  # minutes, so not in the default set
 
 
 def table(rows: Sequence[Row]) -> str:

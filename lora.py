@@ -124,7 +124,8 @@ def add_for_inference(y: Tensor, x: Tensor, lora: LoRA, k: int) -> None:
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x [..., 2 d], whose halves are gate and up; [..., d]."""
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    y = F.silu(gate)
+    return y * up if torch.is_grad_enabled() else y.mul_(up)
 
 
 def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:

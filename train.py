@@ -440,8 +440,8 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
 
 def activation_bytes(config: Config, tokens: int) -> int:
     """About what `tokens` leave behind for the backward pass: per layer eight states of width d
-    (inputs of the norms, of the projections and of attention) and three of the MLP's width."""
-    per_layer = 8 * config.hidden_size + 3 * config.intermediate_size
+    (inputs of the norms, of the projections and of attention) and two of the MLP's width."""
+    per_layer = 8 * config.hidden_size + 2 * config.intermediate_size
     return tokens * config.num_layers * per_layer * config.dtype.itemsize
 
 
