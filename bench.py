@@ -4,9 +4,12 @@
     python bench.py --only kl,sampler --json out.json
 
 Same weights, prompts and dtype on both sides, interleaved in one process, the median of --repeats.
-`floor` is what the hardware would need at least, measured in the same run: the bare matrix products
-of that shape with nothing around them. transformers and peft are optional and imported only here;
-without them the columns of the peer stay empty. Figures that fall short are printed as they are.
+(of a third of it where a repetition takes long, of one for whole runs). `floor` is what the
+hardware would need at least, measured in the same run: the bare matrix products of that shape with
+nothing around them. The adapter is on the layers that train.py adapts by default, with random B;
+peft reads the same files, A and B in the base's dtype. transformers and peft are optional and
+imported only here; without them the columns of the peer stay empty. Figures that fall short are
+printed as they are.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from bootstrap import JUDGE_PROMPT, common_prefix, load_personas
 from generate import (Engine, Output, PrefixReader, Request, Sampling, derive_seed, pad, sample,
                       stop_tokens)
 from hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
-from lora import GatedLoRALinear, LoRA
+from lora import GatedLoRALinear, LoRA, linear
 from model import Transformer, choose_device, choose_dtype, load
 from prism import PRISM, LinearKL
 from tokenizer import Tokenizer
@@ -44,6 +47,7 @@ from tokenizer import Tokenizer
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
 NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
 QUICK = ["--quick"]  # the pipeline's settings
+STAGES = ("queries", "quality", "answers", "judge", "verdicts", "gate", "lora")
 TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
 
 
@@ -90,7 +94,7 @@ class Setup:
         self.repeats = repeats
         self.net: Transformer = load(name, where, choose_dtype(dtype, where))
         self.tokenizer = Tokenizer(self.net.folder)
-        self.prism = PRISM(self.net)
+        self.prism = PRISM(self.net, gate_layer=len(self.net.layers) // train.GATE_DEPTH)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for module in self.prism.adapter.modules():
@@ -168,13 +172,14 @@ def generation(s: Setup) -> list[Row]:
 
     functions: dict[str, Callable] = {"ours": ours}
     if s.has_peer:
+        peer_generate(s, prompts[:2], 4, stop, 0.7)  # loads it
         functions |= {f"batch {b}": theirs(b) for b in (8, 32)}
     seconds = medians(functions, max(1, s.repeats // 3), warmup=0)
     speed = {name: counts[name] / t for name, t in seconds.items()}
     for name in list(speed)[1:] or [None]:
         rows.append(Row("generation, stage-2 workload" + (f"; peer at {name}" if name else ""),
                         "tokens/s", speed["ours"], speed.get(name)))
-    rows.append(decode_step(s, 8))
+    rows += decode_step(s, 8)
 
     def single() -> None:
         engine = Engine(s.net, Sampling(64, 0.0), set(), 1)
@@ -205,15 +210,18 @@ def peer_generate(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop:
 
 
 @torch.inference_mode()
-def decode_step(s: Setup, batch: int, k: int = 0, keys: int = 200) -> Row:
+def decode_step(s: Setup, batch: int, keys: int = 200) -> list[Row]:
     """One decoding step of `batch` rows at `keys` cached tokens, against transformers' own and
-    against the bare products with every weight matrix."""
-    functions = {"ours": our_step(s, batch, k, keys), "floor": floor_step(s.net, batch)}
+    against the bare products with every weight matrix, as F.linear and as lora.linear."""
+    functions = {"ours": our_step(s, batch, 0, keys), "floor": floor_step(s.net, batch, F.linear),
+                 "faster floor": floor_step(s.net, batch, linear)}
     if s.has_peer:
         functions["peer"] = peer_step(s.peer, s, batch, keys)
-    t = medians(functions, 4 * s.repeats, warmup=2)
-    return Row(f"decode step, batch {batch}", "ms", 1e3 * t["ours"],
-               1e3 * t["peer"] if "peer" in t else None, 1e3 * t["floor"])
+    t = {name: 1e3 * seconds for name, seconds in
+         medians(functions, 4 * s.repeats, warmup=2).items()}
+    return [Row(f"decode step, batch {batch} (floor: products by {name})", "ms", t["ours"],
+                t.get("peer"), t[floor])
+            for name, floor in (("F.linear", "floor"), ("lora.linear", "faster floor"))]
 
 
 def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
@@ -226,11 +234,11 @@ def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
     def step() -> Tensor:
         span = net.span((batch, 1), cache, start, keys + 1)
         x = net.run(net.embed(tokens), span, range(len(net.layers)), s.prism.adapter, k)
-        return sample(net.head(net.norm(x[:, -1])), Sampling(1, 0.0), start)
+        return sample(net.head(net.norm(x[:, -1])), Sampling(1, 0.0), start)  # greedy: no draw
     return step
 
 
-def floor_step(net: Transformer, rows: int) -> Callable[[], None]:
+def floor_step(net: Transformer, rows: int, product: Callable) -> Callable[[], None]:
     """The products of `rows` states with every weight matrix, nothing else."""
     weights = [w for block in net.layers for w in (
         block.self_attn.qkv_proj.weight, block.self_attn.o_proj.weight,
@@ -241,7 +249,7 @@ def floor_step(net: Transformer, rows: int) -> Callable[[], None]:
     @torch.inference_mode()
     def run() -> None:
         for w in weights:
-            F.linear(inputs[w.shape[1]], w)
+            product(inputs[w.shape[1]], w)
     return run
 
 
@@ -250,7 +258,7 @@ def peer_step(model: torch.nn.Module, s: Setup, batch: int, keys: int,
     """The same step in transformers: its cache is cut back to `keys` tokens after each."""
     ids = torch.arange(batch * keys, device=s.net.device).view(batch, keys) % 1000 + 5
     with torch.inference_mode():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = model(input_ids=ids, use_cache=True, **kwargs).past_key_values
     token = torch.arange(batch, device=s.net.device)[:, None]
 
     @torch.inference_mode()
@@ -308,26 +316,32 @@ def routing(s: Setup) -> list[Row]:
     @torch.inference_mode()
     def twice() -> None:  # the authors' way: the base's states for the gate, then once more
         with s.peer_lora.disable_adapter():
-            s.peer_lora(input_ids=ids, output_hidden_states=True, use_cache=False)
-        s.peer_lora(input_ids=ids, use_cache=True).logits[:, -1].argmax(-1)
+            s.peer_lora(input_ids=ids, output_hidden_states=True, use_cache=False,
+                        logits_to_keep=1)
+        s.peer_lora(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
 
-    s.prism.threshold = 0.0  # every prompt goes to the adapter: the dearer route
-    functions = {"ours": routed, "floor": base} | ({"peer": twice} if s.has_peer else {})
-    t = medians(functions, 2 * s.repeats)
+    for route, threshold in (("adapter", 0.0), ("base", 1.1)):
+        s.prism.threshold = threshold
+        functions = {"ours": routed, "floor": base} | ({"peer": twice} if s.has_peer else {})
+        t = medians(functions, 2 * s.repeats)
+        rows.append(Row(f"time to first token, {len(prompt)} tokens, routed to the {route} (floor: "
+                        "base model; peer: two forwards)", "ms", *(
+                            1e3 * t[n] if n in t else None for n in ("ours", "peer", "floor"))))
     s.prism.threshold = 0.5
-    rows.append(Row(f"time to first token, {len(prompt)} tokens (floor: base model; peer: two "
-                    "forwards)", "ms", *(1e3 * t[n] if n in t else None
-                                         for n in ("ours", "peer", "floor"))))
     functions = {"base": our_step(s, 8, 0, 200), "all": our_step(s, 8, 8, 200),
                  "half": our_step(s, 8, 4, 200)}
     if s.has_peer:
         functions["peer base"] = peer_step(s.peer, s, 8, 200)
         functions["peer all"] = peer_step(s.peer_lora, s, 8, 200)
+        functions["peer half"] = peer_step(s.peer_lora, s, 8, 200,
+                                           adapter_names=["default"] * 4 + ["__base__"] * 4)
     t = medians(functions, 4 * s.repeats, warmup=2)
     for name in ("all", "half"):
-        relative = t["peer all"] / t["peer base"] if "peer all" in t else None
-        rows.append(Row(f"decode step, {name} of 8 rows gated, relative to none", "x",
-                        t[name] / t["base"], relative, 1.0))
+        relative = t[f"peer {name}"] / t["peer base"] if s.has_peer else None
+        rows += [Row(f"decode step, {name} of 8 rows gated", "ms", 1e3 * t[name],
+                     1e3 * t[f"peer {name}"] if s.has_peer else None, 1e3 * t["base"]),
+                 Row(f"decode step, {name} of 8 rows gated, relative to none", "x",
+                     t[name] / t["base"], relative, 1.0)]
     rows.append(Row("un-gated rows bit-equal to the base (1 = yes)", "count", float(bit_equal(s)),
                     None, 1.0))
     return rows
@@ -335,9 +349,10 @@ def routing(s: Setup) -> list[Row]:
 
 @torch.inference_mode()
 def bit_equal(s: Setup) -> bool:
-    """Whether the un-gated rows of a mixed batch are the base model's, bit for bit."""
+    """Whether the un-gated rows of a mixed batch are the base model's, bit for bit: logits of whole
+    prompts, and of one decoding step."""
     ids = pad([p[:40] for p in s.prompts(8)], s.net.device)[0]
-    return torch.equal(s.prism(ids, 4)[4:], s.net(ids)[4:])
+    return all(torch.equal(s.prism(x, 4)[4:], s.net(x)[4:]) for x in (ids, ids[:, :1]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,7 +396,7 @@ def lora(s: Setup) -> list[Row]:
         Row("memory a whole layer keeps for backward (floor: frozen)", "MiB",
             *(kept[n] / 2**20 if n in kept else None for n in ("ours", "peer", "floor")))]
     if s.has_peer:
-        rows.append(Row("of that, added by the adapter", "MiB",
+        rows.append(Row("adapted layer minus frozen one, the same", "MiB",
                         (kept["ours"] - kept["floor"]) / 2**20,
                         (kept["peer"] - kept["peer floor"]) / 2**20))
     return rows + step
@@ -466,8 +481,9 @@ def training_step(s: Setup) -> list[Row]:
             theirs.zero_grad()
         functions["peer"] = peer
     t = medians(functions, max(1, s.repeats // 3))
-    peaks = {name: peak_bytes(function) / 2**30 for name, function in functions.items()}
-    name = f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, naive KL)"
+    peaks = {name: peak_bytes(function, s.net.device) / 2**30
+             for name, function in functions.items()}
+    name = f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, whole logits, naive KL)"
     return [Row(name, "s", t["ours"], t.get("peer")),
             Row(name + ", peak", "GiB", peaks["ours"], peaks.get("peer"))]
 
@@ -476,10 +492,12 @@ def kl(s: Setup) -> list[Row]:
     """The exact KL at Qwen's vocabulary, 256 answer tokens, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     d = 896
-    weight = torch.randn(QWEN_VOCAB, d, generator=generator).to(s.net.dtype) * 0.02
-    teacher = torch.randn(256, d, generator=generator).to(s.net.dtype)
-    student = (teacher + 0.1 * torch.randn(256, d, generator=generator).to(s.net.dtype))
-    student.requires_grad_()
+
+    def random(rows: int) -> Tensor:
+        return torch.randn(rows, d, generator=generator).to(s.net.device, s.net.dtype)
+
+    weight, teacher = random(QWEN_VOCAB) * 0.02, random(256)
+    student = (teacher + 0.1 * random(256)).requires_grad_()
 
     def ours() -> Tensor:
         student.grad = None
@@ -503,14 +521,14 @@ def kl(s: Setup) -> list[Row]:
     t = medians({"ours": ours, "peer": naive, "floor": floor}, s.repeats)
     rows = [Row("exact KL, 256 tokens x 151,936, forward + backward (peer: naive)", "ms",
                 *(1e3 * t[n] for n in ("ours", "peer", "floor")))]
-    rows.append(Row("exact KL, peak memory beside its inputs", "MiB", peak_bytes(ours) / 2**20,
-                    peak_bytes(naive) / 2**20))
+    rows.append(Row("exact KL, peak memory beside its inputs", "MiB",
+                    *(peak_bytes(f, s.net.device) / 2**20 for f in (ours, naive))))
     return rows
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """The most bytes of tensors alive at once while `function` runs, beyond those before it."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -543,9 +561,14 @@ def sampler(s: Setup) -> list[Row]:
 
 def pipeline(s: Setup) -> list[Row]:
     """`train.py --quick` as it is, and once more with its engine, its scoring and its training
-    replaced by what transformers and peft offer: the same prompts, rows and steps by construction.
+    replaced by what transformers and peft offer. Each side goes on with the texts it sampled, so
+    the amounts, which are printed, differ a little.
     """
     seconds: dict[str, dict[str, float]] = {}
+    amounts: dict[str, dict[str, int]] = {}
+    if s.has_peer:
+        peer_generate(s, s.prompts(2), 4, set(), 0.7)  # loaded before the clock runs
+        s.peer_lora.train()
     for name, replaced in {"ours": {}, **({"peer": replacements(s)} if s.has_peer else {})}.items():
         with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
             for target, new in replaced.items():
@@ -556,15 +579,22 @@ def pipeline(s: Setup) -> list[Row]:
                                  "--device", str(s.net.device),
                                  "--dtype", str(s.net.dtype).removeprefix("torch.")])
             seconds[name] = {"whole command": time.perf_counter() - begun}
+            amounts[name] = {"whole command": 0}
             if status:
                 raise InputError(f"train.py ended with status {status}")
             for line in (Path(out) / "metrics.jsonl").open():
                 m = json.loads(line)
-                stage = seconds[name]
-                stage[m["stage"]] = stage.get(m["stage"], 0) + m.get("seconds", 0)
-    theirs = seconds.get("peer", {})
-    return [Row(f"train.py --quick: {stage}", "s", t, theirs.get(stage))
-            for stage, t in seconds["ours"].items() if t >= 0.1]
+                stage = m["stage"]
+                if stage in STAGES:
+                    seconds[name][stage] = seconds[name].get(stage, 0) + m["seconds"]
+                    amounts[name][stage] = amounts[name].get(stage, 0) + m.get(
+                        "prompts", m.get("samples", 0))
+
+    def label(stage: str) -> str:
+        counts = [f"{amount[stage]:,} {who}" for who, amount in amounts.items() if amount[stage]]
+        return f"train.py --quick: {stage}" + (f" (rows: {', '.join(counts)})" if counts else "")
+    return [Row(label(stage), "s", t, seconds.get("peer", {}).get(stage))
+            for stage, t in seconds["ours"].items()]
 
 
 def replacements(s: Setup) -> dict[str, object]:
@@ -612,9 +642,8 @@ def replacements(s: Setup) -> dict[str, object]:
             order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None] * len(rows)
             for at in range(0, len(order), batch):
                 some = order[at:at + batch]
-                out = s.peer(input_ids=pad([rows[i] for i in some], net.device)[0],
-                             output_hidden_states=True)
-                for row, i in zip(out.hidden_states[-1], some):
+                ids = pad([rows[i] for i in some], net.device)[0]
+                for row, i in zip(s.peer.model(input_ids=ids).last_hidden_state, some):
                     found[i] = row[starts[i]:len(rows[i])].clone()
             return found, sum(map(len, rows))
         return states

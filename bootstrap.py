@@ -726,13 +726,15 @@ def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
     flat = torch.cat([s[:-1] for s in states])  # [N, d], N tokens of all targets together
     ids = torch.tensor([i for t in targets for i in t], device=net.device)[:, None]
     # Filled in place: small results kept between the large temporaries fragment the heap (measured:
-    # 7.8 GiB instead of 1.2).
+    # 7.8 GiB instead of 1.2). And one buffer for all chunks: new memory costs as much as the rest.
     logs = torch.empty(len(flat), device=net.device)
     size = max(1, SCORE_LOGITS // net.config.vocab_size)
+    buffer = torch.empty(min(size, len(flat)), net.config.vocab_size, device=net.device)
     with torch.inference_mode():
         for i in range(0, len(flat), size):
-            logits = net.head(flat[i:i + size]).float()
-            logs[i:i + size] = logits.gather(1, ids[i:i + size])[:, 0] - logits.logsumexp(-1)
+            log_p = buffer[:len(flat[i:i + size])].copy_(net.head(flat[i:i + size]))
+            torch.log_softmax(log_p, dim=-1, out=log_p)
+            logs[i:i + size] = log_p.gather(1, ids[i:i + size])[:, 0]
     logs = logs.cpu()
     return list(logs.split([len(t) for t in targets])), read
 

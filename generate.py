@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hub import DEFAULT_MODEL, InputError, Parser, exit_status, read_json
-from model import KVCache, Transformer, choose_device, choose_dtype, load
+from model import KVCache, Transformer, choose_device, choose_dtype, load, upload
 from prism import PRISM, read_settings
 from tokenizer import Tokenizer, check_messages
 
@@ -123,6 +123,17 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
 
 
+def alike(rows: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Rows in groups of like length, where padding adds a quarter at most."""
+    groups: list[list[tuple[int, ...]]] = []
+    for row in sorted(rows, key=lambda r: (len(r), r)):
+        if groups and len(row) <= 1.25 * len(groups[-1][0]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
 class PrefixReader:
     """Reads rows of ids through the base model, a beginning that rows share only once.
 
@@ -132,7 +143,8 @@ class PrefixReader:
 
     def __init__(self, net: Transformer, keep: int = 16384):
         self.net, self.tokens, self.keep = net, 0, keep
-        self.prefixes: dict[tuple[int, ...], KVCache] = {}
+        # shared ids -> the cache that holds them, and its row
+        self.prefixes: dict[tuple[int, ...], tuple[KVCache, int]] = {}
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Sequence[int]],
@@ -145,21 +157,21 @@ class PrefixReader:
         net, layers = self.net, range(len(self.net.layers))
         while sum(map(len, self.prefixes)) > self.keep:
             del self.prefixes[next(iter(self.prefixes))]
-        for row, n in zip(rows, shared):
-            prefix = tuple(row[:n])
-            if prefix and prefix not in self.prefixes:
-                self.prefixes[prefix] = cache = net.new_cache(1, n)
-                ids, _ = pad([prefix], net.device)
-                net.run(net.embed(ids), net.span(ids.shape, cache), layers)
-                self.tokens += n
+        begun = {tuple(row[:n]) for row, n in zip(rows, shared) if n}
+        for group in alike(begun - self.prefixes.keys()):
+            ids, _ = pad(group, net.device)
+            cache = net.new_cache(*ids.shape)
+            net.run(net.embed(ids), net.span(ids.shape, cache), layers)
+            self.prefixes |= {prefix: (cache, at) for at, prefix in enumerate(group)}
+            self.tokens += sum(map(len, group))
         ids, lengths = pad([row[n:] for row, n in zip(rows, shared)], net.device)
         self.tokens += sum(len(row) - n for row, n in zip(rows, shared))
         keys = max(shared) + ids.shape[1]
         cache = net.new_cache(len(rows), keys)
         for at, (row, n) in enumerate(zip(rows, shared)):
             if n:
-                cache.copy(at, self.prefixes[tuple(row[:n])], 0, n)
-        start = torch.tensor(shared, device=net.device) if any(shared) else None
+                cache.copy(at, *self.prefixes[tuple(row[:n])], n)
+        start = upload(torch.tensor(shared), net.device) if any(shared) else None
         span = net.span(ids.shape, cache, start, keys)
         return net.run(net.embed(ids), span, layers), lengths, cache
 
@@ -253,7 +265,7 @@ class Engine:
         """The uniform numbers of one request, drawn on the host so that devices agree."""
         generator = torch.Generator().manual_seed(seed)
         draws = torch.rand(self.sampling.max_new_tokens, generator=generator)
-        return draws.to(self.net.device, non_blocking=True)
+        return upload(draws, self.net.device)
 
     def _insert(self, row: Output, draws: Tensor, source: KVCache, source_row: int,
                 length: int) -> None:
@@ -291,9 +303,9 @@ class Engine:
     def _upload(self) -> None:
         """Mirror the slots' state on the device; needed only when their composition changed."""
         device = self.net.device
-        self.tokens = torch.tensor([row.ids[-1] for row in self.rows], device=device)
-        self.start = torch.tensor(self.lengths, device=device)
-        self.steps = torch.tensor([[len(row.ids)] for row in self.rows], device=device)
+        self.tokens = upload(torch.tensor([row.ids[-1] for row in self.rows]), device)
+        self.start = upload(torch.tensor(self.lengths), device)
+        self.steps = upload(torch.tensor([[len(row.ids)] for row in self.rows]), device)
         self.draws = torch.stack(self.uniforms) if self.rows else None
 
     def _step(self) -> None:
@@ -338,7 +350,7 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tens
     so what stands in the padding does not matter."""
     lengths = [len(r) for r in rows]
     padded = [list(r) + [0] * (max(lengths) - len(r)) for r in rows]
-    return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+    return upload(torch.tensor(padded), device), upload(torch.tensor(lengths), device)
 
 
 def stop_tokens(net: Transformer, tokenizer: Tokenizer) -> set[int]:

@@ -7,8 +7,9 @@ the adapter applies to. It is an argument, never a module state: k = 0 is the ba
 adapted one, anything between a mixed batch whose rows from k on are the base model's, bit for bit.
 
 Projections that read the same input are stacked (q, k, v; gate and up): one frozen GEMM, one GEMM
-with the stacked A, then one small `addmm_` into each projection's columns. What was simplified:
-no merging into W (in bf16 it loses most of a small update) and no per-projection rank.
+with the stacked A, then, to train, one small `addmm_` into each projection's columns, or, to
+answer, one product with all B at once. What was simplified: no merging into W (in bf16 it loses
+most of a small update) and no per-projection rank.
 """
 
 from __future__ import annotations
@@ -60,24 +61,28 @@ class LoRA(nn.Module):
         """
         # Not self.A and self.B: this runs in every layer of every step, and those are slow to get.
         masters = (*self._parameters.values(), *self.B._parameters.values())
-        key = [(p._version, p.data_ptr()) for p in masters]
+        key = [(id(p), p._version, p.data_ptr()) for p in masters]
         if dtype not in self._cast or self._cast[dtype][0] != key:
-            self._cast[dtype] = (key, tuple(p.detach().to(dtype) for p in masters))
+            # What inference mode makes could not be trained with later.
+            with torch.inference_mode(False), torch.no_grad():
+                casts = tuple(p.detach().to(dtype) for p in masters)
+            self._cast[dtype] = (key, casts, masters)  # kept, so that no id is used again
             self._stacked.pop(dtype, None)
         return self._cast[dtype][1]
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and all scale * B_i in one block-diagonal matrix [sum o_i, p * r], made anew with every
-        `cast`: for few rows, one product with its zeros costs less than one per projection."""
-        A, *Bs = self.cast(dtype)
+        `cast`: one product with its zeros costs less than one for each projection."""
+        A, *_ = self.cast(dtype)
         if dtype not in self._stacked:
-            self._stacked[dtype] = (A, torch.block_diag(*Bs).mul_(self.scale))
+            B = torch.block_diag(*(b.detach() * self.scale for b in self.B))
+            self._stacked[dtype] = (A, B.to(dtype))
         return self._stacked[dtype]
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether x [..., d] is a decoding step's on a CPU: so few bf16 rows that the kernels made for
-    many of them are mostly overhead, so that other ways to compute the same are faster."""
+    """Whether x [..., d] has at most FEW_ROWS rows, in bf16, on a CPU, as in a decoding step: the
+    kernels made for many rows are then mostly overhead, and there are faster ways to the same."""
     return x.dtype == torch.bfloat16 and x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
@@ -90,9 +95,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not few_rows(x):
         return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    y = torch.mv(weight, flat[0]) if len(flat) == 1 else torch.mm(weight, flat.t()).t()
-    y = y.view(*x.shape[:-1], -1)
+    if x.numel() == x.shape[-1]:
+        y = torch.mv(weight, x.reshape(-1))
+    else:
+        y = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t()
+    y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y.add_(bias)
 
 
@@ -125,6 +132,7 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x [..., 2 d], whose halves are gate and up; [..., d]."""
     gate, up = x.chunk(2, dim=-1)
     y = F.silu(gate)
+    # In place where autograd needs no silu(gate): new memory costs more than the product.
     return y * up if torch.is_grad_enabled() else y.mul_(up)
 
 
@@ -140,7 +148,8 @@ def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
 class GatedLoRAFunction(torch.autograd.Function):
     """Forward and backward of `GatedLoRALinear` with gradients for x, A and B, none for W.
 
-    Saves x and h only. With s = scale, m = dropout mask (already divided by 1 - p) and rows [:k]:
+    Of what grows with the tokens it saves x (with `activation` what came before it, [B, T, 2 d]), h
+    and m. With s = scale, m = dropout mask (already divided by 1 - p) and rows [:k]:
         y = x W^T (+ bias);   h = (x A^T) * m;   y_i += s h_i B_i^T
         dh_i = s dy_i B_i;    dB_i = s dy_i^T h_i;   da = dh * m;   dA = da^T x;   dx = dy W + da A
     The gradients of A and B come back in the masters' fp32, so micro-batches accumulate in fp32.
@@ -194,8 +203,9 @@ class GatedLoRALinear(nn.Module):
         in_features: input width d.
         out_features: output width o_i of each stacked projection.
         bias: whether the frozen map has a bias.
-        activation: whether the input is `swiglu` of what is given, which is [..., 2 d]. Training
-            then keeps what is given, which must be kept anyway, and not its product as well.
+        activation: whether what is given is [B, T, 2 d] and the map's input is `swiglu` of it. An
+            adapted layer then keeps for the backward pass what it was given, which the gradient of
+            swiglu needs anyway, and computes the product again.
     """
 
     def __init__(self, in_features: int, out_features: Sequence[int], bias: bool = False,

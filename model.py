@@ -328,14 +328,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q [B, H, T, D] over k, v [B, Hkv, S, D]; mask None means causal with S = T.
 
     While decoding (T = 1), many query heads that share a key head become query rows: one reading of
-    the keys serves them all, in a kernel that needs no `enable_gqa`. On a CPU, 8 rows at 520 keys:
-    214 instead of 291 us for 7 to a group, but 318 instead of 257 for 3, so there it depends.
+    the keys serves them all, in a kernel that needs no `enable_gqa`. On a CPU, 8 rows at 520 keys,
+    that takes 214 instead of 291 us with 7 heads to a key head, but 318 instead of 257 with 3.
     """
     B, H, T, D = q.shape
     group = H // k.shape[1]
     if T == 1 and mask is not None and (q.is_cuda or group > 4):
         y = F.scaled_dot_product_attention(q.view(B, -1, group, D), k, v, attn_mask=mask)
-        return y.view(B, H, T, D)
+        return y.reshape(B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=group > 1)
 
@@ -391,6 +391,7 @@ class Transformer(nn.Module):
             torch.empty(shape), requires_grad=False)
         inverse, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = inverse.tolist()  # a list: it must survive meta and bf16
+        self._inverse: Tensor | None = None  # the same on the device, made when first asked for
 
     @property
     def device(self) -> torch.device:
@@ -425,13 +426,15 @@ class Transformer(nn.Module):
         positions = torch.arange(T, device=self.device).expand(B, T)
         if start is not None:
             positions = positions + start[:, None]
-        inverse = torch.tensor(self.inverse_frequencies, device=self.device)
-        angles = positions[..., None, None].float() * inverse  # [B, T, 1, D / 2], in fp32
+        if self._inverse is None or self._inverse.device != self.device:
+            self._inverse = torch.tensor(self.inverse_frequencies, device=self.device)
+        angles = positions[..., None, None].float() * self._inverse  # [B, T, 1, D / 2], in fp32
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [B, T, 1, D]
         S = T if keys is None else keys
         plain = start is None and (cache is None or S == T)
-        masks = {w: None if plain and (w is None or T <= w) else _mask(positions, S, w).to(self.dtype)
+        seen = positions if start is not None else positions[:1]  # every row sees the same
+        masks = {w: None if plain and (w is None or T <= w) else _mask(seen, S, w, self.dtype)
                  for w in set(self.config.windows)}
         return Span(cos.to(self.dtype), sin.to(self.dtype), masks, cache,
                     None if cache is None else cache.index(positions), S)
@@ -470,6 +473,7 @@ class Transformer(nn.Module):
         """Post-norm hidden states [..., d] -> logits [..., V].
 
         A non-contiguous slice is copied first: the bf16 GEMM on one took 11.6 s, on the copy 0.04.
+        The result of few rows is a transposed view, which what samples from it would read slowly.
         """
         return linear(x.contiguous(), self.lm_head).contiguous()
 
@@ -492,13 +496,20 @@ def _recomputed(block: Block, x: Tensor, span: Span, lora: nn.ModuleDict, k: int
     return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
-def _mask(positions: Tensor, keys: int, window: int | None) -> Tensor:
+def _mask(positions: Tensor, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """[B, 1, T, keys]: 0 where the query at positions [B, T] may see the key at that index, else
     -inf. Added as it is; a boolean mask would be turned into this once more in every layer."""
     distance = positions[:, None, :, None] - torch.arange(keys, device=positions.device)
     hidden = distance < 0
     hidden = hidden if window is None else hidden | (distance >= window)
-    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def upload(values: Tensor, device: torch.device | str) -> Tensor:
+    """Copy from the host without waiting: a GPU reads pinned memory while the host goes on."""
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def choose_device(name: str = "auto") -> torch.device:

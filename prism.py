@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hub import InputError, base_source, read_json, write_file
 from lora import LoRA
-from model import KVCache, Span, Transformer, fingerprint
+from model import KVCache, Span, Transformer, fingerprint, upload
 
 KL_CHUNK_ELEMENTS = 2**23  # logits per chunk of the distillation loss: 32 MB in fp32
 ADAPTER_FILE, GATE_FILE, PRISM_FILE = "adapter_model.safetensors", "gate.safetensors", "prism.json"
@@ -154,7 +154,7 @@ class PRISM(nn.Module):
         # One transfer to the host: k and the order are needed there anyway.
         flags, values = torch.stack((opened.float(), probability)).tolist()
         order = sorted(range(len(flags)), key=lambda i: -flags[i])  # stable: gated rows first
-        rows, k = torch.tensor(order, device=x.device), int(sum(flags))
+        rows, k = upload(torch.tensor(order), x.device), int(sum(flags))
         if order != list(range(len(order))):
             x, lengths = x[rows], lengths[rows]
             if cache is not None:
@@ -309,7 +309,7 @@ class LinearKL(torch.autograd.Function):
                 logs.copy_(torch.mm(hidden[rows], weight.t(), out=logits))
                 if temperature != 1:
                     logs.div_(temperature)
-                torch.log_softmax(logs, dim=-1, out=logs)
+                torch.log_softmax(logs, dim=-1, out=logs)  # row by row, so in place is safe
             torch.sub(p, q, out=log_ratio)
             p.exp_(), q.exp_()
             total += torch.dot(p.flatten(), log_ratio.flatten())

@@ -82,13 +82,36 @@ def test_few_rows_are_the_same_map(rows: int, bias: bool) -> None:
     torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2)
     turned = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert turned.stride() != x.stride() or rows == 1
-    assert torch.equal(layer(turned), layer(x))
-    assert torch.equal(layer(turned, lora, 0), layer(x))
+    torch.testing.assert_close(layer(turned), layer(x))
     adapted = plain(layer.double(), lora.double(), x.double(), rows)
     layer, lora = make(bias=bias, dtype=torch.bfloat16)
     with torch.no_grad():
         torch.testing.assert_close(layer(turned, lora, rows).double(), adapted, rtol=3e-2,
                                    atol=0.15)
+
+
+@pytest.mark.parametrize("k", [0, 2, 3])
+def test_activation_before_the_map(k: int) -> None:
+    """A layer with `activation` is the layer on silu(gate) * up: values, and in fp64 gradients for
+    both halves, A and every B; while training it keeps what is given and not the product."""
+    layer, lora = make((6, 4), dtype=torch.float64, d=8)
+    active = GatedLoRALinear(8, (6, 4), activation=True).double()
+    active.weight = layer.weight
+    given = inputs(3, 2, 16, torch.float64).requires_grad_()
+    product = F.silu(given[..., :8]) * given[..., 8:]
+    torch.testing.assert_close(active(given, lora, k), plain(layer, lora, product, k))
+    with torch.no_grad():
+        torch.testing.assert_close(active(given, lora, k), plain(layer, lora, product, k))
+    upstream = inputs(3, 2, 10, torch.float64, seed=5)
+    wanted = [given, *(lora.parameters() if k else ())]
+    mine = torch.autograd.grad(active(given, lora, k), wanted, upstream)
+    expected = torch.autograd.grad(plain(layer, lora, product, k), wanted, upstream)
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    if k:
+        saved = active(given, lora, k).grad_fn.saved_tensors
+        assert any(t is given for t in saved)
+        assert not any(t is not None and t.shape == product.shape for t in saved)
 
 
 def test_fresh_adapter_changes_nothing() -> None:
@@ -106,11 +129,23 @@ def test_mixed_batch_rows(dtype: torch.dtype, k: int) -> None:
     """Un-gated rows are those of k = 0 bit for bit, gated rows match those of k = B."""
     layer, lora = make(dtype=dtype)
     x = inputs(7, dtype=dtype)
-    mixed, off, on = layer(x, lora, k), layer(x, lora, 0), layer(x, lora, 7)
-    assert torch.equal(mixed[k:], off[k:])
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(mixed[:k], on[:k], rtol=tolerance, atol=tolerance)
-    assert not torch.allclose(mixed[:k], off[:k], atol=0.1)
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains):
+            mixed, off, on = layer(x, lora, k), layer(x, lora, 0), layer(x, lora, 7)
+        assert torch.equal(mixed[k:], off[k:])
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(mixed[:k], on[:k], rtol=tolerance, atol=tolerance)
+        assert not torch.allclose(mixed[:k], off[:k], atol=0.1)
+
+
+def test_an_adapter_that_answered_can_be_trained() -> None:
+    """What is cached in inference mode serves training as well."""
+    layer, lora = make(dtype=torch.bfloat16)
+    x = inputs(4, FEW_ROWS, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        layer(x, lora, 4)
+    layer(x, lora, 4).float().square().sum().backward()
+    assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in lora.parameters())
 
 
 @pytest.mark.parametrize("k", [0, 2, 5])

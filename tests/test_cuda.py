@@ -1,0 +1,76 @@
+"""What only a GPU can show. Nobody has run these tests: no machine of this project has one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from generate import Engine, Request, Sampling
+from model import load
+from prism import PRISM, distill_loss
+from tiny import randomize_adapter
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here; nobody has run this test yet")]
+
+
+def test_logits_equal_the_cpu(folder: Path) -> None:
+    """fp32 logits and greedy ids of a GPU are the CPU's."""
+    nets = [load(folder, device, torch.float32) for device in ("cpu", "cuda")]
+    ids = torch.arange(60).view(4, 15) + 5
+    here, there = (net(ids.to(net.device)).cpu() for net in nets)
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3)
+    prompts = [Request([5, 6, 7, 8][:n]) for n in (1, 2, 4)]
+    here, there = ({o.index: o.ids for o in Engine(net, Sampling(16, 0.0), {2}, 2).run(prompts)}
+                   for net in nets)
+    assert here == there
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ungated_rows_are_the_base(folder: Path, dtype: torch.dtype) -> None:
+    """Rows from k on are the base model's bit for bit at the same batch shape."""
+    prism = randomize_adapter(PRISM(load(folder, "cuda", dtype), rank=4))
+    ids = torch.arange(120, device="cuda").view(8, 15) + 5
+    with torch.no_grad():
+        mixed, base = prism(ids, 3), prism.net(ids)
+    assert torch.equal(mixed[3:], base[3:]) and not torch.equal(mixed[:3], base[:3])
+
+
+def test_a_step_waits_once(folder: Path) -> None:
+    """Between two refills the host waits for the device once a token."""
+    prism = randomize_adapter(PRISM(load(folder, "cuda", torch.float32), rank=4))
+    engine = Engine(prism, Sampling(40, 0.7), set(), 4)
+    run = engine.run([Request([5, 6, 7], i) for i in range(4)])
+    waits: list[int] = []
+    step = engine._step
+
+    def counted() -> None:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(w.message) for w in found))
+
+    engine._step = counted
+    assert len(list(run)) == 4
+    assert len(waits) == 39 and max(waits) == 1
+
+
+def test_distillation_gradient_equals_the_cpu(folder: Path) -> None:
+    """The chunked KL gives the same loss and gradient on both devices."""
+    found = []
+    for device in ("cpu", "cuda"):
+        net = load(folder, device, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = torch.randn(2, 50, 32, generator=generator).to(device)
+        student.requires_grad_()
+        loss = distill_loss(student, teacher, net)
+        loss.backward()
+        found.append((loss.detach().cpu(), student.grad.cpu()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
