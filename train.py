@@ -845,7 +845,7 @@ def memory_plan(config: Config, counts: tuple[int, int], new_tokens: int, slots:
         # fp32 master, gradient and two moments, and the cast copy
         "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
                       "activations": activations,
-                      "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + size)}}
+                      "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + 2 * size)}}
 
 
 def dry_run(args: argparse.Namespace) -> int:
