@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import difflib
 import fcntl
-import hashlib
 import functools
+import hashlib
+import itertools
 import json
 import math
 import re
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from distributed import each, main_first, rank, world
 from generate import (
     Engine,
     PrefixReader,
@@ -279,8 +281,10 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, read_only: bool = False):
-        self.path = path
-        if read_only:  # a finished run that somebody else may be reading, too
+        """`read_only`: a finished run that somebody else may be reading, too. Of several processes
+        only the first writes."""
+        self.path, self.writes, self._lock = path, not read_only and rank() == 0, None
+        if not self.writes:
             return
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
@@ -291,7 +295,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the folder (a dying process does so by itself)."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def read(self, name: str, kind: type) -> list:
         """The rows of a stage file as dataclasses of `kind`; an absent file has none."""
@@ -330,7 +335,8 @@ class RunFolder:
 
     def write(self, name: str, rows: Iterable) -> None:
         """Replace a stage file."""
-        write_file(self.path / name, "".join(row_line(r) + "\n" for r in rows))
+        if self.writes:
+            write_file(self.path / name, "".join(row_line(r) + "\n" for r in rows))
 
     def metrics(self) -> list[dict]:
         """All rows of metrics.jsonl."""
@@ -350,6 +356,8 @@ class RunFolder:
 
     def record(self, stage: str, step: int, **values: object) -> None:
         """Add a metrics row, replacing what an interrupted attempt at this step (or later) left."""
+        if not self.writes:
+            return
         kept = [m for m in self.metrics() if m["stage"] != stage or m["step"] < step]
         kept.append({"stage": stage, "step": step, **values})
         write_file(self.path / "metrics.jsonl",
@@ -357,6 +365,8 @@ class RunFolder:
 
     def forget(self, stages: Sequence[str], files: Sequence[str]) -> None:
         """Delete stage files (names or patterns) and the metrics of those stages."""
+        if not self.writes:
+            return
         for path in (path for name in files for path in self.path.glob(name)):
             path.unlink()
         # rows recorded within a stage
@@ -370,26 +380,36 @@ class RunFolder:
         """Run `work(chunk number, chunk)` -> (rows, metrics) on every chunk that is not done yet.
 
         A stage file holds whole chunks, one row for each element of the chunk, in order. Chunk i is
-        recorded as step first_step + i of the stage.
+        recorded as step first_step + i of the stage. Several processes do as many chunks at once.
         """
-        rows, total = self.read(name, kind), sum(map(len, todo))
-        with tqdm(total=total, desc=stage, unit="row", dynamic_ncols=True) as bar:
-            done = 0
-            for number, chunk in enumerate(todo):
-                done += len(chunk)
-                if len(rows) < done:
-                    del rows[done - len(chunk):]
-                    begun = time.perf_counter()
-                    new, values = work(number, chunk)
-                    seconds = round(time.perf_counter() - begun, 3)
+        with main_first():  # what it wrote before is whole when the others read
+            rows = self.read(name, kind)
+        ends, size = list(itertools.accumulate(map(len, todo))), sum(map(len, todo))
+        missing = [i for i, end in enumerate(ends) if end > len(rows)]
+        if missing:
+            del rows[ends[missing[0]] - len(todo[missing[0]]):]
+        with tqdm(total=size, initial=min(len(rows), size), desc=stage, unit="row",
+                  dynamic_ncols=True, disable=not self.writes) as bar:
+            for wave in split_chunks(missing, world()):
+                for number, (new, values) in zip(wave, each(
+                        lambda: _timed(work, wave, todo) if rank() < len(wave) else None)):
+                    new = [kind(**row) for row in new]
                     chunk_of = {"file": name, "rows": [len(rows), len(rows) + len(new)],
                                 "sha256": digest(row_line(r).encode() for r in new)}
-                    self.record(stage, first_step + number, **values, chunk=chunk_of,
-                                seconds=seconds, peak_memory=peak_memory())
+                    self.record(stage, first_step + number, **values, chunk=chunk_of)
                     rows += new
                     self.write(name, rows)
-                bar.update(done - bar.n)
+                    bar.update(len(new))
         return rows
+
+
+def _timed(work: Callable[[int, Sequence], tuple[list, dict]], wave: Sequence[int],
+           todo: Sequence[Sequence]) -> tuple[list[dict], dict]:
+    """This process's chunk of a wave: its rows as dictionaries, and its metrics."""
+    begun, number = time.perf_counter(), wave[rank()]
+    rows, values = work(number, todo[number])
+    seconds = round(time.perf_counter() - begun, 3)
+    return [asdict(r) for r in rows], {**values, "seconds": seconds, "peak_memory": peak_memory()}
 
 
 def row_line(row: object) -> str:
@@ -504,7 +524,7 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
         if not lacking:
             break
     run.write("queries.jsonl", queries)
-    if not any(m["stage"] == "quality" for m in run.metrics()):
+    if run.writes and not any(m["stage"] == "quality" for m in run.metrics()):
         run.record("quality", 0, **measure_queries(net, tokenizer, personas, queries, candidates))
     return queries
 

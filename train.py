@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +37,7 @@ from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, Likelihoo
                        Persona, Query, RunFolder, Verdict, bill, choose_judge, hidden_states,
                        interval, known_truth, load_personas, peak_memory, persona_hash,
                        split_chunks, total, write_answers, write_queries, write_verdicts)
+from distributed import broadcast, each, main_first, processes, rank, sum_gradients, world
 from generate import derive_seed, pad
 from hub import (DEFAULT_MODEL, InputError, Parser, base_source, exit_status, read_json, resolve,
                  write_file)
@@ -433,14 +434,30 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
         teachers.append(tokenizer.render([{"role": "system", "content": texts[pair.persona]},
                                           user]))
         answers.append(pair.expert_ids[:max(max_len - len(teachers[-1]), 0)])
-    rows = [[*t, *a] for t, a in zip(teachers, answers)]
-    states: list[Tensor] = []
-    for some in split_chunks(list(zip(rows, teachers))):  # off the device as soon as they are there
-        found, _ = hidden_states(net, [row for row, _ in some], [len(t) - 1 for _, t in some])
-        states += [h.cpu() for h in found]
-    # inference tensors cannot take part in autograd, hence the clone
-    return [Sample(f"{p.persona}/{p.index}", [*s, *a], len(s), h[:-1].clone())
+    states = teacher_states(net, teachers, answers)
+    return [Sample(f"{p.persona}/{p.index}", [*s, *a], len(s), h)
             for p, s, a, h in zip(pairs, students, answers, states) if a]
+
+
+def teacher_states(net: Transformer, prompts: Sequence[list[int]],
+                   answers: Sequence[list[int]]) -> list[Tensor]:
+    """The states [n, d] from which the base predicts each answer's n tokens after its prompt.
+
+    Chunks are dealt out to the processes and then shown to all: who trains on what differs from
+    epoch to epoch.
+    """
+    chunks = split_chunks(list(zip(prompts, answers)))
+    states: list[Tensor] = []
+    found = {}
+    for i in range(rank(), len(chunks), world()):
+        mine, _ = hidden_states(net, [[*p, *a] for p, a in chunks[i]],
+                                [len(p) - 1 for p, _ in chunks[i]])
+        found[i] = torch.cat([h[:-1] for h in mine]).cpu()  # off the device as soon as possible
+    for i, chunk in enumerate(chunks):
+        sizes = [len(a) for _, a in chunk]
+        empty = torch.empty(sum(sizes), net.config.hidden_size, dtype=net.dtype)
+        states += broadcast(found.get(i, empty), i % world()).split(sizes)
+    return states
 
 
 def activation_bytes(config: Config, tokens: int) -> int:
@@ -485,9 +502,26 @@ def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list
 @torch.no_grad()
 def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
-    tokens = sum(s.answer_tokens for s in samples)
-    total = sum(float(sample_loss(prism, group, 1.0)) for group in micro_batches(samples))
+    tokens, groups = sum(s.answer_tokens for s in samples), micro_batches(samples)
+    total = sum(each(lambda: sum(float(sample_loss(prism, group, 1.0))
+                                 for group in groups[rank()::world()])))
     return total / tokens if tokens else None
+
+
+def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
+                   args: argparse.Namespace) -> float:
+    """Add the gradient of a batch's loss to A and B: the summed token loss over the answer tokens
+    of the whole batch, however it is split into micro-batches and processes. Returns that loss."""
+    tokens, summed = sum(s.answer_tokens for s in batch), 0.0
+    mine = sorted(batch, key=lambda s: (len(s.ids), s.name))[rank()::world()]
+    for number, group in enumerate(micro_batches(mine)):
+        generator = torch.Generator(prism.net.device).manual_seed(
+            derive_seed(args.seed, "dropout", step, number * world() + rank()))
+        loss = sample_loss(prism, group, args.kd_temperature, generator, args.loss)
+        (loss / tokens).backward()
+        summed += loss.item()
+    sum_gradients(prism.adapter.parameters())
+    return sum(each(lambda: summed)) / tokens
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -500,8 +534,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                args: argparse.Namespace) -> None:
     """Stage 5: distil the persona's answers into prism.adapter, from the last checkpoint on.
 
-    The loss of a step is the summed token KL over the answer tokens of its whole batch, however it
-    is split into micro-batches. A, B and the optimizer are fp32.
+    A, B and the optimizer are fp32, and the same in every process.
 
     Raises:
         InputError: a loss or gradient that is not finite; the last checkpoint is kept.
@@ -511,23 +544,18 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
     per_epoch = math.ceil(len(samples) / args.batch_size)
     total = per_epoch * args.epochs
     first = load_checkpoint(run.path, prism, optimizer)
-    bar = tqdm(total=total, initial=first, desc="lora", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total, initial=first, desc="lora", unit="step", dynamic_ncols=True,
+               disable=not run.writes)
     for step in range(first, total):
         begun = time.perf_counter()
         epoch, at = divmod(step, per_epoch)
         order = sorted(samples, key=lambda s: derive_seed(args.seed, "epoch", epoch, s.name))
         batch = order[at * args.batch_size:(at + 1) * args.batch_size]
         tokens = sum(s.answer_tokens for s in batch)
-        summed = 0.0
-        for number, group in enumerate(micro_batches(batch)):
-            generator = torch.Generator(prism.net.device).manual_seed(
-                derive_seed(args.seed, "dropout", step, number))
-            loss = sample_loss(prism, group, args.kd_temperature, generator, args.loss)
-            (loss / tokens).backward()
-            summed += loss.item()
+        loss = batch_gradient(prism, batch, step, args)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
-        if not (math.isfinite(summed) and math.isfinite(norm)):
-            raise InputError(f"stage 5, step {step}: loss {summed / tokens}, gradient norm {norm} "
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(f"stage 5, step {step}: loss {loss}, gradient norm {norm} "
                              f"on {', '.join(s.name for s in batch)}; try a lower --lr or "
                              "--dtype float32 (the last checkpoint is kept)")
         rate = learning_rate(step, total, args.lr)
@@ -535,15 +563,15 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        run.record("lora", step, loss=summed / tokens, gradient_norm=norm, lr=rate,
+        run.record("lora", step, loss=loss, gradient_norm=norm, lr=rate,
                    samples=len(batch), answer_tokens=tokens,
                    # forward and back to the input, and three products with the head a token; the
                    # frozen weights get no gradient
                    flops=prism.net.flops(2 * sum(len(s.ids) for s in batch), 3 * tokens),
                    seconds=round(time.perf_counter() - begun, 3))
         bar.update()
-        bar.set_postfix({args.loss: f"{summed / tokens:.4f}"})
-        if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < total:
+        bar.set_postfix({args.loss: f"{loss:.4f}"})
+        if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < total:
             save_checkpoint(run.path, prism, optimizer, step + 1)
     bar.close()
 
@@ -607,6 +635,8 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     train_lora(run, prism, fit, args)
     begun = time.perf_counter()
     after = held_out_kl(prism, test)
+    if not run.writes:
+        return
     steps = [m for m in run.metrics() if m["stage"] == "lora"]
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
                answer_tokens=sum(s.answer_tokens for s in test),
@@ -1100,8 +1130,8 @@ def begin(run: RunFolder, settings: dict, overwrite: bool) -> None:
         first = min((STAGES.index(FIRST_STAGE.get(n, "queries")) for n in changed), default=0)
         run.forget(STAGES[first:], [f for s in STAGES[first:] for f in FILES[s]])
     versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "threads": torch.get_num_threads()}
-    if settings != old:
+                "processes": world(), "threads": torch.get_num_threads()}
+    if run.writes and settings != old:
         write_file(path, json.dumps({"settings": settings, "versions": versions}, indent=1) + "\n")
 
 
@@ -1111,21 +1141,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    """Check everything first, then run the stages in the locked output folder."""
-    check(args)
-    if args.dry_run:
-        return dry_run(args)
+    """Check everything that is cheap to check, then run."""
+    with processes(choose_device(args.device)) as device:
+        check(args)
+        return dry_run(args) if args.dry_run else run_all(args, device)
+
+
+def run_all(args: argparse.Namespace, device: torch.device) -> int:
+    """Load the model, then run the stages in the locked output folder; returns the exit status."""
     personas = load_personas(args.personas)
     args.persona_names = [p.name for p in personas]
-    device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    folder = resolve(args.model)
     judge_fingerprint = None
-    if args.judge_model:  # a wrong one must not cost the stages before it
-        judging = resolve(args.judge_model)
-        Config.from_json(read_json(judging / "config.json"), str(judging))
-        Tokenizer(judging)
-        judge_fingerprint = fingerprint(judging)
+    with main_first():  # it may have to fetch them
+        folder = resolve(args.model)
+        if args.judge_model:  # a wrong one must not cost the stages before it
+            judging = resolve(args.judge_model)
+            Config.from_json(read_json(judging / "config.json"), str(judging))
+            Tokenizer(judging)
+            judge_fingerprint = fingerprint(judging)
     net, tokenizer = load(folder, device, dtype), Tokenizer(folder)
     net.name = args.model
     if args.gate_layer is None:
@@ -1142,27 +1176,39 @@ def _main(args: argparse.Namespace) -> int:
                  "base_fingerprint": fingerprint(folder), "device": device.type,
                  "dtype": str(dtype).removeprefix("torch."), "slots": SLOTS,
                  "judge_fingerprint": judge_fingerprint}
-    run = RunFolder(args.out)
+    with main_first():
+        run = RunFolder(args.out)
     try:
-        begin(run, settings, args.overwrite)
-        # report.md is the last file a run writes
-        if (run.path / "report.md").exists() and not lacks_transfer(run, args):
-            print(f"{run.path}: complete already; --overwrite runs it again")
+        with main_first():
+            begin(run, settings, args.overwrite)
+            # report.md is the last file a run writes
+            complete = (run.path / "report.md").exists() and not lacks_transfer(run, args)
+            if not complete:
+                (run.path / "report.md").unlink(missing_ok=True)
+        if complete:
+            tell(run, f"{run.path}: complete already; --overwrite runs it again")
             return 0
-        (run.path / "report.md").unlink(missing_ok=True)
         source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
-        print(f"{args.model}{source} on {device.type} in {settings['dtype']}, {len(personas)} "
-              f"personas, {args.queries} queries each, to {run.path}", file=sys.stderr)
+        several = f", {world()} processes" if world() > 1 else ""
+        tell(run, f"{args.model}{source} on {device.type} in {settings['dtype']}{several}, "
+             f"{len(personas)} personas, {args.queries} queries each, to {run.path}", sys.stderr)
         status = stages(run, prism, tokenizer, personas, args)
     finally:
         run.close()
-    print(f"\n{summarize(run, args)}\n\nsaved in {run.path}")
+    if run.writes:
+        print(f"\n{summarize(run, args)}\n\nsaved in {run.path}")
     if status == 3:
         reason = ("no persona's wins can be told from chance" if args.drop_chance else
                   "the persona won no query")
-        print(f"nothing to distil: {reason}, so there is no adapter; the data is "
-              "kept. Try more --queries, other personas, or a larger model.", file=sys.stderr)
+        tell(run, f"nothing to distil: {reason}, so there is no adapter; the data is "
+             "kept. Try more --queries, other personas, or a larger model.", sys.stderr)
     return status
+
+
+def tell(run: RunFolder, text: str, file: TextIO | None = None) -> None:
+    """Print a line, unless another process does."""
+    if run.writes:
+        print(text, file=file)
 
 
 def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequence[Persona],
@@ -1181,8 +1227,9 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     pairs = votes[0]
     if stop == "answers":
         return 0
-    verdicts = write_verdicts(run, pick_judge(run, net, tokenizer, personas, pairs, args),
-                              personas, votes)
+    with main_first():
+        judge = pick_judge(run, net, tokenizer, personas, pairs, args)
+    verdicts = write_verdicts(run, judge, personas, votes)
     if stop == "verdicts":
         return 0
     if args.drop_chance:
@@ -1191,12 +1238,15 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     won = won_pairs(votes, verdicts)
     if not won:
         return 3
-    run_gate(run, prism, tokenizer, pairs, verdicts, args)
-    if lacks_transfer(run, args):
-        run_transfer(run, prism, tokenizer, pairs, args)
+    with main_first():  # the others load what it trained
+        run_gate(run, prism, tokenizer, pairs, verdicts, args)
+        if lacks_transfer(run, args):
+            run_transfer(run, prism, tokenizer, pairs, args)
     if stop == "gate":
         return 0
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
+    if not run.writes:
+        return 0
     plot_report(run)
     write_file(run.path / "report.md", f"# PRISM run: {args.model}\n\n{summarize(run, args)}\n\n"
                                        f"{details(run)}\n")

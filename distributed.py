@@ -1,0 +1,141 @@
+"""More than one device: `torchrun --nproc-per-node N train.py ...`, one process for each.
+
+Every process holds the whole frozen base and makes the same decisions from the same files; only the
+first one (rank 0) writes. Stages 1-3 deal out whole chunks, whose rows depend on nothing but the
+chunk, so N processes write the very rows that one would; stage 5 deals out the samples of a batch
+and sums their gradients. Started without torchrun, each function here does the obvious for one
+process.
+
+All processes see one file system. What they tell each other is JSON and bare tensors, because
+torch.distributed's way of sending objects would unpickle them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hub import InputError
+
+PATIENCE = timedelta(hours=6)  # how long processes wait for the slowest
+
+
+def rank() -> int:
+    """This process's number; the first is 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did; yields the device of this one.
+
+    What is wrong with the input is wrong for all of them: the first alone tells it.
+    """
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=PATIENCE)
+    first = rank() == 0
+    try:
+        yield device
+    except InputError:
+        if first:
+            raise
+        raise SystemExit(2) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def exchange(value: object) -> list:
+    """What each process says, in the order of their ranks."""
+    if world() == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+    _wait(dist.all_gather, sizes, torch.tensor([len(text)]))
+    longest = max(int(n) for n in sizes)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    _wait(dist.all_gather, texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+    return [json.loads(bytes(t[:int(n)].tolist())) for t, n in zip(texts, sizes)]
+
+
+def _wait(operation: Callable, *args: object) -> None:
+    """Run a collective operation; InputError if another process is gone."""
+    try:
+        operation(*args)
+    except RuntimeError:
+        raise InputError("another process of this run has ended; what was finished is kept, the "
+                         "same command continues") from None
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The first process runs the block, then the others do, who find on disk what it left there.
+    Where it fails they do not begin."""
+    if rank() != 0:
+        if not exchange(None)[0]:
+            raise SystemExit(2)
+        yield
+        return
+    try:
+        yield
+    except Exception:
+        exchange(False)
+        raise
+    exchange(True)
+
+
+def each(work: Callable[[], object]) -> list:
+    """Run `work` in every process; everybody gets all results (JSON), in the order of the ranks.
+
+    Raises:
+        InputError: the first one that any of them raised.
+    """
+    if world() == 1:
+        return [work()]
+    try:
+        answer = [work(), None]
+    except InputError as error:
+        answer = [None, str(error)]
+    answers = exchange(answer)
+    for _, error in answers:
+        if error is not None:
+            raise InputError(error)
+    return [result for result, _ in answers]
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its sum over the processes, in one message."""
+    if world() == 1:
+        return
+    parameters = list(parameters)
+    for p in parameters:
+        if p.grad is None:  # a batch with fewer samples than processes
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    _wait(dist.all_reduce, flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
+
+
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """Fill `tensor` with that of process `source`."""
+    if world() > 1:
+        _wait(dist.broadcast, tensor, source)
+    return tensor
