@@ -25,7 +25,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, Sequence
 
@@ -1147,3 +1147,37 @@ def majority(votes: Sequence[str]) -> str:
     """Who won more than half of the votes; "split" if nobody did."""
     winner, count = Counter(votes).most_common(1)[0]
     return winner if 2 * count > len(votes) else "split"
+
+
+# --------------------------------------------------------------------------------------------------
+# Does a persona do anything?
+
+
+def chance_personas(verdicts: Sequence[Verdict], judged: dict) -> list[str]:
+    """The personas whose share of wins is not above what the judge gives the second of two answers
+    to the SAME prompt (the self-test's control), by the 95% interval of the difference (Newcombe
+    1998, method 10)."""
+    control = judged["tests"][-1]["kinds"].get("same prompt")
+    if not control or not control["pairs"]:
+        return []
+    base = control["wrong"] / control["pairs"]  # the second answer stood in the base's place
+    high = interval(control["wrong"], control["pairs"])[1]
+    names = []
+    for name in dict.fromkeys(v.persona for v in verdicts):
+        # The mean share of each query: several votes on one query are no new data.
+        shares = [v.share for v in verdicts if v.persona == name]
+        rate, low = sum(shares) / len(shares), interval(sum(shares), len(shares))[0]
+        if rate - base - math.hypot(rate - low, high - base) <= 0:
+            names.append(name)
+    return names
+
+
+def drop_chance(verdicts: Sequence[Verdict], judged: dict) -> list[Verdict]:
+    """The verdicts with t(x) = 0 for every persona that cannot be told from chance."""
+    chance = chance_personas(verdicts, judged)
+    return [replace(v, target=0, share=0.0) if v.persona in chance else v for v in verdicts]
+
+
+def won_pairs(votes: Sequence[Sequence[Pair]], verdicts: Sequence[Verdict]) -> list[Pair]:
+    """The distill set: of each query with t(x) = 1 the first answer pair that the expert won."""
+    return [votes[v.votes.index("expert")][i] for i, v in enumerate(verdicts) if v.target]

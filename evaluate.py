@@ -39,13 +39,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tqdm import tqdm
 
 from bootstrap import (SLOTS, Pair, Persona, RunFolder, Verdict, common_prefix, degenerate,
-                       hidden_states, load_personas, persona_hash, render_talk, split_chunks)
+                       drop_chance, hidden_states, load_personas, persona_hash, render_talk,
+                       split_chunks, won_pairs)
 from generate import Engine, Request, Sampling, derive_seed, pad, stop_tokens
 from hub import DEFAULT_MODEL, InputError, Parser, exit_status, read_json, write_file
 from model import Transformer, choose_device, choose_dtype, fingerprint, load
 from prism import ADAPTER_FILE, GATE_FILE, PRISM, distill_loss, read_settings
+from report import table
 from tokenizer import Tokenizer, merge_system
-from train import Sample, distill_samples, drop_chance, hold_out, won_pairs
+from train import Sample, distill_samples, hold_out
 
 LETTERS = "ABCDEFGHIJ"
 CHOICE_CHUNK, CHAT_CHUNK, GATE_CHUNK = 512, 128, 64  # prompts that are done, and kept, together
@@ -1084,29 +1086,23 @@ def report(results: dict, notes: Sequence[str]) -> str:
     for task, categories in results["tasks"].items():
         strategies = list(dict.fromkeys(s for c in categories.values() for m in c.values()
                                         for s in m))
-        lines += ["", f"## {task}", "", markdown(
+        lines += ["", f"## {task}", "", table(
             ["category", "metric", "n", *strategies],
             [[category, metric, max(cell.get("n", 0) for cell in cells.values()),
               *(show(cells.get(s), s == "base" or metric == "routed") for s in strategies)]
              for category, metrics in categories.items() for metric, cells in metrics.items()])]
     if results["overall"]["means"]:
         columns, means = results["overall"]["columns"], results["overall"]["means"]
-        lines += ["", f"## Overall, {len(columns)} of the paper's 15 columns", "", markdown(
+        lines += ["", f"## Overall, {len(columns)} of the paper's 15 columns", "", table(
             ["strategy", "mean"], [[s, f"{m:.2f}"] for s, m in means.items()]),
             "", ", ".join(columns)]
     if results["routing"]["points"]:
         r = results["routing"]
-        lines += ["", "## Routed share against the expert's effect", "", markdown(
+        lines += ["", "## Routed share against the expert's effect", "", table(
             ["category", "routed", "effect, points"],
             [[p["category"], f"{p['routed']:.2f}", f"{p['effect']:+.1f}"] for p in r["points"]]),
             "", f"Pearson {figure(r['pearson'])}, Spearman {figure(r['spearman'])}."]
     return "\n".join(lines) + "\n"
-
-
-def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |"
-                     for line in [header, ["---"] * len(header), *rows])
 
 
 def figure(value: float | None) -> str:

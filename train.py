@@ -18,11 +18,10 @@ import csv
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence, TextIO
 
@@ -34,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, LikelihoodJudge, Pair,
-                       Persona, Query, RunFolder, Verdict, bill, choose_judge, hidden_states,
-                       interval, known_truth, load_personas, peak_memory, persona_hash,
-                       split_chunks, total, write_answers, write_queries, write_verdicts)
+                       Persona, RunFolder, Verdict, bill, choose_judge, drop_chance, hidden_states,
+                       known_truth, load_personas, peak_memory, persona_hash, split_chunks, total,
+                       won_pairs, write_answers, write_queries, write_verdicts)
 from distributed import broadcast, each, main_first, processes, rank, sum_gradients, world
 from generate import derive_seed, pad
 from hub import (DEFAULT_MODEL, InputError, Parser, base_source, exit_status, read_json, resolve,
@@ -44,6 +43,7 @@ from hub import (DEFAULT_MODEL, InputError, Parser, base_source, exit_status, re
 from model import Config, Transformer, choose_device, choose_dtype, fingerprint, load
 from prism import (ADAPTER_FILE, GATE_FILE, KL_CHUNK_ELEMENTS, PRISM, PRISM_FILE, Gate,
                    answer_loss, distill_loss, gate_loss)
+from report import summarize, table, write_report
 from tokenizer import Tokenizer
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
@@ -366,40 +366,6 @@ def run_transfer(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequ
 
 
 # --------------------------------------------------------------------------------------------------
-# Does a persona do anything?
-
-
-def chance_personas(verdicts: Sequence[Verdict], judged: dict) -> list[str]:
-    """The personas whose share of wins is not above what the judge gives the second of two answers
-    to the SAME prompt (the self-test's control), by the 95% interval of the difference (Newcombe
-    1998, method 10)."""
-    control = judged["tests"][-1]["kinds"].get("same prompt")
-    if not control or not control["pairs"]:
-        return []
-    base = control["wrong"] / control["pairs"]  # the second answer stood in the base's place
-    high = interval(control["wrong"], control["pairs"])[1]
-    names = []
-    for name in dict.fromkeys(v.persona for v in verdicts):
-        # The mean share of each query: several votes on one query are no new data.
-        shares = [v.share for v in verdicts if v.persona == name]
-        rate, low = sum(shares) / len(shares), interval(sum(shares), len(shares))[0]
-        if rate - base - math.hypot(rate - low, high - base) <= 0:
-            names.append(name)
-    return names
-
-
-def drop_chance(verdicts: Sequence[Verdict], judged: dict) -> list[Verdict]:
-    """The verdicts with t(x) = 0 for every persona that cannot be told from chance."""
-    chance = chance_personas(verdicts, judged)
-    return [replace(v, target=0, share=0.0) if v.persona in chance else v for v in verdicts]
-
-
-def won_pairs(votes: Sequence[Sequence[Pair]], verdicts: Sequence[Verdict]) -> list[Pair]:
-    """The distill set: of each query with t(x) = 1 the first answer pair that the expert won."""
-    return [votes[v.votes.index("expert")][i] for i, v in enumerate(verdicts) if v.target]
-
-
-# --------------------------------------------------------------------------------------------------
 # Stage 5: the adapter
 
 
@@ -647,292 +613,6 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
                              + sum(m["seconds"] for m in steps), 3), peak_memory=peak_memory())
     prism.save(run.path)
     (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# What a run says at its end
-
-
-def stage_costs(metrics: Sequence[dict]) -> list[dict]:
-    """The bill: what each stage cost, summed over its metrics rows."""
-    costs = []
-    for stage in ("queries", "answers", "verdicts", "gate", "lora"):
-        kept = {"queries": ("queries", "quality"), "verdicts": ("judge", "verdicts"),
-                "gate": ("gate", "transfer"), "lora": ("kl",)}.get(stage, (stage,))
-        rows = [m for m in metrics if m["stage"] in kept]
-        if rows:
-            sums = {f: sum(m.get(f, 0) for m in rows) for f in (
-                "seconds", "prompts", "tokens_read", "tokens_written", "tokens_trained", "flops")}
-            costs.append({"stage": stage, **sums,
-                          "peak_memory": max(m.get("peak_memory", 0) for m in rows)})
-    return costs
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure for people; a dash where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def share(hits: int, n: int) -> str:
-    """A share with its 95% interval."""
-    low, high = interval(hits, n)
-    return f"{hits / n:.2f} [{low:.2f}, {high:.2f}]" if n else "-"
-
-
-def bill_table(metrics: Sequence[dict]) -> str:
-    """What every stage cost."""
-    rows = []
-    for c in stage_costs(metrics):
-        tokens = c["tokens_read"] + c["tokens_written"] + c["tokens_trained"]
-        rows.append([c["stage"], c["prompts"], c["tokens_read"], c["tokens_written"],
-                     c["tokens_trained"], f"{c['seconds']:.1f}",
-                     round(tokens / c["seconds"]) if c["seconds"] else "-",
-                     f"{c['flops'] / 1e12:.2f}", f"{c['peak_memory'] / 2**30:.2f}"])
-    return table(("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
-                  "TFLOP", "peak GiB so far"), rows)
-
-
-def quality_lines(quality: dict, wanted: int, kept: Counter, personas: int) -> list[str]:
-    """What stage 1 delivered."""
-    lines = [f"queries kept: {quality['kept']} (wanted {wanted} for each of {personas} personas), "
-             f"from {quality['candidates']} candidates: {quality['complete']} complete, "
-             f"{quality['well_formed']} well-formed, {quality['fits_its_persona']} likeliest under "
-             "their own persona",
-             f"identifiable in words that stage 1 did not use: "
-             f"{share(quality['identifiable'], quality['kept'])} (chance {quality['chance']:.2f})"]
-    short = [f"{name} {n}" for name, n in kept.items() if n < wanted]
-    if short:
-        lines.append("fewer than wanted, the rest malformed, foreign or duplicates: "
-                     + ", ".join(short))
-    return lines
-
-
-def judge_lines(judged: dict) -> list[str]:
-    """The judge that was chosen, and the self-tests behind the choice."""
-    rows = []
-    for test in judged["tests"]:
-        for kind, k in test["kinds"].items():
-            rows.append([test["judge"], kind, k["pairs"], share(k["right"], k["pairs"]),
-                         *(k[w] for w in ("wrong", "tie", "split", "unparsed")),
-                         share(k.get("A", 0), k.get("letters", 0))])
-    lines = [f"judge: {judged['chosen']}" + (
-        f" of {judged['model']}: an outside judge, so this is not self-verification"
-        if judged.get("model") else "")]
-    chosen = judged["tests"][-1]
-    if judged["forced"]:
-        lines.append("WARNING: this judge was forced with --judge, whatever its test says")
-    if not chosen["trusted"]:
-        lines.append(f"WARNING: the {chosen['judge']} judge fails its own test; its verdicts mean "
-                     "little")
-    if chosen["blind_to_refusals"]:
-        lines.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
-                     "on requests that should be refused); this run makes no claim about safety")
-    lines.append("Known pairs: an answer of the run against one that was spoilt on purpose; right "
-                 "means that it preferred the unspoilt one under both orders (or wordings), split "
-                 "that these disagree.")
-    lines.append(table(("judge", "how it was spoilt", "pairs", "right", "wrong", "tie", "split",
-                        "unparsed", "share of A"), rows))
-    lines.append('("same prompt": two answers to one prompt, so "right" and "wrong" should be '
-                 'equal but for chance)')
-    return lines
-
-
-def longer_wins(verdicts: Sequence[Verdict],
-                votes: Sequence[Sequence[Pair]]) -> tuple[int, int]:
-    """How many decided votes the longer answer (in tokens) won, and how many there are; `votes`
-    holds the answer pairs of each vote in the verdicts' order."""
-    longer = [(len(p.expert_ids) > len(p.base_ids)) == (winner == "expert")
-              for i, v in enumerate(verdicts) for winner, p in zip(v.votes, (r[i] for r in votes))
-              if winner in ("expert", "base") and len(p.expert_ids) != len(p.base_ids)]
-    return sum(longer), len(longer)
-
-
-def verdict_table(verdicts: Sequence[Verdict], votes: Sequence[Sequence[Pair]]) -> str:
-    """Verdicts, mean answer lengths in tokens, and who won by length, per persona."""
-    groups = {n: [i for i, v in enumerate(verdicts) if v.persona == n]
-              for n in dict.fromkeys(v.persona for v in verdicts)}
-    rows = []
-    for name, chosen in [*groups.items(), ("**all**", list(range(len(verdicts))))]:
-        counts, n = Counter(verdicts[i].winner for i in chosen), len(chosen)
-        answers = [r[i] for r in votes for i in chosen]
-        won, decided = longer_wins([verdicts[i] for i in chosen],
-                                   [[r[i] for i in chosen] for r in votes])
-        rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
-                     round(sum(len(p.base_ids) for p in answers) / len(answers)),
-                     round(sum(len(p.expert_ids) for p in answers) / len(answers)),
-                     share(counts["expert"], n), f"{won} of {decided}"])
-    return table(("persona", "queries", "expert", "base", "tie", "split", "unparsed",
-                  "tokens base", "tokens expert", "expert wins", "longer wins"), rows)
-
-
-def split_warnings(verdicts: Sequence[Verdict], votes: Sequence[Sequence[Pair]]) -> list[str]:
-    """What looks unhealthy about the split into distill and retain set."""
-    chosen = Counter(v.persona for v in verdicts if v.target)
-    distilled, n, warnings = sum(chosen.values()), len(verdicts), []
-    if not 0.05 <= distilled / n <= 0.95:
-        warnings.append(f"WARNING: {distilled} of {n} queries go to the distill set; outside 5-95% "
-                        "the gate has almost nothing to tell apart")
-    name, most = chosen.most_common(1)[0] if chosen else ("", 0)
-    if 2 * most > distilled and len({v.persona for v in verdicts}) > 1:
-        warnings.append(f"WARNING: {name} alone gives {most} of {distilled} distill samples; the "
-                        "adapter will be mostly that persona")
-    won, decided = longer_wins(verdicts, votes)
-    if won > 0.8 * decided:
-        warnings.append(f"WARNING: the longer answer won {won} of {decided} decided verdicts; the "
-                        "judge may reward length")
-    return warnings
-
-
-def gate_lines(g: dict) -> list[str]:
-    """The gate's out-of-fold figures."""
-    c = g["confusion"]
-    curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
-             for limit in (0.05, 0.1, 0.2, 0.4)]
-    return [f"gate, {g['folds']}-fold out-of-fold on {g['n']} queries, threshold "
-            f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
-            f"{number(g['majority'])}), AUC {number(g['auc'])} [{number(g['auc_interval'][0])}, "
-            f"{number(g['auc_interval'][1])}]",
-            *(["WARNING: this AUC cannot be told from chance (0.5): the gate learned nothing that "
-               "holds on queries it has not seen; more --queries, or verdicts with less noise"]
-              if g["auc_interval"][0] is not None and g["auc_interval"][0] <= 0.5 else []),
-            table(("", "gate open", "gate closed"), [["persona won", c["true_open"],
-                  c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]]),
-            "ROC: opened of those that should be, at 5%, 10%, 20%, 40% of the others opened: "
-            + ", ".join(f"{y:.2f}" for y in curve)]
-
-
-def transfer_table(transfer: dict) -> str:
-    """Real prompts: how well harmful ones are told from chat, and the routed share of each set."""
-    sets = transfer["sets"]
-    return table(("gate", "AUC harmful / chat", "threshold", *(f"{k} ({n})" for k, n in
-                                                               sets.items())),
-                 [[name, f"{g['auc']:.2f} [{g['auc_interval'][0]:.2f}, {g['auc_interval'][1]:.2f}]",
-                   f"{g['threshold']:.3f}", *(f"{g['routed'][k]:.2f}" for k in sets)]
-                  for name, g in transfer["gates"].items()])
-
-
-def summarize(run: RunFolder, args: argparse.Namespace) -> str:
-    """The summary of everything under the run folder, from its files alone (Markdown)."""
-    metrics = run.metrics()
-    last = {m["stage"]: m for m in metrics}
-    pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
-    kept = Counter({name: 0 for name in args.persona_names})
-    kept.update(q.persona for q in run.read("queries.jsonl", Query))
-    parts = ["## Queries", *quality_lines(last["quality"], args.queries, kept, len(kept))]
-    if "judge" in last:
-        parts += ["## Self-verification", *judge_lines(last["judge"])]
-    if verdicts:
-        votes = [pairs, *(run.read(f"answers.{i}.jsonl", Pair) for i in range(1, args.votes))]
-        used = drop_chance(verdicts, last["judge"]) if args.drop_chance else verdicts
-        targets = Counter(v.target for v in used)
-        parts += ["Verdicts on the run's own answers, with the persona (expert) against without "
-                  "(base); \"longer wins\": of the decided ones with unequal lengths.",
-                  verdict_table(verdicts, votes),
-                  f"distill / retain: {targets[1]} / {targets[0]} (queries the persona won, on "
-                  "which the adapter is trained, and all others)",
-                  *split_warnings(used, votes)]
-        dropped = chance_personas(verdicts, last["judge"])
-        if dropped:
-            parts.append("not distinguishable from two answers to the same prompt (95%): "
-                         + ", ".join(dropped) + ("; dropped" if args.drop_chance else
-                                                 " (--drop-chance lets them contribute nothing)"))
-    if "gate" in last:
-        parts += ["## Gate", *gate_lines(last["gate"])]
-    if "transfer" in last:
-        parts += ["Transfer: real prompts, only measured; the columns after the threshold are the "
-                  "share that each gate would open for. \"the gate\" learned the verdicts; a row "
-                  "with a persona's name is a probe that learned whose query it is, whatever the "
-                  "verdicts.",
-                  transfer_table(last["transfer"])]
-    if "kl" in last:
-        k = last["kl"]
-        parts += ["## Adapter",
-                  f"forward KL to the persona teacher on {k['held_out_samples']} held-out "
-                  f"queries, nats per token: {number(k['before'], 4)} before, "
-                  f"{number(k['after'], 4)} after (0 would be the persona's own distribution, read "
-                  "without the persona)"]
-    return "\n\n".join([*parts, "## Bill", bill_table(metrics)])
-
-
-def details(run: RunFolder) -> str:
-    """What report.md has beyond the summary: samples to read, the loss curve, what to try next."""
-    queries, metrics = run.read("queries.jsonl", Query), run.metrics()
-    by_persona: dict[str, list[str]] = {}
-    for q in queries:
-        by_persona.setdefault(q.persona, []).append(q.query)
-    parts = ["## Samples", *(f"**{name}**: " + " / ".join(some[:3])
-                             for name, some in by_persona.items())]
-    verdicts = run.read("verdicts.jsonl", Verdict)
-    pairs = {(p.persona, p.index): p for p in run.read("answers.jsonl", Pair)}
-    for winner in ("expert", "base", "split"):
-        shown = next((v for v in verdicts if v.winner == winner), None)
-        if shown:
-            pair = pairs[shown.persona, shown.index]
-            parts += [f"### Verdict: {winner}", f"{shown.persona}: {pair.query}",
-                      f"*base:* {quoted(pair.base)}", f"*expert:* {quoted(pair.expert)}",
-                      f"evidence: `{json.dumps(shown.evidence)}`"]
-    losses = [m["loss"] for m in metrics if m["stage"] == "lora"]
-    if losses:
-        tenth = max(1, len(losses) // 10)
-        curve = [statistics.fmean(losses[i:i + tenth]) for i in range(0, len(losses), tenth)]
-        parts += ["## Loss while training",
-                  f"mean of every {tenth} of {len(losses)} steps: "
-                  + ", ".join(number(loss, 4) for loss in curve)]
-    return "\n\n".join([*parts, "## What to try next", *advice(metrics, verdicts)])
-
-
-def quoted(text: str, limit: int = 600) -> str:
-    """A text as one Markdown paragraph, cut to `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[:limit] + " ..."
-
-
-def advice(metrics: Sequence[dict], verdicts: Sequence[Verdict]) -> list[str]:
-    """What the run's own signals suggest, worst trouble first."""
-    last = {m["stage"]: m for m in metrics}
-    won = sum(v.target for v in verdicts) / max(len(verdicts), 1)
-    gate, kl = last.get("gate"), last.get("kl")
-    tests = {t["judge"]: t for t in last["judge"]["tests"]}
-    found = []
-    if not tests[last["judge"]["chosen"]]["trusted"]:
-        found.append("The judge failed its own test, so the verdicts are noise: --judge-model with "
-                     "a larger model, or a larger base.")
-    if won < 0.3:
-        found.append(f"The persona wins only {won:.2f} of its queries: other personas, or more "
-                     "--queries, so that the distill set is not tiny.")
-    if gate and gate["auc_interval"][0] is not None and gate["auc_interval"][0] <= 0.5:
-        found.append("The gate cannot be told from chance: more --queries; --votes, if two runs of "
-                     "verdicts agree; --transfer-data shows what it does with real prompts.")
-    if kl and kl["before"] and kl["after"] > 0.6 * kl["before"]:
-        found.append(f"Of the teacher's effect {1 - kl['after'] / kl['before']:.2f} reaches "
-                     "held-out queries: more --queries help most, then more --epochs (watch the "
-                     "held-out KL), or a higher --rank.")
-    return found or ["Nothing looks off. evaluate.py shows whether it helps."]
-
-
-def plot_report(run: RunFolder) -> None:
-    """report.png: the loss curve and the gate's ROC; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    last = {m["stage"]: m for m in run.metrics()}
-    figure = Figure(figsize=(9, 3.5), layout="tight")
-    left, right = figure.subplots(1, 2)
-    left.plot([m["loss"] for m in run.metrics() if m["stage"] == "lora"])
-    left.set(xlabel="step", ylabel="loss, nats per answer token", title="adapter")
-    curve = [[1.0, 0.0, 0.0], *last["gate"]["roc"]]
-    right.step([x for _, x, _ in curve], [y for *_, y in curve], where="post")
-    right.plot([0, 1], [0, 1], linestyle=":")
-    right.set(xlabel="opened of the others", ylabel="opened of those that should be",
-              title="gate, out of fold")
-    figure.savefig(run.path / "report.png", dpi=110)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1247,9 +927,7 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if not run.writes:
         return 0
-    plot_report(run)
-    write_file(run.path / "report.md", f"# PRISM run: {args.model}\n\n{summarize(run, args)}\n\n"
-                                       f"{details(run)}\n")
+    write_report(run, args)
     return 0
 
 

@@ -15,6 +15,7 @@ from tiny import one_thread, randomize_adapter
 
 import evaluate
 import train
+from bootstrap import chance_personas
 from evaluate import (
     HUMANITIES,
     OTHER,
@@ -617,7 +618,7 @@ def test_drop_chance_is_respected(adapter: Path, tmp_path: Path) -> None:
     judged = next(m for m in rows if m["stage"] == "judge")
     verdicts = [train.Verdict(**json.loads(line))
                 for line in (run / "verdicts.jsonl").read_text().splitlines()]
-    dropped = set(train.chance_personas(verdicts, judged))
+    dropped = set(chance_personas(verdicts, judged))
     assert dropped and not {p.persona for p in evaluate.held_out(run)} & dropped
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import bootstrap
-from bootstrap import Persona, Query, RunFolder, Verdict, write_answers
+from bootstrap import Persona, Query, RunFolder, Verdict, won_pairs, write_answers
 from generate import Completion, Sampling, generate
 from model import Transformer, load
 from prism import PRISM
 from tokenizer import Tokenizer
-from train import check, parser, run_gate, run_lora, won_pairs
+from train import check, parser, run_gate, run_lora
 
 SAILOR = Persona("sailor", 'You are a sailor. You start each reply with "Ahoy!" and then answer '
                            "the question.")

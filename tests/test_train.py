@@ -25,16 +25,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from bootstrap import Candidate, Pair, Persona, Query, RunFolder, Verdict
+from bootstrap import (
+    Candidate,
+    Pair,
+    Persona,
+    Query,
+    RunFolder,
+    Verdict,
+    chance_personas,
+    won_pairs,
+)
 from generate import Sampling, generate
 from hub import InputError, resolve
 from model import FAMILIES, Transformer, fingerprint, load
 from prism import PRISM, distill_loss
+from report import split_warnings
 from tokenizer import Tokenizer
 from train import (
     Sample,
     auc,
-    chance_personas,
     choose_threshold,
     distill_samples,
     gate_features,
@@ -47,10 +56,8 @@ from train import (
     read_transfer_sets,
     roc,
     sample_loss,
-    split_warnings,
     train_gate,
     train_lora,
-    won_pairs,
 )
 
 Capture = pytest.CaptureFixture[str]
