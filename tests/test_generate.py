@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import re
 from pathlib import Path
 from typing import Callable
 
 import pytest
 import torch
 from conftest import copy_folder, edit_json
+from tiny import one_thread
 from torch import Tensor
 from transformers.generation import (
     LogitsProcessorList,
@@ -567,6 +570,66 @@ def test_jsonl_rows_are_the_interface(chat_folder: Path, chat_net: Transformer, 
         assert row["prompt_tokens"] == len(tok.render(talks[i]))
         assert row["tokens"] == len(completion.ids) and row["stop"] in ("eos", "length")
     assert {row["routed"] for row in found} == {True, False}
+
+
+PROMPTS, KEPT = 2000, 2**12  # prompts under load; KiB that the answers may take, see below
+
+
+@pytest.mark.slow
+def test_two_thousand_prompts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                              capsys: pytest.CaptureFixture) -> None:
+    """Issue: all answered once, in input order, by both routes, as each would be alone; resident
+    memory flat from the first quarter to the last.
+
+    Flat but for the answers, which are kept until they are printed: 0.8 KiB each, at most 1.2 MiB
+    between the medians of the two quarters. KEPT is three times that; one forgotten cache row a
+    prompt (some 20 KiB) would make it 30 MiB.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("no /proc to read the resident memory from")
+    answered, memory, full = [], [], []
+
+    class Metered(Engine):
+        def _collect(self) -> list[Output]:
+            full.append(0 < self.k < len(self.rows) == self.slots)
+            finished = super()._collect()
+            answered.extend(out.index for out in finished)
+            resident = int(re.search(r"VmRSS:\s*(\d+) kB", status.read_text())[1])
+            memory.extend([resident] * len(finished))
+            return finished
+
+    net, tok, path = load(folder), Tokenizer(folder), tmp_path / "prompts.jsonl"
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(" ".join(PROMPT_TEXTS).split(), k=int(2**draw.uniform(0, 7))))
+             for _ in range(PROMPTS)]  # 1 to 127 words, short ones more often
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    prism = make_prism(net)
+    halve(prism, [tok.render(asked(text)) for text in texts[:200]])
+    prism.save(tmp_path / "adapter")
+    monkeypatch.setattr("generate.Engine", Metered)
+    with one_thread():
+        assert command("--adapter", tmp_path / "adapter", "--prompts", path, "--jsonl",
+                       "--batch-size", 16, tokens=24) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        monkeypatch.undo()
+        some = list(range(0, PROMPTS, 50))
+        alone = [generate(prism, tok, [asked(texts[i])], Sampling(24, 0.0))[0] for i in some]
+    assert sorted(answered) == list(range(PROMPTS)) == [row["index"] for row in rows]
+    assert answered != sorted(answered) and sum(full) > 500  # slots were refilled while both ran
+    assert [row["prompt_tokens"] for row in rows] == [len(tok.render(asked(t))) for t in texts]
+    routed = sum(row["routed"] for row in rows)
+    assert 0.3 * PROMPTS < routed < 0.7 * PROMPTS
+    assert {row["stop"] for row in rows} == {"eos", "length"}
+    for i, answer in zip(some, alone):
+        assert (rows[i]["text"], rows[i]["routed"], rows[i]["tokens"]) == (
+            answer.text, answer.routed, len(answer.ids))
+    quarter = PROMPTS // 4
+    first, last = (sorted(part)[quarter // 2] for part in (memory[:quarter], memory[-quarter:]))
+    with capsys.disabled():
+        print(f"\n{PROMPTS} prompts, {routed} routed, {sum(full)} steps of mixed full slots; "
+              f"resident {first} KiB in the first quarter, {last} KiB in the last")
+    assert last - first < KEPT
 
 
 def test_jsonl_gate_is_null_without_adapter(chat_folder: Path,
