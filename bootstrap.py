@@ -349,9 +349,12 @@ class RunFolder:
                 rows.append(json.loads(line))
                 if not (isinstance(rows[-1]["stage"], str) and isinstance(rows[-1]["step"], int)):
                     raise ValueError("stage or step has the wrong type")
+                written = rows[-1].pop("sha256", None)  # older rows have none
+                if written not in (None, metrics_digest(rows[-1])):
+                    raise ValueError("its SHA-256 is another")
             except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not a metrics row ({error}); "
-                                 "use --overwrite with another --out") from None
+                raise InputError(f"{path}, line {number}: not a metrics row as it was written "
+                                 f"({error}); restore it, or choose another --out") from None
         return rows
 
     def record(self, stage: str, step: int, **values: object) -> None:
@@ -359,9 +362,7 @@ class RunFolder:
         if not self.writes:
             return
         kept = [m for m in self.metrics() if m["stage"] != stage or m["step"] < step]
-        kept.append({"stage": stage, "step": step, **values})
-        write_file(self.path / "metrics.jsonl",
-                   "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept))
+        self._write_metrics([*kept, {"stage": stage, "step": step, **values}])
 
     def forget(self, stages: Sequence[str], files: Sequence[str]) -> None:
         """Delete stage files (names or patterns) and the metrics of those stages."""
@@ -371,9 +372,13 @@ class RunFolder:
             path.unlink()
         # rows recorded within a stage
         belongs = {"quality": "queries", "judge": "verdicts", "transfer": "gate", "kl": "lora"}
-        kept = [m for m in self.metrics() if belongs.get(m["stage"], m["stage"]) not in stages]
-        write_file(self.path / "metrics.jsonl",
-                   "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept))
+        self._write_metrics([m for m in self.metrics()
+                             if belongs.get(m["stage"], m["stage"]) not in stages])
+
+    def _write_metrics(self, rows: Sequence[dict]) -> None:
+        """Replace metrics.jsonl: thresholds, judges and the chunks' checksums are read from it."""
+        write_file(self.path / "metrics.jsonl", "".join(json.dumps(
+            m | {"sha256": metrics_digest(m)}, ensure_ascii=False) + "\n" for m in rows))
 
     def chunks(self, stage: str, name: str, kind: type, todo: Sequence[Sequence],
                work: Callable[[int, Sequence], tuple[list, dict]], first_step: int = 0) -> list:
@@ -420,6 +425,12 @@ def row_line(row: object) -> str:
 def digest(lines: Iterable[bytes]) -> str:
     """SHA-256 of lines."""
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+
+def metrics_digest(row: dict) -> str:
+    """SHA-256 of a metrics row, but for what differs whenever the same work is done again."""
+    kept = {name: value for name, value in row.items() if name not in ("seconds", "peak_memory")}
+    return digest([json.dumps(kept, ensure_ascii=False).encode()])
 
 
 def split_chunks(rows: Sequence, size: int = CHUNK) -> list[Sequence]:

@@ -9,6 +9,7 @@ unchanged. No text in here: prompts come from tokenizer.py, data from bootstrap.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Router:
         check_base(raw, self.net, folder)
         self.kind, self.threshold = raw["gate_pool"], raw["threshold"]
         self.gate = Gate(self.net.config.hidden_size).to(self.net.device)
-        load_gate(self.gate, folder)
+        load_gate(self.gate, folder, raw["sha256"].get(GATE_FILE))
 
     @torch.inference_mode()
     def probability(self, ids: Tensor, lengths: Tensor, user_mask: Tensor | None) -> Tensor:
@@ -236,22 +237,20 @@ class PRISM(nn.Module):
             "base_model": base, "base_source": base_source(net.folder, net.name) if base else None,
             "base_fingerprint": fingerprint(net.folder) if base else None, "rank": self.rank,
             "alpha": self.alpha, "gate_layer": self.gate_layer, "gate_pool": self.gate_pool,
-            "threshold": self.threshold, "dtype": str(net.dtype).removeprefix("torch.")}
-        tensors = {name: value.detach().cpu().contiguous()
-                   for name, value in self._adapter_tensors().items()}
-        write_file(folder / ADAPTER_FILE, to_safetensors(tensors, {"format": "pt"}))
+            "threshold": self.threshold, "dtype": str(net.dtype).removeprefix("torch."),
+            # so that a damaged file, or the gate of another adapter, is not taken for this one's
+            "sha256": {ADAPTER_FILE: write_tensors(folder / ADAPTER_FILE, self._adapter_tensors()),
+                       GATE_FILE: self.save_gate(folder)}}
         write_file(folder / PEFT_FILE, json.dumps(config, indent=1) + "\n")
-        self.save_gate(folder)
         write_file(folder / PRISM_FILE, json.dumps(prism, indent=1) + "\n")
 
-    def save_gate(self, folder: Path) -> None:
-        """Write gate.safetensors: the MLP and the standardisation."""
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.gate.state_dict().items()}
-        write_file(folder / GATE_FILE, to_safetensors(tensors, {"format": "pt"}))
+    def save_gate(self, folder: Path) -> str:
+        """Write gate.safetensors: the MLP and the standardisation; returns its SHA-256."""
+        return write_tensors(folder / GATE_FILE, self.gate.state_dict())
 
-    def load_gate(self, folder: Path) -> None:
+    def load_gate(self, folder: Path, sha256: str | None = None) -> None:
         """Read gate.safetensors of a folder into this gate."""
-        load_gate(self.gate, folder)
+        load_gate(self.gate, folder, sha256)
 
     def _adapter_modules(self) -> Iterator[tuple[LoRA, list[str]]]:
         """Every LoRA with the names of its parts in PEFT's file."""
@@ -301,7 +300,7 @@ class PRISM(nn.Module):
         check_base(raw, net, folder)
         # Read first: a rank that is not the tensors' is refused before anything has its size.
         path = folder / ADAPTER_FILE
-        found = read_tensors(path)
+        found = read_tensors(path, raw["sha256"].get(ADAPTER_FILE))
         ranks = {len(t) for n, t in found.items() if n.endswith("lora_A.weight") and t.ndim}
         if ranks and raw["rank"] not in ranks:  # of a fused projection, A has that of its parts
             raise InputError(f"{folder / PRISM_FILE}: rank is {raw['rank']}, but {ADAPTER_FILE} "
@@ -312,7 +311,7 @@ class PRISM(nn.Module):
             raise InputError(f"{folder / PRISM_FILE}: {error}") from None
         prism.threshold = raw["threshold"]
         prism._copy_adapter(matching(found, prism._adapter_tensors(), path), path)
-        prism.load_gate(folder)
+        prism.load_gate(folder, raw["sha256"].get(GATE_FILE))
         return prism.eval()
 
     @classmethod
@@ -415,7 +414,7 @@ def read_settings(folder: Path) -> dict:
         config = read_json(folder / PEFT_FILE)
         return {"base_model": config.get("base_model_name_or_path"), "base_fingerprint": None,
                 "base_source": None, "rank": config.get("r"), "alpha": config.get("lora_alpha"),
-                "gate_layer": -1, "gate_pool": "last", "threshold": 0.0}
+                "gate_layer": -1, "gate_pool": "last", "threshold": 0.0, "sha256": {}}
     raw = read_json(path)
     types = {"base_model": (str, type(None)), "base_source": (str, type(None)),
              "base_fingerprint": (str, type(None)), "rank": int, "alpha": (int, float),
@@ -430,22 +429,37 @@ def read_settings(folder: Path) -> dict:
                              f"{high:g}]")
     if raw["gate_pool"] not in ("last", "mean"):
         raise InputError(f"{path}: gate_pool is {raw['gate_pool']!r:.40}, neither last nor mean")
+    if not isinstance(raw.setdefault("sha256", {}), dict):  # older adapters have none
+        raise InputError(f"{path}: field 'sha256' has the wrong type")
     return raw
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file; InputError if it is not a readable one."""
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a small safetensors file; returns its SHA-256."""
+    data = to_safetensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()},
+                          {"format": "pt"})
+    write_file(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a small safetensors file; InputError if it is not a readable one, or not the
+    one with this SHA-256."""
     check_file(path)
+    data = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise InputError(f"{path}: not as it was written (its SHA-256 is another); restore it or "
+                         f"train again, or take sha256 out of {PRISM_FILE} if the change is meant")
     try:
-        return parse_safetensors(path.read_bytes())
+        return parse_safetensors(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def load_gate(gate: Gate, folder: Path) -> None:
-    """Read gate.safetensors of a folder into a gate."""
+def load_gate(gate: Gate, folder: Path, sha256: str | None = None) -> None:
+    """Read gate.safetensors of a folder, which has this SHA-256 if one is given, into a gate."""
     path, targets = folder / GATE_FILE, gate.state_dict()
-    found = matching(read_tensors(path), targets, path)
+    found = matching(read_tensors(path, sha256), targets, path)
     if not bool((found["deviation"] > 0).all()):
         raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
                          "ever trained")

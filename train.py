@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import platform
@@ -227,7 +228,7 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     queries."""
     done = [m for m in run.metrics() if m["stage"] == "gate"]
     if done and (run.path / GATE_FILE).exists():
-        prism.load_gate(run.path)
+        prism.load_gate(run.path, done[0].get("gate_sha256"))
         prism.threshold = done[0]["threshold"]
         return
     begun = time.perf_counter()
@@ -247,8 +248,8 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     by_fold = {f: chosen(f) for f in set(fold)}
     prism.threshold = chosen(None)
     loss = train_gate(prism.gate, features, targets, args.seed)
-    prism.save_gate(run.path)
     run.record("gate", 0, loss=loss, folds=GATE_FOLDS, threshold=prism.threshold,
+               gate_sha256=prism.save_gate(run.path),
                **gate_scores(probability, labels, [by_fold[f] for f in fold]),
                roc=roc(probability, labels),
                **gate_bill(prism, len(pairs), tokens),
@@ -543,15 +544,21 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
 
 
 def save_checkpoint(folder: Path, prism: PRISM, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Adapter, both AdamW moments and the step. There is no random state to keep: every draw is
-    seeded by the step it belongs to."""
+    """Adapter, both AdamW moments and the step, with a checksum. There is no random state to keep:
+    every draw is seeded by the step it belongs to."""
     tensors = {}
     for i, p in enumerate(prism.adapter.parameters()):
         state = optimizer.state[p]
         tensors |= {f"{i}.value": p, f"{i}.mean": state["exp_avg"], f"{i}.square":
                     state["exp_avg_sq"]}
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    write_file(folder / "checkpoint.safetensors", to_safetensors(tensors, {"step": str(step)}))
+    about = {"step": str(step), "sha256": checksum(tensors, step)}
+    write_file(folder / "checkpoint.safetensors", to_safetensors(tensors, about))
+
+
+def checksum(tensors: dict[str, Tensor], step: int) -> str:
+    """SHA-256 of a checkpoint: of the file as it is without this very entry."""
+    return hashlib.sha256(to_safetensors(tensors, {"step": str(step)})).hexdigest()
 
 
 def load_checkpoint(folder: Path, prism: PRISM, optimizer: torch.optim.AdamW) -> int:
@@ -562,14 +569,16 @@ def load_checkpoint(folder: Path, prism: PRISM, optimizer: torch.optim.AdamW) ->
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     try:
-        step = int(json.loads(data[8:8 + length])["__metadata__"]["step"])
-        tensors = parse_safetensors(data)
+        about = json.loads(data[8:8 + length])["__metadata__"]
+        step, tensors = int(about["step"]), parse_safetensors(data)
         for i, p in enumerate(prism.adapter.parameters()):
             for name in (f"{i}.value", f"{i}.mean", f"{i}.square"):
                 if tensors[name].shape != p.shape or not bool(tensors[name].isfinite().all()):
                     raise ValueError(f"{name} is of another shape, or not finite")
         if step < 1:
             raise ValueError(f"step {step}")
+        if about["sha256"] != checksum(tensors, step):
+            raise ValueError("its SHA-256 is another")
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{path}: not a checkpoint of this run ({error}); delete it and stage 5 "
                          "starts again") from None

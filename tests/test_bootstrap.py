@@ -407,6 +407,22 @@ def test_broken_metrics_line_is_named(run: RunFolder, line: str) -> None:
         run.record("answers", 0)
 
 
+def test_changed_metrics_row_is_named(run: RunFolder) -> None:
+    """One digit that somebody changed, a threshold say, is named by its line; rows of earlier
+    versions carry no checksum; the times of a row are not in its own."""
+    path = run.path / "metrics.jsonl"
+    row = {"stage": "gate", "step": 0, "threshold": 0.25, "text": "é \u2028", "seconds": 1.5}
+    path.write_text(json.dumps(row) + "\n")
+    run.record("lora", 0, loss=1 / 3, seconds=0.1)
+    good = path.read_text(encoding="utf-8")
+    assert run.metrics()[0] == row and good.count('"sha256"') == 2
+    path.write_text(good.replace("0.25", "0.35"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 1: .*SHA-256.*another --out"):
+        run.metrics()
+    path.write_text(good.replace('"seconds": 1.5', '"seconds": 2.5'), encoding="utf-8")
+    assert run.metrics()[0]["seconds"] == 2.5
+
+
 def square(calls: list[int]) -> Callable[[int, Sequence[int]], tuple[list[Query], dict]]:
     """Work for `RunFolder.chunks` whose rows depend on the whole chunk; notes chunks done."""
 

@@ -77,9 +77,11 @@ def refused(capsys: Capture, status: int) -> str:
 
 @pytest.fixture(scope="module")
 def adapter(net: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter for the tiny model."""
+    """An adapter for the tiny model, without checksums: whoever writes a hostile one leaves them
+    out, or writes new ones."""
     out = tmp_path_factory.mktemp("adapter")
     PRISM(net, rank=2).save(out)
+    edit_json(out / "prism.json", lambda p: p.pop("sha256"))
     return out
 
 
@@ -414,7 +416,7 @@ PRISM_JSON = [*(("rank", v) for v in ("2", None, True, 1.5, 0, -1, 3, 10**9, 10*
               *(("gate_layer", v) for v in ("0", None, True, -2, 2, 10**9, 0.5)),
               *(("gate_pool", v) for v in (0, None, "first", [])),
               *(("base_fingerprint", v) for v in (7, [], "0" * 64)),
-              *(("base_model", v) for v in (7, [], {}))]
+              *(("base_model", v) for v in (7, [], {})), *(("sha256", v) for v in (None, "x", []))]
 
 
 @pytest.mark.parametrize(("field", "value"), PRISM_JSON, ids=lambda v: str(v)[:24])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -12,6 +13,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import edit_json
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, random_prompts, randomize_adapter, tiny_llama
 from torch import Tensor
@@ -21,7 +23,7 @@ import hub
 import prism as prism_module
 from hub import InputError
 from model import FAMILIES, Transformer, fingerprint, load
-from prism import PRISM, Gate, distill_loss, gate_loss, read_settings
+from prism import PRISM, Gate, Router, distill_loss, gate_loss, read_settings
 from tokenizer import Tokenizer
 
 LAYERS = 5
@@ -275,6 +277,13 @@ def saved(prism: PRISM, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.fixture
+def unchecked(saved: Path) -> Path:
+    """The same without its files' checksums, as earlier versions wrote it."""
+    edit_json(saved / "prism.json", lambda p: p.pop("sha256"))
+    return saved
+
+
 @torch.no_grad()
 def test_save_and_load_round_trip(prism: PRISM, net: Transformer, saved: Path) -> None:
     """A reloaded adapter gives equal logits and gate probabilities, bit for bit."""
@@ -315,10 +324,12 @@ def test_prism_json_fields(saved: Path, folder: Path) -> None:
     """prism.json has the fields of INTERFACE.md with what was true at saving."""
     found = json.loads((saved / "prism.json").read_text())
     assert found.keys() == {"base_model", "base_source", "base_fingerprint", "rank", "alpha",
-                            "gate_layer", "gate_pool", "threshold", "dtype"}
+                            "gate_layer", "gate_pool", "threshold", "dtype", "sha256"}
     assert found["base_source"] == "folder" and Path(found["base_model"]) == folder.resolve()
     assert found["base_fingerprint"] == fingerprint(folder)
     assert (found["threshold"], found["dtype"]) == (0.37, "float32")
+    assert found["sha256"] == {n: hashlib.sha256((saved / n).read_bytes()).hexdigest()
+                               for n in ("adapter_model.safetensors", "gate.safetensors")}
 
 
 @torch.no_grad()
@@ -402,6 +413,7 @@ def test_fused_adapter_that_is_not_block_diagonal(tiny_checkpoint: Callable[...,
     assert tensors[f"{name}.lora_A.weight"].shape == (12, 64)
     tensors[f"{name}.lora_B.weight"][0, 11] = 1.0  # a query row reads the values' h
     save_file(tensors, path)
+    edit_json(tmp_path / "prism.json", lambda p: p.pop("sha256"))
     with pytest.raises(InputError, match="layers.1.self_attn.qkv_proj"):
         PRISM.load(tmp_path, net)
 
@@ -505,9 +517,10 @@ def test_same_base_in_another_place_or_precision(saved: Path, folder: Path,
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "gate.safetensors", "prism.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
-def test_damaged_files_are_named(saved: Path, net: Transformer, name: str, damage: str) -> None:
+def test_damaged_files_are_named(unchecked: Path, net: Transformer, name: str,
+                                 damage: str) -> None:
     """A missing, empty, truncated or overwritten file is an InputError that names the file."""
-    path = saved / name
+    path = unchecked / name
     data = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -515,12 +528,38 @@ def test_damaged_files_are_named(saved: Path, net: Transformer, name: str, damag
         path.write_bytes({"empty": b"", "truncated": data[:len(data) // 2],
                           "garbage": b"\xff" * 100}[damage])
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        PRISM.load(unchecked, net)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "gate.safetensors"])
+@pytest.mark.parametrize("damage", ["flipped", "swapped"])
+def test_files_that_were_changed_are_named(saved: Path, net: Transformer, tmp_path: Path, name: str,
+                                           damage: str) -> None:
+    """One flipped bit, or the file of another run, fits every tensor: the checksum tells, for the
+    whole adapter and for the gate alone. An adapter of an earlier version has none, and loads."""
+    path = saved / name
+    if damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+    else:
+        randomize_adapter(PRISM(net, rank=4, alpha=8.0, seed=9)).save(tmp_path / "other")
+        path.write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(InputError, match=f"{name}: not as it was written.*restore it"):
         PRISM.load(saved, net)
+    if name == "gate.safetensors":
+        with pytest.raises(InputError, match=f"{name}: not as it was written"):
+            Router(saved)
+    edit_json(saved / "prism.json", lambda p: p.pop("sha256"))
+    ids, lengths = random_prompts(VOCAB, 5, 14)
+    assert PRISM.load(saved, net)(ids, 2).isfinite().all()
+    assert Router(saved).probability(ids, lengths, None).isfinite().all()
 
 
-def test_missing_unexpected_and_misshapen_tensors(saved: Path, net: Transformer) -> None:
+def test_missing_unexpected_and_misshapen_tensors(unchecked: Path, net: Transformer) -> None:
     """Names and shapes must agree exactly; the error names the tensor."""
-    path = saved / "adapter_model.safetensors"
+    path = unchecked / "adapter_model.safetensors"
     whole = load_file(path)
     name = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
     for wrong in ({n: t for n, t in whole.items() if n != name},
@@ -528,7 +567,7 @@ def test_missing_unexpected_and_misshapen_tensors(saved: Path, net: Transformer)
                   whole | {name: whole[name][:, :3].contiguous()}):
         save_file(wrong, path)
         with pytest.raises(InputError, match=r"layers\.[02]\.mlp\.up_proj\.lora_B"):
-            PRISM.load(saved, net)
+            PRISM.load(unchecked, net)
 
 
 @pytest.mark.parametrize("field", ["rank", "alpha", "gate_layer", "gate_pool", "threshold",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from tokenizer import Tokenizer
 from train import (
     Sample,
     auc,
+    checksum,
     choose_threshold,
     distill_samples,
     gate_features,
@@ -626,31 +628,42 @@ def test_last_good_state_is_kept(what: str, net: Transformer, tok: Tokenizer, tm
         (m["step"], m["loss"], m["lr"]) for m in rows]
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape", "NaN", "step", "negative step", "empty",
-                                    "cut", "nested"])
-def test_damaged_checkpoint_is_named(damage: str, net: Transformer, tok: Tokenizer, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint that is not this run's is named; nothing is trained from half of it."""
+@pytest.mark.parametrize(("damage", "reason"), [
+    ("missing", "1.mean"), ("shape", "another shape"), ("NaN", "not finite"), ("step", "'step'"),
+    ("negative step", "step -4"), ("empty", ""), ("cut", ""), ("nested", ""),
+    ("flipped", "SHA-256"), ("other step", "SHA-256"), ("other type", "SHA-256"),
+    ("no checksum", "sha256")])
+def test_damaged_checkpoint_is_named(damage: str, reason: str, net: Transformer, tok: Tokenizer,
+                                     tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is not this run's is named; nothing is trained from half of it, nor from a
+    single flipped bit."""
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST, 6), 1024)
     run, path = RunFolder(tmp_path), tmp_path / "checkpoint.safetensors"
     try:
         with one_thread():
             train_lora(run, PRISM(net, rank=2), samples, settings(epochs=3))
-        tensors, step = load_file(path), {"step": "2"}
+        written = path.read_bytes()
+        tensors, step = load_file(path), 4
         if damage == "missing":
             tensors.pop("1.mean")
         elif damage == "shape":
             tensors["1.mean"] = tensors["1.mean"][:1].clone()
         elif damage == "NaN":
             tensors["1.square"][0, 0] = float("nan")
-        elif "step" in damage:
-            step = {"step": "-4"} if "negative" in damage else {}
-        save_file(tensors, path, step)
+        elif damage == "negative step":
+            step = -4
+        about = {"step": str(step), "sha256": checksum(tensors, step)}  # right but below
+        about.pop({"step": "step", "no checksum": "sha256"}.get(damage), None)
+        save_file(tensors, path, about)
         data = path.read_bytes()
-        path.write_bytes({"empty": b"", "cut": data[:-9], "nested": (
-            (99_999).to_bytes(8, "little") + b"[" * 99_999)}.get(damage, data))
-        with pytest.raises(InputError, match=r"checkpoint\.safetensors"):
+        path.write_bytes({
+            "empty": b"", "cut": data[:-9],
+            "nested": (99_999).to_bytes(8, "little") + b"[" * 99_999,
+            "flipped": written[:-2] + bytes([written[-2] ^ 1]) + written[-1:],
+            "other step": written.replace(b'"step":"4"', b'"step":"2"'),
+            "other type": written.replace(b'"F32"', b'"I32"', 1)}.get(damage, data))
+        with pytest.raises(InputError, match=rf"checkpoint\.safetensors.*{reason}.*delete it"):
             train_lora(run, PRISM(net, rank=2), samples, settings(epochs=3))
     finally:
         run.close()
@@ -772,7 +785,27 @@ def test_prism_json_of_a_run(finished: Path, folder: Path) -> None:
     assert found == {"base_model": str(folder.resolve()), "base_source": "folder",
                      "base_fingerprint": fingerprint(folder), "rank": 4, "alpha": 32.0,
                      "gate_layer": 0, "gate_pool": "mean", "dtype": "float32",
-                     "threshold": gate["threshold"]}
+                     "threshold": gate["threshold"],
+                     "sha256": {name: hashlib.sha256((finished / name).read_bytes()).hexdigest()
+                                for name in ("adapter_model.safetensors", "gate.safetensors")}}
+    assert gate["gate_sha256"] == found["sha256"]["gate.safetensors"]
+
+
+def test_changed_gate_of_an_interrupted_run(finished: Path, command: list[str], tmp_path: Path,
+                                            capfd: Capture) -> None:
+    """A gate that was changed between stages 4 and 5 is not taken over into the adapter."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in ADAPTER_FILES:
+        (out / name).unlink()
+    gate = bytearray((out / "gate.safetensors").read_bytes())
+    gate[-2] ^= 1
+    (out / "gate.safetensors").write_bytes(gate)
+    before = contents(out)
+    assert run_train(*command, "--out", out) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "gate.safetensors: not as it was written" in error
+    assert contents(out) == before
 
 
 def test_metrics_of_a_run(finished: Path) -> None:
@@ -1171,6 +1204,7 @@ def test_drop_chance_leaves_nothing_of_a_random_model(finished: Path, command: l
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     judged = [m for m in rows_of(out, "metrics.jsonl") if m["stage"] == "judge"][0]
+    judged.pop("sha256")  # it is changed below
     if "same prompt" not in judged["tests"][-1]["kinds"]:
         judged["tests"][-1]["kinds"]["same prompt"] = {"pairs": 24, "right": 12, "wrong": 12,
                                                        "tie": 0, "split": 0, "unparsed": 0}
