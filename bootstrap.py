@@ -493,7 +493,7 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     pass over all of them (`keep_queries`) says who still lacks queries.
     """
     todo: list[Sequence[tuple[str, int, int]]] = []  # chunks of (persona, round, number)
-    stop_ids = stop_tokens(net, tokenizer)
+    stop_ids = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
     if not stop_ids:
         raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever end")
     systems = {p.name: p.text for p in personas}
@@ -663,7 +663,7 @@ def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     """
     begun = time.perf_counter()
     asked = {p.name: tokenizer.render([{"role": "user", "content": IDENTIFY_PROMPT.format(
-        persona=p.text)}]) for p in personas}
+        persona=p.text)}], thinking=False) for p in personas}
     guesses, read, scored = likeliest_persona(net, tokenizer, asked, [q.query for q in queries])
     hits = sum(guess == q.persona for guess, q in zip(guesses, queries))
     return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),
@@ -713,14 +713,15 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, asked: Sequence[tuple
     """The base model's answers to (query, persona text or "") pairs, and what they cost.
 
     Args:
-        lead: words that are put in the assistant's mouth; the answer's text begins with them.
+        lead: words that are put in the assistant's mouth, behind its thoughts; the answer's text
+            begins with them.
 
     Returns:
         (text, ids as sampled, stop reason) a pair, in order; a row for metrics.jsonl.
     """
     requests = []
     for (query, persona), seed in zip(asked, seeds):
-        ids, shared = render_query(tokenizer, query, persona)
+        ids, shared = render_query(tokenizer, query, persona, thinking=not lead)
         requests.append(Request([*ids, *tokenizer.encode(lead)], seed, prefix=shared))
     engine = Engine(net, Sampling(max_new_tokens, temperature), stop_tokens(net, tokenizer), SLOTS)
     outputs = sorted(engine.run(requests), key=lambda out: out.index)
@@ -731,18 +732,20 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, asked: Sequence[tuple
             bill(net, len(requests), engine.prompt_tokens, engine.new_tokens))
 
 
-def render_query(tokenizer: Tokenizer, query: str, persona: str = "") -> tuple[list[int], int]:
+def render_query(tokenizer: Tokenizer, query: str, persona: str = "",
+                 thinking: bool = True) -> tuple[list[int], int]:
     """The prompt ids of a query, with a persona as system message or bare, and how many of them
     come before the query's own text: queries to the same expert share these."""
     system = [{"role": "system", "content": persona}] if persona else []
-    return render_talk(tokenizer, [*system, {"role": "user", "content": query}])
+    return render_talk(tokenizer, [*system, {"role": "user", "content": query}], thinking)
 
 
-def render_talk(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[int], int]:
+def render_talk(tokenizer: Tokenizer, messages: Sequence[dict],
+                thinking: bool = True) -> tuple[list[int], int]:
     """The prompt ids of a conversation, and how many of them come before its first user text."""
     system = [m for m in messages[:1] if m["role"] == "system"]
-    ids = tokenizer.render(list(messages))
-    other = tokenizer.render([*system, {"role": "user", "content": "\n"}])
+    ids = tokenizer.render(list(messages), thinking=thinking)
+    other = tokenizer.render([*system, {"role": "user", "content": "\n"}], thinking=thinking)
     return ids, common_prefix(ids, other)
 
 
@@ -861,7 +864,7 @@ class LetterJudge:
         prompts, shared = [], []
         for c in asked:
             both = [self.tokenizer.render([{"role": "user", "content": JUDGE_PROMPT.format(
-                query=c.query, first=first, second=second)}])
+                query=c.query, first=first, second=second)}], thinking=False)
                 for first, second in ((c.expert, c.base), (c.base, c.expert))]
             prompts += both
             shared += [common_prefix(*both)] * 2  # all that comes before the answers
@@ -928,7 +931,7 @@ class LikelihoodJudge:
         prompts, targets, shared = [], [], []
         for query, persona, answer in keys:
             inverse = [self.tokenizer.render([{"role": "user", "content": wording.format(
-                answer=answer)}]) for wording in INVERSE_PROMPTS]
+                answer=answer)}], thinking=False) for wording in INVERSE_PROMPTS]
             prompts += inverse
             targets += [encode(query)] * len(inverse)
             shared += [common_prefix(*inverse)] * len(inverse)

@@ -527,11 +527,12 @@ class Evaluator:
         """What stands before the user's first turn."""
         return ([{"role": "system", "content": strategy.persona(item)}] if strategy.persona else [])
 
-    def render(self, talk: Messages, in_user: bool = False) -> tuple[list[int], int]:
+    def render(self, talk: Messages, in_user: bool = False,
+               thinking: bool = True) -> tuple[list[int], int]:
         """A conversation's ids, and how many of them come before the first user text."""
         if in_user and talk[0]["role"] == "system":
-            return self.tokenizer.render(merge_system(talk)), 0
-        return render_talk(self.tokenizer, talk)
+            return self.tokenizer.render(merge_system(talk), thinking=thinking), 0
+        return render_talk(self.tokenizer, talk, thinking)
 
     def raw_prompt(self, talk: Messages, item: Item,
                    shots: dict[str, list[Item]]) -> tuple[list[int], int]:
@@ -682,7 +683,8 @@ def run_choices(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequ
         talks = [[*e.messages(item, strategy), {"role": "user", "content": item.turns[0]}]
                  for item in items]
         probability, routed = e.opened(strategy, [item.id for item in items], talks)
-        prompts = [e.raw_prompt(talk, item, shots) if shots else e.render(talk, strategy.in_user)
+        prompts = [e.raw_prompt(talk, item, shots) if shots else
+                   e.render(talk, strategy.in_user, thinking=False)
                    for talk, item in zip(talks, items)]
         weights = [strategy.answers(opened) for opened in routed]
         made = e.letters(task, strategy.name, prompts, weights, letters)
@@ -730,9 +732,9 @@ def letter_tokens(tokenizer: Tokenizer, raw: bool) -> list[int]:
         if raw:
             return tokenizer.encode(f"Answer: {letter}")[-1]
         talk = [{"role": "user", "content": "x"}]
-        before = tokenizer.render(talk)
+        before = tokenizer.render(talk, thinking=False)
         after = tokenizer.render([*talk, {"role": "assistant", "content": letter}],
-                                 add_generation_prompt=False)
+                                 add_generation_prompt=False, thinking=False)
         # Some templates put more in front of an assistant's text than the header (a think block).
         in_place = after[len(before):len(before) + 1] if after[:len(before)] == before else []
         said = tokenizer.decode(in_place, skip_special_tokens=False).strip()
@@ -775,13 +777,16 @@ def run_chats(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequen
                                                    for i in now],
                              weights, heat, [derive_seed(e.seed, name) for name in names])
             for at, i in enumerate(now):
-                item, answer = items[i], made[at]["text"]
-                talks[i].append({"role": "assistant", "content": answer})
+                item, said = items[i], made[at]["text"]
+                answer = e.tokenizer.without_thoughts(said)
+                # The template takes thoughts out, but cannot see where unfinished ones begin.
+                talks[i].append({"role": "assistant", "content": said if answer else ""})
                 scores = score(item, answer)
                 rows.append(Row(
                     task, item.id, item.category, strategy.name, item.turns[turn], answer,
                     probability[at], routed[at], next(iter(scores.values()), None), scores, turn,
-                    system_text(talks[i]), item.answer, {"stop": made[at]["stop"]}))
+                    system_text(talks[i]), item.answer,
+                    {"stop": made[at]["stop"]} | ({} if said == answer else {"whole": said})))
     return rows
 
 
@@ -811,7 +816,8 @@ def judge_talks(rows: Sequence[Row], items: Sequence[Item], net: Transformer,
         if mine != base:
             for order, (a, b) in (("first", (mine, base)), ("second", (base, mine))):
                 prompts[n, order] = COMPARE_PROMPT.format(reference=reference, first=a, second=b)
-    rendered = [(tokenizer.render([{"role": "user", "content": p}]), 0) for p in prompts.values()]
+    rendered = [(tokenizer.render([{"role": "user", "content": p}], thinking=False), 0)
+                for p in prompts.values()]
     made = decode(net, tokenizer, work, "mt_bench: judge", name, rendered, [0] * len(rendered),
                   Sampling(JUDGE_TOKENS, 0.0), used)
     said = dict(zip(prompts, (m["text"] for m in made)))

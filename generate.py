@@ -587,7 +587,9 @@ def chat(model: Transformer | PRISM, tokenizer: Tokenizer, sampling: Sampling, g
 
         answer = generate(model, tokenizer, [messages], sampling, gate, 1, stream)[0]
         print(f"\n{route_label(answer)}", flush=True)
-        messages.append({"role": "assistant", "content": answer.text})
+        # The template takes thoughts out, but cannot see where unfinished ones begin.
+        said = answer.text if tokenizer.without_thoughts(answer.text) else ""
+        messages.append({"role": "assistant", "content": said})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from hub import InputError, read_json, read_text
 
+THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 MOST_STEPS = 10**6  # numbers that a template may count through, characters it may ask for at once
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -107,7 +108,12 @@ class Tokenizer:
         self.embeddings = embeddings if isinstance(embeddings, int) else None
         self.vocab_size = self._rendered.get_vocab_size()
         added = self._rendered.get_added_tokens_decoder()
-        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        # DeepSeek-R1 marks turns by tokens that it does not call special. Nor does it call those of
+        # a think block so, and these stay text: the template has to find them in a history.
+        marks = self._plain_talk()
+        self.special_ids = {t.content: i for i, t in added.items() if t.special or (
+            t.content.strip() and t.content in marks and t.content not in (THINK, END_THINK))}
+        self._plain.add_special_tokens([AddedToken(s, normalized=False) for s in self.special_ids])
         # Forged control tokens pass through the template as placeholders, which are added tokens
         # themselves; render() then swaps their ids for the plain spelling's. A random part keeps
         # anybody from spelling a placeholder.
@@ -165,17 +171,30 @@ class Tokenizer:
         except (TemplateError, RecursionError, MemoryError) as error:
             raise InputError(f"{self.folder}: broken chat template ({error})") from None
 
-    def _text(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        """The conversation as text, by the model's own template."""
+    def _text(self, messages: list[dict], add_generation_prompt: bool,
+              thinking: bool = True) -> str:
+        """The conversation as text, by the model's own template; see `render` for `thinking`."""
         template = self._template
         template.environment.steps = 0
         try:
-            return template.render(messages=messages, tools=None, documents=None,
+            text = template.render(messages=messages, tools=None, documents=None,
                                    add_generation_prompt=add_generation_prompt,
-                                   **{n: t for n, t in self.names.items() if t is not None})
+                                   **{n: t for n, t in self.names.items() if t is not None},
+                                   **({} if thinking else {"enable_thinking": False}))
         except Exception as error:  # whatever a template does wrong is the template's fault
             raise InputError(f"{self.folder}: the chat template fails on this conversation "
                              f"({type(error).__name__}: {error})") from None
+        if not thinking and text.rstrip().endswith(THINK):  # a template without that switch
+            text = f"{text.rstrip()}\n\n{END_THINK}\n\n"  # what Qwen3's switch writes
+        return text
+
+    def _plain_talk(self) -> str:
+        """A short conversation as text; "" where there is no template, or none that works."""
+        try:
+            return self._text([{"role": r, "content": "x"} for r in ("user", "assistant", "user")],
+                              True)
+        except InputError:
+            return ""
 
     def _content(self, name: str) -> str | None:
         """A special token's text; older files write it as an object."""
@@ -198,9 +217,18 @@ class Tokenizer:
     @cached_property
     def end_of_turn_id(self) -> int | None:
         """The control token that the template puts right after an assistant's text."""
-        turn = self._text([{"role": "user", "content": "x"}, {"role": "assistant",
-                                                              "content": PROBE}], False)
-        after = turn.rpartition(PROBE)[2].lstrip()
+        return self._control_after([{"role": "user", "content": "x"},
+                                    {"role": "assistant", "content": PROBE}], False)
+
+    @cached_property
+    def end_of_user_id(self) -> int | None:
+        """The one after a user's text, where the assistant's turn begins: mostly the same, but
+        Mistral and DeepSeek-R1 go straight on to that turn's header."""
+        return self._control_after([{"role": "user", "content": PROBE}], True)
+
+    def _control_after(self, messages: list[dict], add_generation_prompt: bool) -> int | None:
+        """The first control token behind the last PROBE, if nothing else stands before it."""
+        after = self._text(messages, add_generation_prompt).rpartition(PROBE)[2].lstrip()
         found = self._spelled.match(after) if self._spelled else None
         return self.special_ids[found.group()] if found else None
 
@@ -210,14 +238,30 @@ class Tokenizer:
         eos = self.special_ids.get(self.names["eos_token"])
         return {eos, self.end_of_turn_id} - {None}
 
+    @cached_property
+    def opens_thinking(self) -> bool:
+        """Whether the assistant's header opens a think block, so that answers begin within it."""
+        return self._text([{"role": "user", "content": "x"}], True).rstrip().endswith(THINK)
+
+    def without_thoughts(self, text: str) -> str:
+        """What an assistant's text says after its think block: all of it if there is no block, ""
+        if the block was never closed."""
+        if not self.opens_thinking and not text.lstrip().startswith(THINK):
+            return text
+        return text.rpartition(END_THINK)[2].lstrip() if END_THINK in text else ""
+
     def render(self, messages: list[dict], add_generation_prompt: bool = True,
-               return_user_mask: bool = False) -> list[int] | tuple[list[int], list[bool]]:
+               return_user_mask: bool = False,
+               thinking: bool = True) -> list[int] | tuple[list[int], list[bool]]:
         """The ids of a conversation [{"role", "content"}, ...] in the model's chat format.
 
         Args:
             add_generation_prompt: end with the header of the assistant's turn.
             return_user_mask: also return, for every id, whether it belongs to the text of the last
                 user message (what a mean-pooling gate reads).
+            thinking: False where the very next token is to be an answer's, not a thought's: turns
+                thoughts off by the template's `enable_thinking`, and closes a think block that the
+                generation prompt opens (empty, as in arXiv 2504.09858).
 
         Raises:
             InputError: the messages are malformed or the template refuses them.
@@ -226,13 +270,13 @@ class Tokenizer:
         if messages and messages[0]["role"] == "system" and not self.has_system_role:
             messages = merge_system(messages)
         safe = [{**m, "content": self._defuse(m["content"])} for m in messages]
-        text = self._text(safe, add_generation_prompt)
+        text = self._text(safe, add_generation_prompt, thinking)
         encoding = self._rendered.encode(text, add_special_tokens=False)
         ids = self._known([i for token in encoding.ids
                            for i in self._forged_ids.get(token, (token,))])
         if not return_user_mask:
             return ids
-        start, end = self._last_user_span(safe, text, add_generation_prompt)
+        start, end = self._last_user_span(safe, text, add_generation_prompt, thinking)
         mask = [first < end and last > start and last > first
                 for token, (first, last) in zip(encoding.ids, encoding.offsets)
                 for _ in self._forged_ids.get(token, (token,))]
@@ -262,14 +306,14 @@ class Tokenizer:
             return text
         return self._spelled.sub(lambda match: self._forged[match.group()], text)
 
-    def _last_user_span(self, messages: list[dict], text: str, generate: bool) -> tuple[int, int]:
+    def _last_user_span(self, messages: list[dict], text: str, *how: bool) -> tuple[int, int]:
         """Character range of the last user message's text within its rendering."""
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
         if last is None:
             raise InputError("a gate that pools over the user's text needs a user message")
         marked = [*messages]
         marked[last] = {**messages[last], "content": PROBE}
-        probed = self._text(marked, generate)
+        probed = self._text(marked, *how)
         for found in re.finditer(PROBE, probed):
             before, after = probed[:found.start()], probed[found.end():]
             if text.startswith(before) and text.endswith(after):
