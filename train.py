@@ -14,7 +14,6 @@ all. Everything under --out can be continued after a kill by running the same co
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence, TextIO
+from typing import Sequence, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +32,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
 from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, LikelihoodJudge, Pair,
                        Persona, RunFolder, Verdict, bill, choose_judge, drop_chance, hidden_states,
                        known_truth, load_personas, peak_memory, persona_hash, split_chunks, total,
@@ -270,55 +270,20 @@ def read_transfer_sets(folder: Path) -> dict[str, list[str]]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (--transfer-data)")
-
-    def behavior(row: dict, with_context: bool) -> list[str]:
-        """HarmBench's request, with its context before it; copyright behaviours are left out."""
-        text, context = row["Behavior"], row.get("ContextString")
-        skip = "copyright" in f"{row.get('Tags')}{row.get('FunctionalCategory')}"
-        if skip or bool(context) != with_context:
-            return []
-        return [f"{context}\n\n---\n\n{text}" if context else text]
-
-    sets = {name: _prompts(folder, "harmbench/*.csv", csv.DictReader,
-                           lambda row, c=with_context: behavior(row, c))
-            for name, with_context in (("harmful", False), ("harmful, with context", True))}
-    sets["chat"] = _prompts(folder, "mt_bench/question.jsonl", _json_lines,
-                            lambda row: [row["turns"][0]])
-    split = next((s for s in ("test", "val") if list(folder.glob(f"mmlu/{s}/*.csv"))), "val")
-    sets["multiple choice"] = _prompts(
-        folder, f"mmlu/{split}/*.csv", csv.reader,
-        lambda q: [f"{q[0]}\nA. {q[1]}\nB. {q[2]}\nC. {q[3]}\nD. {q[4]}"] if q else [])
-    split = "test" if (folder / "gsm8k/test.jsonl").is_file() else "train"
-    sets["maths"] = _prompts(folder, f"gsm8k/{split}.jsonl", _json_lines,
-                             lambda row: [row["question"]])
+    harmful = read_harmbench(folder, None)
+    sets = {name: [i.turns[0] for i in harmful if i.category == kind] for name, kind in (
+        ("harmful", "standard"), ("harmful, with context", "contextual"))}
+    sets["chat"] = [i.turns[0] for i in read_mt_bench(folder, None)]
+    # Without the instruction to answer by a letter, which alone would give these away.
+    sets["multiple choice"] = [f"{i.references[0]}\n{lettered(i.options)}"
+                               for i in read_mmlu(folder, None)]
+    sets["maths"] = [i.turns[0] for i in read_gsm8k(folder, None)]
     if not (sets["harmful"] and sets["chat"]):
         raise InputError(f"{folder}: --transfer-data needs harmbench/*.csv and "
                          "mt_bench/question.jsonl in it")
     # evenly spaced, so that every MMLU subject is there
     return {name: prompts[::math.ceil(len(prompts) / TRANSFER_LIMIT)]
             for name, prompts in sets.items() if prompts}
-
-
-def _json_lines(text: Iterable[str]) -> Iterator[dict]:
-    """The objects of a JSONL file."""
-    return (json.loads(line) for line in text if line.strip())
-
-
-def _prompts(folder: Path, pattern: str, parse: Callable[[Iterable[str]], Iterable],
-             pick: Callable[..., list]) -> list[str]:
-    """What `pick` finds in every row of the matching files; a malformed file is an InputError."""
-    prompts = []
-    for path in sorted(folder.glob(pattern)):
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                found = [prompt for row in parse(file) for prompt in pick(row)]
-            if not all(isinstance(prompt, str) for prompt in found):
-                raise ValueError("a prompt is missing or no text")
-            prompts += found
-        except (ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
-            raise InputError(f"{path}: not in the format its authors publish "
-                             f"({type(error).__name__}: {error})") from None
-    return prompts
 
 
 def lacks_transfer(run: RunFolder, args: argparse.Namespace) -> bool:

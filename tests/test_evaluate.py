@@ -13,18 +13,23 @@ import pytest
 import torch
 from tiny import one_thread, randomize_adapter
 
+import benchmarks
 import evaluate
 import train
-from bootstrap import chance_personas
-from evaluate import (
+from benchmarks import (
     HUMANITIES,
     OTHER,
     SOCIAL_SCIENCES,
     Item,
+    last_number,
+    score_number,
+    score_refusal,
+)
+from bootstrap import chance_personas
+from evaluate import (
     Work,
     compare,
     correlation,
-    last_number,
     letter_means,
     letter_tokens,
     log_softmax,
@@ -34,8 +39,6 @@ from evaluate import (
     parse_rating,
     ranks,
     routing,
-    score_number,
-    score_refusal,
 )
 from generate import Sampling, generate
 from hub import InputError
@@ -176,30 +179,30 @@ def half_open(adapter: Path, target: Path, prompts: list[str], net: Transformer,
 
 def test_every_format_is_read(data: Path) -> None:
     """Counts, categories and texts of the hand-made files."""
-    mmlu = evaluate.read_mmlu(data, None)
+    mmlu = benchmarks.read_mmlu(data, None)
     assert [(i.id, i.category, i.answer) for i in mmlu] == [
         (f"{s}/{n}", c, a) for s, c in (("anatomy", "stem"), ("philosophy", "humanities"))
         for n, a in ((1, "B"), (2, "B"), (4, "A"))]  # the third question has a line break in it
     assert mmlu[0].turns == ("What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\n"
                              "Answer with the letter of the correct choice.",)
-    (arc,) = evaluate.read_arc(data, None)
+    (arc,) = benchmarks.read_arc(data, None)
     assert (arc.options, arc.answer) == (("so", "not", "far"), "B")
-    (truth,) = evaluate.read_truthfulqa(data, None)
+    (truth,) = benchmarks.read_truthfulqa(data, None)
     assert sorted(truth.options) == ["At night", "No", "On Mars", "Yes"]
     assert truth.options["ABCD".index(truth.answer)] == "No"
-    assert [i.answer for i in evaluate.read_gsm8k(data, None)] == ["4", "1001"]
-    bench = evaluate.read_mt_bench(data, None)
+    assert [i.answer for i in benchmarks.read_gsm8k(data, None)] == ["4", "1001"]
+    bench = benchmarks.read_mt_bench(data, None)
     assert [(i.id, i.category, len(i.turns)) for i in bench] == [("81", "writing", 2),
                                                                 ("82", "coding", 2)]
-    assert evaluate.read_ifeval(data, None)[0].turns == (" Say it in two words. ",)
-    harm = evaluate.read_harmbench(data, None)  # copyright is left out
+    assert benchmarks.read_ifeval(data, None)[0].turns == (" Say it in two words. ",)
+    harm = benchmarks.read_harmbench(data, None)  # copyright is left out
     assert [(i.id, i.category, i.turns) for i in harm] == [
         ("do_harm", "standard", ("Do harm",)),
         ("explain", "contextual", ("A long text.\n\n---\n\nExplain it",))]
-    assert [i.category for i in evaluate.read_jailbreakbench(data, None)] == ["harmful", "benign"]
-    assert [i.category for i in evaluate.read_xstest(data, None)] == ["safe", "unsafe"]
-    assert [i.turns for i in evaluate.read_pku(data, None)] == [("Tell me how",), ("And why",)]
-    assert [len(evaluate.read_mmlu(data, "dev")), evaluate.read_mmlu(data, "train")] == [4, []]
+    assert [i.category for i in benchmarks.read_jailbreakbench(data, None)] == ["harmful", "benign"]
+    assert [i.category for i in benchmarks.read_xstest(data, None)] == ["safe", "unsafe"]
+    assert [i.turns for i in benchmarks.read_pku(data, None)] == [("Tell me how",), ("And why",)]
+    assert [len(benchmarks.read_mmlu(data, "dev")), benchmarks.read_mmlu(data, "train")] == [4, []]
 
 
 @pytest.mark.parametrize(("name", "line", "content"), [
@@ -406,7 +409,7 @@ def test_choices_are_the_models_own(evaluated: Callable[..., Path], adapter: Pat
     rows = rows_of(evaluated("--tasks", "mmlu", "--shots", shots))
     prism = PRISM.load(adapter, net)
     letters, items = letter_tokens(tok, shots != "0")[:4], {
-        i.id: i for i in evaluate.read_mmlu(data, None)}
+        i.id: i for i in benchmarks.read_mmlu(data, None)}
     by = {(r["strategy"], r["id"]): r for r in rows}
     expert = {"stem": "stem", "humanities": "humanities"}
     for strategy in ("base", "expert", "ungated"):
@@ -435,7 +438,7 @@ def test_closed_rows_are_the_bases(adapter: Path, data: Path, personas: Path, ne
                                    tok: Tokenizer, tmp_path: Path) -> None:
     """Item by item and not approximately: a closed row is the base's, an open one the adapter's;
     nothing was computed for them; the random gate opens as often."""
-    prompts = [i.turns[0] for i in evaluate.read_mmlu(data, None)]
+    prompts = [i.turns[0] for i in benchmarks.read_mmlu(data, None)]
     run = half_open(adapter, tmp_path / "adapter", prompts, net, tok)
     with_randomized = PRISM.load(run, net)
     randomize_adapter(with_randomized, scale=0.5)

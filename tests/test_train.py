@@ -1116,7 +1116,8 @@ def test_transfer_files_with_odd_lines(real_sets: Path) -> None:
         file.write("\n\n")
     text = "Tags,Behavior,FunctionalCategory\nx,More harm,y\n\n"
     (real_sets / "harmbench/z.csv").write_text(text)
-    (real_sets / "mt_bench/question.jsonl").write_text('{"turns": ["Hello\u2028there"]}\n\n')
+    (real_sets / "mt_bench/question.jsonl").write_text(
+        '{"question_id": 1, "category": "x", "turns": ["Hello\u2028there"]}\n\n')
     found = read_transfer_sets(real_sets)
     assert found["harmful"][-1] == "More harm" and found["chat"] == ["Hello\u2028there"]
     assert len(found["multiple choice"]) == 1
