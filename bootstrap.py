@@ -980,6 +980,28 @@ def degenerate(query: str, answer: str) -> bool:
     return loop or (echo and len(asked) > 1)
 
 
+def answer_room(tokenizer: Tokenizer, personas: Sequence[Persona], judge: str,
+                context: int) -> int:
+    """The longest answers, in tokens, that a judge ("letter", "likelihood", or "auto" for both) can
+    read whatever the run brings, within its context; below 1 if none.
+
+    The longest it is asked is the self-test's "wrong but longer": two answers where there is one.
+    To cut answers to fit would be to judge what nobody wrote. In a tokenizer other than the one
+    that sampled them, answers may be longer: `hidden_states` has the last word.
+    """
+    begun = max(len(tokenizer.encode(words))
+                for words in (*OPENINGS, *LONG_OPENINGS, *CONTRAST_OPENINGS))
+    # Without the longest query, a blank line between two answers, and an end of turn.
+    left = context - begun - QUERY_SAMPLING["max_new_tokens"] - 4
+    asked = [tokenizer.render([{"role": "user", "content": words.format(answer="")}])
+             for words in INVERSE_PROMPTS]
+    asked += [render_query(tokenizer, "", p.text)[0] for p in personas]
+    letter = tokenizer.render([{"role": "user", "content": JUDGE_PROMPT.format(
+        query="", first="", second="")}])
+    rooms = {"letter": (left - len(letter)) // 3, "likelihood": (left - max(map(len, asked))) // 2}
+    return rooms.get(judge, min(rooms.values()))
+
+
 # --------------------------------------------------------------------------------------------------
 # Testing a judge before it is trusted
 

@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 from benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
 from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, LikelihoodJudge, Pair,
-                       Persona, RunFolder, Verdict, bill, choose_judge, drop_chance, hidden_states,
-                       known_truth, load_personas, peak_memory, persona_hash, split_chunks, total,
-                       won_pairs, write_answers, write_queries, write_verdicts)
+                       Persona, RunFolder, Verdict, answer_room, bill, choose_judge, drop_chance,
+                       hidden_states, known_truth, load_personas, peak_memory, persona_hash,
+                       split_chunks, total, won_pairs, write_answers, write_queries,
+                       write_verdicts)
 from distributed import broadcast, each, main_first, processes, rank, sum_gradients, world
 from generate import derive_seed, pad
 from hub import (DEFAULT_MODEL, InputError, Parser, base_source, exit_status, read_json, resolve,
@@ -757,6 +758,21 @@ def check(args: argparse.Namespace) -> None:
         args.out = Path("out") / args.model.rstrip("/").split("/")[-1].lower()
 
 
+def check_judge(args: argparse.Namespace, folder: Path, personas: Sequence[Persona]) -> str | None:
+    """Refuse a judge that could not read the answers: after the stages before it, it would cost
+    hours. Returns the fingerprint of --judge-model."""
+    judging = resolve(args.judge_model) if args.judge_model else folder
+    config = Config.from_json(read_json(judging / "config.json"), str(judging))
+    context = config.max_position_embeddings
+    room = answer_room(Tokenizer(judging), personas, args.judge, context)
+    if args.max_new_tokens > room:
+        raise InputError(f"{judging}: --max-new-tokens is {args.max_new_tokens}, but in a context "
+                         f"of {context} tokens, beside the persona and the question, a judge has "
+                         f"room for answers of {max(room, 0)}; use that or fewer, shorter "
+                         "personas, or a --judge-model with a longer context")
+    return fingerprint(judging) if args.judge_model else None
+
+
 def begin(run: RunFolder, settings: dict, overwrite: bool) -> None:
     """Compare the settings with those of an earlier run in this folder; record them.
 
@@ -806,14 +822,9 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     personas = load_personas(args.personas)
     args.persona_names = [p.name for p in personas]
     dtype = choose_dtype(args.dtype, device)
-    judge_fingerprint = None
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
-        if args.judge_model:  # a wrong one must not cost the stages before it
-            judging = resolve(args.judge_model)
-            Config.from_json(read_json(judging / "config.json"), str(judging))
-            Tokenizer(judging)
-            judge_fingerprint = fingerprint(judging)
+        judge_fingerprint = check_judge(args, folder, personas)
     net, tokenizer = load(folder, device, dtype), Tokenizer(folder)
     net.name = args.model
     if args.gate_layer is None:

@@ -32,6 +32,7 @@ from bootstrap import (
     Query,
     RunFolder,
     Verdict,
+    answer_room,
     bill,
     choose_judge,
     clean_query,
@@ -779,6 +780,35 @@ def test_letter_judge_counts_what_it_cannot_read(net: Transformer, tok: Tokenize
                                                    Comparison("r", "", "three", "four")])
     assert [winner for winner, _ in results] == ["unparsed", "unparsed"]
     assert all(said == ["?", "?"] for _, said in results) and cost["tokens_read"] > 0
+
+
+@pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
+def test_answers_of_the_room_fit_every_judge(kind: type, net: Transformer, tok: Tokenizer) -> None:
+    """The longest that a judge is asked: the longest query, the longest persona, an answer of
+    `answer_room` tokens against two of them. It fits, and hardly more would."""
+    personas = [*PERSONAS, Persona("long", "You are a very careful expert. " * 30)]
+    context = net.config.max_position_embeddings
+    room = answer_room(tok, personas, kind.name, context)
+    assert 100 < room < context // 2
+
+    def ask(tokens: int) -> None:
+        query, answer = " the" * 108, " the" * tokens
+        assert (len(tok.encode(query)), len(tok.encode(answer))) == (108, tokens)
+        kind(net, tok).compare([Comparison(query, personas[-1].text, answer,
+                                           f"{answer}\n\n{answer}")])
+
+    ask(room)
+    with pytest.raises(InputError, match=f"context of {context}"):
+        ask(room + 4)
+
+
+def test_room_of_the_default_settings(smollm_tok: Tokenizer) -> None:
+    """The paper's 512 tokens fit SmolLM2's context with all twelve personas, and one of 2,048."""
+    personas = load_personas(Path(bootstrap.__file__).parent / "personas")
+    rooms = {judge: answer_room(smollm_tok, personas, judge, 2048)
+             for judge in ("letter", "likelihood", "auto")}
+    assert 512 <= rooms["auto"] == rooms["letter"] < rooms["likelihood"]
+    assert answer_room(smollm_tok, personas, "auto", 8192) > 2500
 
 
 @pytest.fixture(scope="module")

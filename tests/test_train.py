@@ -19,6 +19,7 @@ from typing import Callable, Sequence
 import peft
 import pytest
 import torch
+from conftest import edit_json
 from safetensors.torch import load_file, save_file
 from test_hub import file_size_limit
 from tiny import one_thread, randomize_adapter, tiny_llama
@@ -1541,6 +1542,24 @@ def test_persona_longer_than_the_context(command: list[str], tmp_path: Path,
     status = run_train(*command, "--out", tmp_path / "out", "--personas", tmp_path / "personas")
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert status == 2 and error.startswith("error: ") and "1024" in error
+
+
+@pytest.mark.parametrize("judge", ["letter", "likelihood", "auto"])
+def test_answers_longer_than_the_judges_context(judge: str, folder: Path, command: list[str],
+                                                tmp_path: Path, capfd: Capture) -> None:
+    """Answers that the judge could not read are refused before stage 1 writes anything, whoever the
+    judge is, with the longest that would do."""
+    short = Path(shutil.copytree(folder, tmp_path / "short"))
+    edit_json(short / "config.json", lambda c: c.update(max_position_embeddings=600))
+    asked = [*command, "--judge", judge, "--stop-after", "queries", "--out", tmp_path / "out"]
+    for flags in (["--model", short], ["--judge-model", short]):
+        assert run_train(*asked, *flags, "--max-new-tokens", 300) == 2
+        error = capfd.readouterr().err
+        assert error.startswith(f"error: {short}: --max-new-tokens is 300") and (
+            error.count("\n") == 1) and not (tmp_path / "out").exists()
+    room = int(re.search(r"room for answers of (\d+)", error)[1])
+    assert run_train(*asked, "--judge-model", short, "--max-new-tokens", room + 1) == 2
+    assert run_train(*asked, "--judge-model", short, "--max-new-tokens", room) == 0
 
 
 def test_persona_whose_file_name_is_not_text(command: list[str], tmp_path: Path,
