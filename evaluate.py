@@ -41,7 +41,8 @@ from bootstrap import (SLOTS, Pair, Persona, RunFolder, Verdict, common_prefix,
                        drop_chance, hidden_states, load_personas, persona_hash, render_talk,
                        split_chunks, won_pairs)
 from generate import Engine, Request, Sampling, derive_seed, pad, stop_tokens
-from hub import DEFAULT_MODEL, InputError, Parser, exit_status, read_json, write_file
+from hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve_adapter,
+                 write_file)
 from model import Transformer, choose_device, choose_dtype, fingerprint, load
 from prism import ADAPTER_FILE, GATE_FILE, PRISM, distill_loss, read_settings
 from report import table
@@ -926,7 +927,8 @@ def parser() -> argparse.ArgumentParser:
                "prompt, controls, the adapter always on, PRISM. Exit status 0 done, 2 wrong input, "
                "130 interrupted; the same command continues.")
     what = p.add_argument_group("what is compared")
-    what.add_argument("--adapter", type=Path, help="adapter folder written by train.py")
+    what.add_argument("--adapter", metavar="DIR|ID", help="adapter folder written by train.py, or "
+                      "the user/name of one on the hub")
     what.add_argument("--model", help="model id or folder (default: the adapter's own base, else "
                       f"{DEFAULT_MODEL})")
     what.add_argument("--personas", type=Path, default=Path(__file__).parent / "personas",
@@ -934,7 +936,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--strategies", type=names_of(STRATEGIES), help="comma-separated, of "
                       f"{', '.join(STRATEGIES)} (default: all that --adapter and --sft-adapter "
                       "allow); base is always among them")
-    what.add_argument("--sft-adapter", type=Path, help="adapter of train.py --loss sft, always on")
+    what.add_argument("--sft-adapter", metavar="DIR|ID", help="adapter of train.py --loss sft, "
+                      "always on")
     what.add_argument("--study", type=names_of(STUDIES), default=[], help="length: personas/min "
                       "and personas/short as experts; placement: the persona in front of the "
                       "user's message; persona-matrix: every persona on every category")
@@ -951,7 +954,8 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--judge-model", metavar="ID|DIR",
                       help="MT-Bench's judge (default: the base)")
     run = p.add_argument_group("run")
-    run.add_argument("--out", type=Path, help="default: eval/ in the adapter's folder, or out/eval")
+    run.add_argument("--out", type=Path, help="default: eval/ in the adapter's folder, or out/eval "
+                     "(also where the adapter comes from the hub)")
     run.add_argument("--max-new-tokens", type=int, default=512, help="longest answer; default 512")
     run.add_argument("--seed", type=int, default=0, help="default %(default)s")
     run.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
@@ -979,7 +983,11 @@ def check(args: argparse.Namespace) -> None:
     if set(args.tasks) - set(RUN_TASKS) and not args.data:
         raise InputError(f"--tasks {','.join(set(args.tasks) - set(RUN_TASKS))}: needs --data")
     if args.out is None:
-        args.out = args.adapter / "eval" if args.adapter else Path("out/eval")
+        own = args.adapter and Path(args.adapter).is_dir()  # nothing is written to the hub's cache
+        args.out = Path(args.adapter) / "eval" if own else Path("out/eval")
+    for name in ("adapter", "sft_adapter"):
+        if getattr(args, name) is not None:
+            setattr(args, name, resolve_adapter(getattr(args, name)))
 
 
 def data_folder(name: str | None) -> Path | None:

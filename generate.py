@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hub import DEFAULT_MODEL, InputError, Parser, exit_status, read_json
+from hub import DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve_adapter
 from model import KVCache, Transformer, choose_device, choose_dtype, load, token_ids, upload
 from prism import PRISM, Router, read_settings
 from tokenizer import Tokenizer, check_messages
@@ -415,9 +415,10 @@ def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: It
 def router(adapter: str | Path, device: str = "auto",
            dtype: str = "auto") -> Callable[[list[dict]], bool]:
     """`route(messages) -> bool`: whether a conversation should go to the adapter, for a server that
-    has adapter and base loaded elsewhere. Only what the gate needs is loaded (prism.Router)."""
+    has adapter and base loaded elsewhere. Only what the gate needs is loaded (prism.Router).
+    `adapter` is a folder, or a user/name on the hub."""
     where = choose_device(device)
-    gate = Router(adapter, where, choose_dtype(dtype, where))
+    gate = Router(resolve_adapter(adapter), where, choose_dtype(dtype, where))
     tokenizer = Tokenizer(gate.net.folder)
 
     def route(messages: list[dict]) -> bool:
@@ -443,8 +444,8 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("model")
     what.add_argument("--model", help="model id or folder (default: the adapter's own base, "
                       f"else {DEFAULT_MODEL})")
-    what.add_argument("--adapter", type=Path, help="adapter folder written by train.py; "
-                      "or by PEFT: a LoRA without a gate, always on")
+    what.add_argument("--adapter", metavar="DIR|ID", help="adapter folder written by train.py, or "
+                      "the user/name of one on the hub; PEFT's have no gate and are always on")
     what.add_argument("--gate", choices=("auto", "on", "off"), default="auto",
                       help="auto: the gate decides per query (default); on/off: forced")
     what.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -502,14 +503,15 @@ def read_prompts(path: Path) -> list[list[dict]]:
     return conversations
 
 
-def load_model(model: str | None, adapter: Path | None, device: str,
+def load_model(model: str | None, adapter: str | None, device: str,
                dtype: str) -> tuple[Transformer | PRISM, Tokenizer]:
-    """The base model, wrapped in a PRISM if an adapter folder is given, and its tokenizer."""
+    """The base model, wrapped in a PRISM if an adapter is given, and its tokenizer."""
+    folder = None if adapter is None else resolve_adapter(adapter)
     name = model if model is not None else (
-        read_settings(adapter)["base_model"] if adapter else None) or DEFAULT_MODEL
+        read_settings(folder)["base_model"] if folder else None) or DEFAULT_MODEL
     where = choose_device(device)
     net = load(name, where, choose_dtype(dtype, where))
-    return PRISM.load(adapter, net) if adapter else net, Tokenizer(net.folder)
+    return PRISM.load(folder, net) if folder else net, Tokenizer(net.folder)
 
 
 def route_label(completion: Completion) -> str:

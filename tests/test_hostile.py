@@ -777,7 +777,7 @@ BAD: dict[str, list[tuple[str, list[str]]]] = {
         ("tokens", [*ASK, "--system", "a " * 500_000]),
         ("absent", [*ASK, "--adapter", "{tmp}/absent"]), ("''", [*ASK, "--model", ""]),
         ("file", [*ASK, "--adapter", "{tmp}/file"]),
-        ("prism.json", [*ASK, "--adapter", "{model}"]), ("prism.json", [*ASK, "--adapter", ""]),
+        ("prism.json", [*ASK, "--adapter", "{model}"]), ("''", [*ASK, "--adapter", ""]),
         ("trained on", [*ASK, "--model", "{other}", "--adapter", "{adapter}"]),
         ("rank", [*ASK, "--adapter", "{tmp}/wrongrank"]),
         ("gate.safetensors", [*ASK, "--adapter", "{tmp}/widegate"]),

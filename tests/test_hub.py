@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,27 +22,36 @@ from typing import Callable, Iterator
 import pytest
 import torch
 from conftest import copy_folder
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hub
 from hub import DEFAULT_MODEL, InputError, exit_status, read_json, resolve, write_file
 from model import load
+from prism import PRISM
 from tokenizer import Tokenizer
 
+Capture = pytest.CaptureFixture[str]
 ROOT = Path(hub.__file__).parent
 SHOW = "import sys, hub; sys.exit(hub.exit_status(lambda: print(hub.resolve(sys.argv[1])) or 0))"
 
 
-def resolve_alone(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
-    """`resolve(name)` in a fresh process without network whose caches are all under `home`."""
+def alone(code: str, name: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Python code in a fresh process without network whose caches are all under `home`; `name` is
+    its argument."""
     env = {**os.environ, "XDG_CACHE_HOME": str(home / "xdg"), "HF_HOME": str(home / "hf"),
            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PIP_NO_INDEX": "1",
            "PIP_FIND_LINKS": str(home), "PIP_CONFIG_FILE": os.devnull, **environment}
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "PIP_INDEX_URL"):
         env.pop(variable, None)
-    return subprocess.run([sys.executable, "-c", SHOW, name], env=env, capture_output=True,
+    return subprocess.run([sys.executable, "-c", code, name], env=env, capture_output=True,
                           text=True, cwd=home, timeout=120, check=False)
+
+
+def resolve_alone(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
+    """`resolve(name)`, alone."""
+    return alone(SHOW, name, home, **environment)
 
 
 def fake_checkpoint(folder: Path) -> Path:
@@ -302,6 +312,80 @@ def test_interrupted_download_is_not_taken_for_a_model(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Files and exit status
+
+
+USE_ADAPTER = """
+import json, sys, evaluate, generate
+common = ["--adapter", sys.argv[1], "--dtype", "float32", "--device", "cpu", "--max-new-tokens"]
+said = generate.main([*common, "4", "--prompt", "Why?", "--jsonl"])
+if not said:
+    print(generate.router(sys.argv[1], "cpu", "float32")([{"role": "user", "content": "Why?"}]))
+    said = evaluate.main([*common, "4", "--tasks", "gsm8k", "--data", "data", "--strategies",
+                          "base,prism"])
+sys.exit(said)
+"""
+
+
+def hub_adapter(folder: Path, home: Path, name: str) -> Path:
+    """An adapter in a fresh Hugging Face cache, its gate always open; links as the hub makes."""
+    prism = PRISM(load(folder, dtype=torch.float32), rank=2)
+    prism.threshold = 0.0
+    prism.save(home / "saved")
+    snapshot = fake_snapshot(home, name)
+    blobs = snapshot.parents[1] / "blobs"
+    (home / "saved").rename(blobs)
+    shutil.rmtree(snapshot)
+    snapshot.mkdir()
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    (home / "data/gsm8k").mkdir(parents=True)
+    (home / "data/gsm8k/test.jsonl").write_text('{"question": "2+2?", "answer": "#### 4"}\n')
+    return snapshot
+
+
+def test_adapter_from_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
+    """Issue: `--adapter user/name`, offline, in both commands and the router; the cache is read
+    only; a folder of that name wins."""
+    snapshot = hub_adapter(folder, tmp_path, "someone/some-adapter")
+    before = sorted(p.name for p in snapshot.iterdir())
+    done = alone(USE_ADAPTER, "someone/some-adapter", tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer, route, *_ = done.stdout.splitlines()
+    assert json.loads(answer)["routed"] and route == "True"
+    assert (tmp_path / "out/eval/table.md").is_file()
+    assert sorted(p.name for p in snapshot.iterdir()) == before
+    (tmp_path / "someone/some-adapter").mkdir(parents=True)
+    error = one_error_line(alone(USE_ADAPTER, "someone/some-adapter", tmp_path))
+    assert "someone/some-adapter/prism.json" in error
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("someone/other", "the hub cannot be reached"), ("mine", "no such folder; give"),
+    ("out/of/mine", "no such folder; give"), ("", "no such folder; give"), ("./mine", "not a name"),
+    ("/mine", "not a name"), ("~/mine", "not a name")])
+def test_adapter_that_is_nowhere(name: str, says: str, tmp_path: Path, capsys: Capture,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that shows the name and the ways out, status 2; a path is not looked for on the
+    hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert exit_status(lambda: print(hub.resolve_adapter(name)) or 0) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert repr(name) in captured.err and says in captured.err and "user/name" in captured.err
+
+
+def test_interrupted_download_is_not_taken_for_an_adapter(folder: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its weights it is asked of the hub again."""
+    snapshot = hub_adapter(folder, tmp_path, "someone/cut")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.resolve_adapter("someone/cut") == snapshot
+    (snapshot / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="someone/cut"):
+        hub.resolve_adapter("someone/cut")
 
 
 @contextmanager
