@@ -165,6 +165,32 @@ class Setup:
                 for i in range(n)]
 
 
+def loading(s: Setup) -> list[Row]:
+    """From a folder to a model, its files in the system's cache: as the first thing a process does
+    after its imports, and again."""
+    script = """import sys, time, torch; from {} import {} as load; times = []
+for _ in range(2):
+    begun = time.perf_counter()
+    load(sys.argv[1], dtype=getattr(torch, sys.argv[2])).to(sys.argv[3])
+    times.append(time.perf_counter() - begun)
+print(*times)"""
+    scripts = {"ours": script.format("model", "load")}
+    if s.has_peer:
+        scripts["peer"] = script.replace("load(", "load.from_pretrained(").format(
+            "transformers", "AutoModelForCausalLM")
+    arguments = str(s.net.folder), str(s.net.dtype).removeprefix("torch."), str(s.net.device)
+    times: dict[str, list] = {name: [] for name in scripts}
+    for _ in range(s.repeats):
+        for name, code in scripts.items():
+            done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, text=True,
+                                  cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL)
+            times[name].append([float(t) for t in done.stdout.split()])
+    first, again = zip(*(map(statistics.median, zip(*t)) for t in times.values()))
+    return [Row("loading, the first in a process", "s", *first),
+            Row("loading, again (peer, in bf16: only maps the file)", "s", *again)]
+
+
 # --------------------------------------------------------------------------------------------------
 # Generation
 
@@ -702,8 +728,8 @@ def growth(s: Setup) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Setup], list[Row]]] = {
-    "generation": generation, "prefixes": prefixes, "routing": routing, "lora": lora, "kl": kl,
-    "sampler": sampler, "pipeline": pipeline, "growth": growth}
+    "loading": loading, "generation": generation, "prefixes": prefixes, "routing": routing,
+    "lora": lora, "kl": kl, "sampler": sampler, "pipeline": pipeline, "growth": growth}
 BY_NAME = ("pipeline", "growth")  # minutes, so not in the default set
 
 

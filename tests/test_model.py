@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Callable
 
@@ -12,6 +14,7 @@ from conftest import build_tiny, copy_folder, edit_json, reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import model
 from generate import Engine, Request, Sampling, stop_tokens
 from hub import InputError
 from model import FAMILIES, Transformer, fingerprint, load
@@ -356,6 +359,54 @@ def test_sharded_checkpoint_equals_single_file(sharded: Path, tiny_checkpoint: T
     for name, value in split.state_dict().items():
         assert torch.equal(value, theirs[name]), name
     assert_parity(sharded)
+
+
+LOAD = """
+import sys, threading, torch, model
+torch.ones(10**6).to(torch.bfloat16).sum()  # what torch starts with its first operations
+
+def anonymous():
+    lines = open("/proc/self/status").read().split("\\n")
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.0005):
+        held.append(anonymous())
+
+held, done = [anonymous()], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+net = model.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+done.set()
+thread.join()
+held.append(anonymous())
+print(max(held) - held[0], sum(p.numel() * p.element_size() for p in net.parameters()), len(held))
+"""
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80M random weights in many shards, 320 or 160 MB; one tensor is a fifth of them."""
+    folder = build_tiny("llama", tmp_path_factory.mktemp("large"), vocab_size=16384,
+                        hidden_size=1024, intermediate_size=2816, max_shard_size="40MB")
+    assert len(list(folder.glob("*.safetensors"))) > 5
+    for path in folder.glob("*.safetensors"):
+        save_file({n: t.to(getattr(torch, request.param)) for n, t in load_file(path).items()},
+                  path)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_holds_little_more_than_the_weights(dtype: str, large: Path) -> None:
+    """Issue: peak anonymous memory (what a file cannot give back) at most 1.1 times the weights,
+    whatever the files hold."""
+    done = subprocess.run([sys.executable, "-c", LOAD, str(large), dtype], capture_output=True,
+                          text=True, check=True, cwd=Path(model.__file__).parent)
+    held, weights, samples = map(int, done.stdout.split())
+    print(f"{dtype}: {held / weights:.3f} of {weights >> 20} MiB, {samples} samples")
+    assert weights > 1.5e8 and samples > 20
+    assert 0.9 * weights < held <= 1.1 * weights
 
 
 def test_loading_freezes_and_casts(tiny_checkpoint: TinyFactory) -> None:
