@@ -393,16 +393,24 @@ def teacher_states(net: Transformer, prompts: Sequence[list[int]],
     return states
 
 
-def activation_bytes(config: Config, tokens: int) -> int:
-    """About what `tokens` leave behind for the backward pass: per layer eight states of width d
-    (inputs of the norms, of the projections and of attention; ten with four norms) and two of the
-    MLP's width; where scores are capped, these too (no kernel computes them again), in rows of
-    PLAN_ROW tokens."""
-    size = config.dtype.itemsize
-    states = 6 + len([name for name in config.norms if name])
-    per_layer = (states * config.hidden_size + 2 * config.intermediate_size) * size
+def activation_bytes(config: Config, tokens: int, rank: int) -> int:
+    """At most what `tokens` leave behind for the backward pass, if every layer is adapted.
+
+    In the model's dtype: the inputs of the projections (of `down_proj` its two halves), queries and
+    keys, the whole qkv they came from, and LoRA's h with its dropout mask. In fp32: what goes into
+    each norm, also those of queries and keys, the norms' factors and attention's normalisers. Where
+    scores are capped, these too (no kernel computes them again), in rows of PLAN_ROW tokens.
+    """
+    size, heads, kv_heads = config.dtype.itemsize, config.num_heads, config.num_kv_heads
+    q, kv = heads * config.head_dim, kv_heads * config.head_dim
+    norms = len([name for name in config.norms if name])
+    per_layer = size * (2 * config.hidden_size + 2 * config.intermediate_size + 3 * (q + kv)
+                        + 14 * rank)  # p * rank wide for p = 3, 1, 2, 1 stacked ones; h and mask
+    per_layer += 4 * (norms * (config.hidden_size + 1) + heads)
+    if config.qk_norm:
+        per_layer += 4 * (q + kv + heads + kv_heads)
     if config.attention_cap is not None:  # fp32 after tanh and after softmax, and rounded
-        per_layer += config.num_heads * PLAN_ROW * (8 + size)
+        per_layer += heads * PLAN_ROW * (8 + size)
     return tokens * config.num_layers * per_layer
 
 
@@ -411,7 +419,7 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
     """Summed loss of a micro-batch: the student reads the bare prompt, all rows gated. "kl" is
     PRISM's; "sft" is the cross-entropy of the won answers, the paper's baseline."""
     ids, _ = pad([s.ids for s in samples], prism.net.device)
-    recompute = activation_bytes(prism.net.config, TRAIN_TOKENS) > RECOMPUTE_ABOVE
+    recompute = activation_bytes(prism.net.config, TRAIN_TOKENS, prism.rank) > RECOMPUTE_ABOVE
     hidden = prism.net.hidden(ids, prism.adapter, len(samples), generator, recompute)
     student = torch.cat([hidden[i, s.start - 1:len(s.ids) - 1] for i, s in enumerate(samples)])
     if loss == "sft":
@@ -603,7 +611,8 @@ def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int
     return tuple(sum(p.numel() for p in part.parameters()) for part in (net, adapter))
 
 
-def memory_plan(config: Config, counts: tuple[int, int], new_tokens: int, slots: int = SLOTS,
+def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: int,
+                slots: int = SLOTS,
                 train_tokens: int = TRAIN_TOKENS) -> dict[str, dict[str, int]]:
     """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
@@ -612,7 +621,7 @@ def memory_plan(config: Config, counts: tuple[int, int], new_tokens: int, slots:
     reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
     if config.attention_cap is not None:  # its scores, three times in fp32
         reading += config.num_heads * PLAN_PROMPT * 12
-    activations = activation_bytes(config, train_tokens)
+    activations = activation_bytes(config, train_tokens, rank)
     if activations > RECOMPUTE_ABOVE:  # every layer's input, and all of one layer
         activations = (config.num_layers * train_tokens * d * size
                        + activations // config.num_layers)
@@ -638,7 +647,7 @@ def dry_run(args: argparse.Namespace) -> int:
     config = Config.from_json(read_json(path), str(path))
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
-    sizes = config, parameter_counts(config, args), args.max_new_tokens
+    sizes = config, parameter_counts(config, args), args.rank, args.max_new_tokens
     plan = memory_plan(*sizes)
     parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
     print(f"{path}: {SLOTS} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")

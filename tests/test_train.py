@@ -39,6 +39,7 @@ from bootstrap import (
 )
 from generate import Sampling, generate
 from hub import InputError, resolve
+from lora import LoRA
 from model import FAMILIES, Transformer, fingerprint, load
 from prism import PRISM, distill_loss
 from report import split_warnings
@@ -484,9 +485,37 @@ def test_memory_plan_of_every_family(family: str, tiny_checkpoint: Callable[...,
                       sum(p.numel() for p in PRISM(net, 4, 8.0, 1).adapter.parameters()))
     assert train.main(["--dry-run", "--model", str(folder)]) == 0
     assert "5 adapter" in capsys.readouterr().out
-    norms, cap = (4 if "gemma" in family else 2), (family == "gemma2")
-    assert train.activation_bytes(net.config, 10) == 10 * 4 * 4 * (
-        (6 + norms) * 64 + 2 * 96 + cap * 3 * 4 * 1024)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_planned_activations_are_an_upper_bound(family: str, dtype: torch.dtype,
+                                                tiny_checkpoint: Callable[..., Path],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd really keeps of a batch, weights left out, is what is planned for the adapted
+    layers (below them nothing is kept), or up to a quarter less; a twentieth more for what all
+    layers share: the last norm's input, rotary tables, masks. The layers below make up for that."""
+    net = load(tiny_checkpoint(family), dtype=dtype)
+    net.config.dtype = dtype  # as --dry-run sets it
+    prism, rows, length = randomize_adapter(PRISM(net, rank=4, dropout=0.1)), 4, 64
+    monkeypatch.setattr(train, "PLAN_ROW", length)
+    held = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *prism.parameters()]}
+    for lora in (m for m in prism.adapter.modules() if isinstance(m, LoRA)):
+        held |= {cast.untyped_storage().data_ptr() for cast in lora.cast(dtype)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t  # alive, so that no address is used again
+        return t
+
+    ids = torch.randint(5, 200, (rows, length), generator=torch.Generator().manual_seed(0))
+    with one_thread(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net.hidden(ids, prism.adapter, rows, torch.Generator().manual_seed(0))
+    real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in held)
+    plan = train.activation_bytes(net.config, rows * length, 4)
+    adapted = plan * sum(lora is not None for lora in prism.adapter) / len(net.layers)
+    print(f"{family} {dtype}: {real / adapted:.3f} of the plan")
+    assert 0.75 <= real / adapted <= 1.05 and real <= plan
 
 
 def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
