@@ -931,8 +931,9 @@ def load(name: str | Path, device: torch.device | str = "cpu",
                          rotated=config.rotated[:layers], tie_word_embeddings=True)
         with torch.device("meta"):
             net = Transformer(config)
+    net.config.dtype = dtype or config.dtype
     # Not `to_empty`, whose first call imports 480 modules of torch: 34 MB, half a second.
-    empty = {n: torch.empty(p.shape, device=device, dtype=dtype or config.dtype)
+    empty = {n: torch.empty(p.shape, device=device, dtype=net.config.dtype)
              for n, p in net.named_parameters()}
     net.load_state_dict(empty, strict=False, assign=True)  # a tied head is not among them
     if config.tie_word_embeddings:

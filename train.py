@@ -40,8 +40,8 @@ from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, Likelihoo
                        write_verdicts)
 from distributed import broadcast, each, main_first, processes, rank, sum_gradients, world
 from generate import derive_seed, pad
-from hub import (DEFAULT_MODEL, InputError, Parser, base_source, exit_status, read_json, resolve,
-                 write_file)
+from hub import (DEFAULT_MODEL, InputError, Parser, base_source, check_file, exit_status, read_json,
+                 resolve, write_file)
 from model import Config, Transformer, choose_device, choose_dtype, fingerprint, load
 from prism import (ADAPTER_FILE, GATE_FILE, KL_CHUNK_ELEMENTS, PRISM, PRISM_FILE, Gate,
                    answer_loss, distill_loss, gate_loss)
@@ -540,6 +540,7 @@ def load_checkpoint(folder: Path, prism: PRISM, optimizer: torch.optim.AdamW) ->
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
+    check_file(path)
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     try:
