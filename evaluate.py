@@ -111,26 +111,29 @@ tie."""
 class Work:
     """What models made of prompts, in work.jsonl, under a hash of all that it depends on.
 
-    Appended a chunk at a time and fsynced; a line that a kill has cut is dropped and done again.
-    What a row cost (its part of its chunk) is kept with it, so that a bill covers earlier runs.
+    Appended a chunk at a time and fsynced; a chunk that a kill has cut is dropped and done again, as
+    a whole: the last bits of a row depend on the rows in its batch. What a row cost (its part of its
+    chunk) is kept with it, so that a bill covers earlier runs.
     """
 
     def __init__(self, path: Path):
         self.path, self.rows = path, {}
-        if path.exists():
-            whole, _, cut = path.read_bytes().rpartition(b"\n")
-            for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-                try:
-                    row = json.loads(line)
-                    if row.get("check", self.check(row["made"])) != self.check(row["made"]):
-                        raise ValueError
-                    self.rows[row["key"]] = row["made"]
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise InputError(f"{path}, line {number}: damaged; remove the file to start "
-                                     "again") from None
-            if cut:
-                with path.open("r+b") as file:
-                    file.truncate(len(whole) + bool(whole))
+        content = path.read_bytes() if path.exists() else b""
+        lines, rows, whole = content.split(b"\n")[:-1], [], 0
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if row.get("check", self.check(row["made"])) != self.check(row["made"]):
+                    raise ValueError
+                rows.append((row["key"], row["made"]))
+                whole = whole if row.get("left") else number  # "left": rows of its chunk to come
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise InputError(f"{path}, line {number}: damaged; remove the file to start "
+                                 "again") from None
+        self.rows.update(rows[:whole])
+        size = sum(len(line) + 1 for line in lines[:whole])
+        if size < len(content):
+            os.truncate(path, size)
 
     @staticmethod
     def check(made: object) -> str:
@@ -155,8 +158,8 @@ class Work:
                 seconds = (time.perf_counter() - begun) / len(some)
                 made = {keys[i]: row | {"seconds": seconds} for i, row in zip(some, rows)}
                 lines = "".join(json.dumps(
-                    {"key": k, "made": m, "check": self.check(m)}, ensure_ascii=False) + "\n"
-                    for k, m in made.items())
+                    {"key": k, "made": m, "check": self.check(m), "left": len(made) - n},
+                    ensure_ascii=False) + "\n" for n, (k, m) in enumerate(made.items(), 1))
                 try:
                     with self.path.open("ab") as file:
                         file.write(lines.encode())

@@ -445,11 +445,12 @@ class RMSNorm(nn.Module):
         if few_rows(x):
             both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * width,), eps=self.eps)
             return both[..., :width] * self.weight
-        if x.is_cpu and not torch.is_grad_enabled():
+        if x.is_cpu:
             y = x.to(torch.float32, copy=True)
-            square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_()
-            scale = square.div_(width).add_(self.eps).rsqrt_()
-            return y.mul_(scale).mul_(self.weight).to(x.dtype)
+            norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+            scale = (norm.square() / width + self.eps).rsqrt()
+            times = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_
+            return times(times(y, scale), self.weight).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
