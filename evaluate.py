@@ -111,9 +111,9 @@ tie."""
 class Work:
     """What models made of prompts, in work.jsonl, under a hash of all that it depends on.
 
-    Appended a chunk at a time and fsynced; a chunk that a kill has cut is dropped and done again, as
-    a whole: the last bits of a row depend on the rows in its batch. What a row cost (its part of its
-    chunk) is kept with it, so that a bill covers earlier runs.
+    Appended a chunk at a time and fsynced; a chunk that a kill has cut is dropped and done again as
+    a whole, because the last bits of a row depend on the rows in its batch. What a row cost (its
+    part of its chunk) is kept with it, so that a bill covers earlier runs.
     """
 
     def __init__(self, path: Path):
