@@ -59,7 +59,10 @@ NEAR_DUPLICATE = 0.7  # Jaccard similarity of word sets from which two queries c
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # of its own, for each persona
 SCORE_TOKENS = 4096  # padded tokens in one scoring batch (on two cores a fifth faster than 8192)
 SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
-TRUST, TEST_PAIRS = 0.8, 24  # a judge must be right on this share of at most so many known pairs
+TRUST = 0.8  # the share of known pairs on which a judge must be right
+# Known pairs of each kind; of answers to a wrong query, on which trust depends, more: a judge that
+# is right on 0.9 of them fails at 24 pairs once in twelve runs, at 60 once in 170.
+TEST_PAIRS, WRONG_PAIRS = 24, 60
 FEWEST_TESTS = 4  # known pairs below which a judge cannot be called tested
 HOT = 1.6  # temperature at which answers fall apart
 LETTER_MASS = 0.05  # probability A, B and T together need for a verdict to count as one
@@ -1018,8 +1021,8 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
     texts = {p.name: p.text for p in personas}
     usable = sorted((p for p in pairs if count_words(p.base) >= 6), key=lambda p: (
         p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
-    taken = usable[:TEST_PAIRS]
-    n = len(taken)
+    taken, many = usable[:TEST_PAIRS], usable[:WRONG_PAIRS]
+    n = len(many)
     cases: dict[str, list[Comparison]] = {}
     costs = []
 
@@ -1034,13 +1037,16 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
         costs.append(cost)
         return answers
 
-    for i, pair in enumerate(taken):
-        other, third = taken[(i + n // 2) % n], taken[(i + n // 3) % n]
-        if other.query != pair.query:
-            add("wrong query", pair, other.base, other.base_stop)
-            longer = f"{other.base}\n\n{third.base}"
-            if len(longer) > len(pair.base) and third.query not in (pair.query, other.query):
-                add("wrong but longer", pair, longer, third.base_stop)
+    for i, pair in enumerate(many):
+        other, third = many[(i + n // 2) % n], many[(i + n // 3) % n]
+        if other.query == pair.query:
+            continue
+        add("wrong query", pair, other.base, other.base_stop)
+        longer = f"{other.base}\n\n{third.base}"
+        if (i < TEST_PAIRS and len(longer) > len(pair.base)
+                and third.query not in (pair.query, other.query)):
+            add("wrong but longer", pair, longer, third.base_stop)
+    for pair in taken:
         add("cut to a third", pair, first_third(pair.base), "eos")
         add("echo", pair, f"You asked: {pair.query}", "eos")
     for pair in [p for p in usable if len(sentences(p.base)) >= 3][:TEST_PAIRS]:

@@ -105,7 +105,8 @@ def test_judges(net: Transformer, smollm_tok: Tokenizer, personas: list[Persona]
     """The table of judges; the product's reaches its goals on the half nothing was chosen on."""
     pairs = answers(net, smollm_tok, personas, 144, 192, 1)[0]
     # Only complete answers: from one that was cut off, its third can hardly be told.
-    monkeypatch.setattr(bootstrap, "TEST_PAIRS", sum(p.base_stop == "eos" for p in pairs))
+    for name in ("TEST_PAIRS", "WRONG_PAIRS"):
+        monkeypatch.setattr(bootstrap, name, sum(p.base_stop == "eos" for p in pairs))
     cases, _ = known_truth(net, smollm_tok, personas, pairs, 192, SEED)
     everything = [c for asked in cases.values() for c in asked]
     keys = list(dict.fromkeys((c.query, c.persona, a) for c in everything
