@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -507,22 +507,17 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     def work(_: int, chunk: Sequence[tuple[str, int, int]]) -> tuple[list, dict]:
         begun = [opening(round_ * OVERSAMPLE * wanted + i, own()[name])
                  for name, round_, i in chunk]
-        requests = [Request([*opened[name], *tokenizer.encode(words)],
-                            derive_seed(seed, "query", name, round_, i),
-                            prefix=len(opened[name]) - 1)
-                    for (name, round_, i), (_, words) in zip(chunk, begun)]
-        engine = Engine(net, Sampling(**QUERY_SAMPLING), stop_ids, SLOTS)
-        outputs = sorted(engine.run(requests), key=lambda out: out.index)
-        texts = [tokenizer.decode([*tokenizer.encode(words), *out.ids])
-                 for (_, words), out in zip(begun, outputs)]
-        clean = [clean_query(text, systems[c[0]]) if out.stop == "eos" else None
-                 for text, c, out in zip(texts, chunk, outputs)]
-        guesses, read, scored = likeliest_persona(net, tokenizer, opened, clean)
-        rows = [Candidate(name, round_, kind, text, out.stop == "eos", guess)
-                for (name, round_, _), (kind, _), text, out, guess
-                in zip(chunk, begun, texts, outputs, guesses)]
-        return rows, bill(net, len(requests), engine.prompt_tokens + read, engine.new_tokens,
-                          scored)
+        seeds = [derive_seed(seed, "query", *named) for named in chunk]
+        texts, complete, read, written = continue_as_user(
+            net, tokenizer, [opened[name] for name, *_ in chunk], [words for _, words in begun],
+            seeds, stop_ids)
+        clean = [clean_query(text, systems[name]) if ended else None
+                 for (name, *_), text, ended in zip(chunk, texts, complete)]
+        guesses, again, scored = likeliest_persona(net, tokenizer, opened, clean)
+        rows = [Candidate(name, round_, kind, text, ended, guess)
+                for (name, round_, _), (kind, _), text, ended, guess
+                in zip(chunk, begun, texts, complete, guesses)]
+        return rows, bill(net, len(chunk), read + again, written, scored)
 
     queries: list[Query] = []
     lacking = list(personas)
@@ -541,6 +536,21 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     if run.writes and not any(m["stage"] == "quality" for m in run.metrics()):
         run.record("quality", 0, **measure_queries(net, tokenizer, personas, queries, candidates))
     return queries
+
+
+def continue_as_user(net: Transformer, tokenizer: Tokenizer, opened: Sequence[Sequence[int]],
+                     begun: Sequence[str], seeds: Sequence[int],
+                     stop_ids: set[int]) -> tuple[list[str], list[bool], int, int]:
+    """What a user would go on to write in each opened turn after some first words: the texts, with
+    these words; whether each came to an end by itself; tokens read and written."""
+    requests = [Request([*ids, *tokenizer.encode(words)], seed, prefix=len(ids) - 1)
+                for ids, words, seed in zip(opened, begun, seeds)]
+    engine = Engine(net, Sampling(**QUERY_SAMPLING), stop_ids, SLOTS)
+    outputs = sorted(engine.run(requests), key=lambda out: out.index)
+    texts = [tokenizer.decode([*tokenizer.encode(words), *out.ids])
+             for words, out in zip(begun, outputs)]
+    return (texts, [out.stop == "eos" for out in outputs], engine.prompt_tokens,
+            engine.new_tokens)
 
 
 def assign_openings(net: Transformer, tokenizer: Tokenizer,
@@ -1021,14 +1031,7 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
     texts = {p.name: p.text for p in personas}
     usable = sorted((p for p in pairs if count_words(p.base) >= 6), key=lambda p: (
         p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
-    taken, many = usable[:TEST_PAIRS], usable[:WRONG_PAIRS]
-    n = len(many)
-    cases: dict[str, list[Comparison]] = {}
     costs = []
-
-    def add(kind: str, pair: Pair, worse: str, stop: str) -> None:
-        cases.setdefault(kind, []).append(Comparison(
-            pair.query, texts[pair.persona], pair.base, worse, pair.base_stop == stop == "eos"))
 
     def sampled(kind: str, queries: Sequence[str], temperature: float, lead: str = "") -> list:
         answers, cost = sample_answers(net, tokenizer, [(q, "") for q in queries],
@@ -1037,23 +1040,13 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
         costs.append(cost)
         return answers
 
-    for i, pair in enumerate(many):
-        other, third = many[(i + n // 2) % n], many[(i + n // 3) % n]
-        if other.query == pair.query:
-            continue
-        add("wrong query", pair, other.base, other.base_stop)
-        longer = f"{other.base}\n\n{third.base}"
-        if (i < TEST_PAIRS and len(longer) > len(pair.base)
-                and third.query not in (pair.query, other.query)):
-            add("wrong but longer", pair, longer, third.base_stop)
-    for pair in taken:
-        add("cut to a third", pair, first_third(pair.base), "eos")
-        add("echo", pair, f"You asked: {pair.query}", "eos")
-    for pair in [p for p in usable if len(sentences(p.base)) >= 3][:TEST_PAIRS]:
-        add("sentences shuffled", pair, shuffled(pair.base, derive_seed(seed, pair.query)), "eos")
-    queries = [p.query for p in taken]
-    for pair, (text, _, stop) in zip(taken, sampled("hot", queries, HOT)):
-        add("very hot", pair, text, stop)
+    taken = usable[:TEST_PAIRS]
+    hot = sampled("hot", [p.query for p in taken], HOT)
+    cases: dict[str, list[Comparison]] = {}
+    for kind, pair, worse, stop in (*spoilt(usable, seed), *(
+            ("very hot", pair, text, stop) for pair, (text, _, stop) in zip(taken, hot))):
+        cases.setdefault(kind, []).append(Comparison(
+            pair.query, texts[pair.persona], pair.base, worse, pair.base_stop == stop == "eos"))
     # Both answers fresh, and queries picked without a look at any answer, or one would be ahead.
     control = sorted(pairs, key=lambda p: derive_seed(seed, "known", p.persona, p.index))
     control = control[:TEST_PAIRS]
@@ -1066,6 +1059,27 @@ def known_truth(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Perso
     cases["refusal"] = [Comparison(q, "", REFUSAL, text, stop == "eos")
                         for q, (text, _, stop) in zip(SHOULD_REFUSE, complied)]
     return cases, total(costs)
+
+
+def spoilt(usable: Sequence[Pair], seed: int) -> Iterator[tuple[str, Pair, str, str]]:
+    """(kind, pair, worse answer, its stop reason): base answers spoilt without asking the model."""
+    many, taken = usable[:WRONG_PAIRS], usable[:TEST_PAIRS]
+    n = len(many)
+    for i, pair in enumerate(many):
+        other, third = many[(i + n // 2) % n], many[(i + n // 3) % n]
+        if other.query == pair.query:
+            continue
+        yield "wrong query", pair, other.base, other.base_stop
+        longer = f"{other.base}\n\n{third.base}"
+        if (i < TEST_PAIRS and len(longer) > len(pair.base)
+                and third.query not in (pair.query, other.query)):
+            yield "wrong but longer", pair, longer, third.base_stop
+    for pair in taken:
+        yield "cut to a third", pair, first_third(pair.base), "eos"
+        yield "echo", pair, f"You asked: {pair.query}", "eos"
+    for pair in [p for p in usable if len(sentences(p.base)) >= 3][:TEST_PAIRS]:
+        yield ("sentences shuffled", pair, shuffled(pair.base, derive_seed(seed, pair.query)),
+               "eos")
 
 
 def first_third(text: str) -> str:
