@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
@@ -98,7 +98,10 @@ def read_items(paths: Iterable[Path], form: str, make: Callable[..., Item | None
                     if isinstance(row, ValueError):
                         raise row
                     item = make(row, number, path)
-                    items += [item] if item else []
+                    if item:
+                        # half a surrogate pair, which no tokenizer takes, is a ValueError here
+                        json.dumps(asdict(item), ensure_ascii=False).encode()
+                        items.append(item)
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 text ({error})") from None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error,
@@ -185,7 +188,8 @@ def read_truthfulqa(folder: Path, _: str | None) -> list[Item]:
     question, so that the letter says nothing."""
     def make(row: dict, number: int, _: Path) -> Item:
         best = text(row["Best Answer"])
-        wrong = [w.strip() for w in text(row["Incorrect Answers"]).split(";") if w.strip()][:3]
+        wrong = dict.fromkeys(w.strip() for w in text(row["Incorrect Answers"]).split(";"))
+        wrong = [w for w in wrong if w and w != best][:3]
         options = sorted([best, *wrong], key=lambda o: derive_seed(number, o))
         return choice_item("truthfulqa", str(number), row.get("Category") or "all",
                            text(row["Question"]), options, options.index(best))

@@ -323,12 +323,16 @@ class RunFolder:
         try:
             chunks = [m["chunk"] for m in self.metrics() if m.get("chunk", {}).get("file")
                       == path.name]
-            for chunk in chunks:
+            written = 0
+            for chunk in sorted(chunks, key=lambda c: c["rows"]):
                 first, last = chunk["rows"]
+                if first > written and written < len(lines):  # a row of metrics is gone
+                    first, last = written, first
+                    raise ValueError
                 if last <= len(lines) and digest(lines[first:last]) != chunk["sha256"]:
                     raise ValueError
-            written = max((c["rows"][1] for c in chunks), default=len(lines))
-            if len(lines) > written:
+                written = max(written, last)
+            if chunks and len(lines) > written:
                 first, last = written, len(lines)
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -1006,11 +1010,11 @@ def answer_room(tokenizer: Tokenizer, personas: Sequence[Persona], judge: str,
                 for words in (*OPENINGS, *LONG_OPENINGS, *CONTRAST_OPENINGS))
     # Without the longest query, a blank line between two answers, and an end of turn.
     left = context - begun - QUERY_SAMPLING["max_new_tokens"] - 4
-    asked = [tokenizer.render([{"role": "user", "content": words.format(answer="")}])
-             for words in INVERSE_PROMPTS]
+    asked = [tokenizer.render([{"role": "user", "content": words.format(answer="")}],
+                              thinking=False) for words in INVERSE_PROMPTS]
     asked += [render_query(tokenizer, "", p.text)[0] for p in personas]
     letter = tokenizer.render([{"role": "user", "content": JUDGE_PROMPT.format(
-        query="", first="", second="")}])
+        query="", first="", second="")}], thinking=False)
     rooms = {"letter": (left - len(letter)) // 3, "likelihood": (left - max(map(len, asked))) // 2}
     return rooms.get(judge, min(rooms.values()))
 

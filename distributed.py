@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from torch import Tensor
 from hub import InputError
 
 PATIENCE = timedelta(hours=6)  # how long processes wait for the slowest
+HEAD_START = 5  # seconds: torchrun ends all as soon as one has left with a status; the first speaks
 
 
 def rank() -> int:
@@ -48,6 +50,9 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but only "
+                             f"{torch.cuda.device_count()} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=PATIENCE)
@@ -57,6 +62,7 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     except InputError:
         if first:
             raise
+        time.sleep(HEAD_START)
         raise SystemExit(2) from None
     finally:
         dist.destroy_process_group()
@@ -79,9 +85,9 @@ def _wait(operation: Callable, *args: object) -> None:
     """Run a collective operation; InputError if another process is gone."""
     try:
         operation(*args)
-    except RuntimeError:
+    except RuntimeError as error:
         raise InputError("another process of this run has ended; what was finished is kept, the "
-                         "same command continues") from None
+                         f"same command continues ({str(error).splitlines()[0]})") from None
 
 
 @contextmanager
@@ -90,6 +96,7 @@ def main_first() -> Iterator[None]:
     Where it fails they do not begin."""
     if rank() != 0:
         if not exchange(None)[0]:
+            time.sleep(HEAD_START)
             raise SystemExit(2)
         yield
         return

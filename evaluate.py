@@ -123,9 +123,9 @@ class Work:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                if row.get("check", self.check(row["made"])) != self.check(row["made"]):
-                    raise ValueError
                 rows.append((row["key"], row["made"]))
+                if row["check"] != self.check(rows[-1]):
+                    raise ValueError
                 whole = whole if row.get("left") else number  # "left": rows of its chunk to come
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise InputError(f"{path}, line {number}: damaged; remove the file to start "
@@ -158,7 +158,7 @@ class Work:
                 seconds = (time.perf_counter() - begun) / len(some)
                 made = {keys[i]: row | {"seconds": seconds} for i, row in zip(some, rows)}
                 lines = "".join(json.dumps(
-                    {"key": k, "made": m, "check": self.check(m), "left": len(made) - n},
+                    {"key": k, "made": m, "check": self.check((k, m)), "left": len(made) - n},
                     ensure_ascii=False) + "\n" for n, (k, m) in enumerate(made.items(), 1))
                 try:
                     with self.path.open("ab") as file:
@@ -263,6 +263,8 @@ class Evaluator:
         opens as often as the real one."""
         if not strategy.gate:
             return [None] * len(talks), [strategy.weights != "base"] * len(talks)
+        if self.prism.gate_layer < 0:  # PEFT's: there is no gate
+            return [None] * len(talks), [True] * len(talks)
         probability = self.gate(talks)
         routed = [p >= self.prism.threshold for p in probability]
         if strategy.gate == "random":
@@ -874,9 +876,11 @@ def plot(results: dict, folder: Path) -> list[str]:
             plt.close()
             continue
         plt.bar(list(cells), [c["mean"] for c in cells.values()], yerr=error.clip(0), capsize=3)
-        plt.title(f"{task}, {category}: {metric}\n95% interval of the difference to base")
+        name = f"{task}, {category}: {metric}".replace("$", r"\$")
+        plt.title(f"{name}\n95% interval of the difference to base")
         plt.xticks(rotation=45, ha="right")
-        save(f"{task}.png" if category == "all" else f"{task}_{category}.png")
+        safe = re.sub(r"[^\w-]", "_", category)
+        save(f"{task}.png" if category == "all" else f"{task}_{safe}.png")
     rows = [(f"{t}/{c}", next(iter(m.values()))) for t, cs in results["tasks"].items()
             for c, m in cs.items() if any(s.startswith("persona:") for s in next(iter(m.values())))]
     if rows:
@@ -894,7 +898,7 @@ def plot(results: dict, folder: Path) -> list[str]:
         plt.figure(figsize=(5, 4))
         plt.scatter([p["routed"] for p in points], [p["effect"] for p in points])
         for p in points:
-            plt.annotate(p["category"], (p["routed"], p["effect"]), fontsize=7)
+            plt.annotate(p["category"].replace("$", r"\$"), (p["routed"], p["effect"]), fontsize=7)
         plt.xlabel("share routed to the adapter")
         plt.ylabel("expert's effect, points")
         save("routing.png")

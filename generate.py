@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hub import DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve_adapter
+from hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
+                 resolve_adapter)
 from model import KVCache, Transformer, choose_device, choose_dtype, load, token_ids, upload
-from prism import PRISM, Router, read_settings
+from prism import PRISM, Router, only_peft, read_settings
 from tokenizer import Tokenizer, check_messages
 
 
@@ -108,7 +109,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     V where the logits are not finite.
 
     Inverse-transform sampling: softmax, cumsum and searchsorted cost one pass over the vocabulary
-    (2.2 ms for 8 x 152k on CPU where torch.multinomial takes 26).
+    (3 ms for 8 x 152k on CPU where torch.multinomial takes 26).
     """
     if sampling.temperature < torch.finfo(torch.float32).tiny:  # would be 0 / 0
         top = logits.max(-1)  # the first maximum, like argmax, at a quarter of its time
@@ -417,8 +418,10 @@ def router(adapter: str | Path, device: str = "auto",
     """`route(messages) -> bool`: whether a conversation should go to the adapter, for a server that
     has adapter and base loaded elsewhere. Only what the gate needs is loaded (prism.Router).
     `adapter` is a folder, or a user/name on the hub."""
-    where = choose_device(device)
-    gate = Router(resolve_adapter(adapter), where, choose_dtype(dtype, where))
+    where, adapter = choose_device(device), resolve_adapter(adapter)
+    if only_peft(adapter):
+        return lambda messages: True  # trained elsewhere, without a gate: always on
+    gate = Router(adapter, where, choose_dtype(dtype, where))
     tokenizer = Tokenizer(gate.net.folder)
 
     def route(messages: list[dict]) -> bool:
@@ -475,10 +478,9 @@ def read_prompts(path: Path) -> list[list[dict]]:
         InputError: a line that is not such an object, by its number.
     """
     conversations = []
+    check_file(path)  # a pipe would be waited for
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -517,7 +519,7 @@ def load_model(model: str | None, adapter: str | None, device: str,
 def route_label(completion: Completion) -> str:
     """How a completion was routed, as the command prints it."""
     if completion.gate is None:
-        return "[base]"
+        return "[adapter]" if completion.routed else "[base]"
     return f"[gate {completion.gate:.2f} -> {'adapter' if completion.routed else 'base'}]"
 
 
@@ -552,13 +554,15 @@ def explain(prism: PRISM, tokenizer: Tokenizer, messages: list[dict],
 
 def show_explanation(e: Explanation, threshold: float, colour: bool) -> str:
     """An explanation for the terminal: answers, the adapted one shaded by KL, the widest gaps."""
-    route = "adapter" if e.base.gate >= threshold else "base"
+    route = "no gate, so the adapter answers" if e.base.gate is None else (
+        f"gate {e.base.gate:.2f}, threshold {threshold:.2f} -> "
+        f"{'adapter' if e.base.gate >= threshold else 'base'}")
     shaded = "".join(f"{SHADES[sum(kl > limit for limit in SHADE_LIMITS)]}{token}\x1b[0m"
                      if colour else token for token, kl in zip(e.tokens, e.kl))
     widest = sorted(range(len(e.kl)), key=lambda i: -e.kl[i])[:WIDEST]
     gaps = ", ".join(f"{e.kl[i]:.2f} at {i} {e.tokens[i]!r}" for i in widest)
     mean = sum(e.kl) / len(e.kl)
-    return (f"[gate {e.base.gate:.2f}, threshold {threshold:.2f} -> {route}]\n\n"
+    return (f"[{route}]\n\n"
             f"base:\n{e.base.text}\n\nadapted (darker: the distributions part more):\n{shaded}\n\n"
             f"KL(adapter || base): {mean:.3f} nats a token; widest {gaps}")
 

@@ -204,6 +204,25 @@ def resolve(name: str | Path) -> Path:
     return build_embedded(embedded_folder())
 
 
+def resolve_config(name: str) -> Path:
+    """The config.json of a checkpoint, whose weights are not fetched for it; `name` may also be the
+    file itself.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if name.endswith(".json"):
+        return Path(name)
+    if Path(name).is_dir() or name == DEFAULT_MODEL:
+        return resolve(name) / "config.json"
+    found: Path | str = ""
+    for local_files_only in (True, False):
+        found = _snapshot(name, local_files_only, ["config.json"])
+        if isinstance(found, Path):
+            return found / "config.json"
+    raise InputError(f"model {name!r}: {found}")
+
+
 def resolve_adapter(name: str | Path) -> Path:
     """Find or fetch the adapter called `name`: a folder, else a repository of the hub, `user/name`,
     from the Hugging Face cache or downloaded into it (an adapter's files, nothing else of it).
@@ -214,15 +233,21 @@ def resolve_adapter(name: str | Path) -> Path:
     folder, name = Path(name), str(name)
     if folder.is_dir() and name:
         return folder
-    why = "no such folder"
+    found: Path | str = "no such folder"
     if name.count("/") == 1:
-        for local_files_only in (True, False):
-            found = _snapshot(name, local_files_only, ADAPTER_FILES)
-            if isinstance(found, Path):
-                return found
-            why = found
-    raise InputError(f"adapter {name!r}: {why}; give a folder that train.py or PEFT wrote, or the "
-                     "user/name of one on the hub")
+        cached = _snapshot(name, True, ADAPTER_FILES)
+        if isinstance(cached, Path) and all((cached / file).is_file() for file in ADAPTER_FILES):
+            return cached
+        # PEFT would have fetched its own two files only, and a cut download looks the same.
+        found = _snapshot(name, False, ADAPTER_FILES)
+        if isinstance(cached, Path) and not isinstance(found, Path):
+            print(f"{name}: no gate in the cache, and the hub cannot be asked for one",
+                  file=sys.stderr)
+            found = cached
+    if isinstance(found, Path):
+        return found
+    raise InputError(f"adapter {name!r}: {found}; give a folder that train.py or PEFT wrote, or "
+                     "the user/name of one on the hub")
 
 
 def _snapshot(name: str, local_files_only: bool,

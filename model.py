@@ -1,9 +1,9 @@
 """A decoder-only transformer from `config.json` and safetensors: the frozen base model of PRISM.
 
 One decoder serves all families in `DEFAULTS`; what differs between them is a field of `Config`. The
-forward pass is in pieces (`embed`, `run`, `head`) because PRISM runs layer 0, reads its gate there,
-and only then decides what the other layers do. Every layer takes the adapter and the number `k` of
-leading rows it applies to (see lora.py); the KV cache is an argument, too.
+forward pass is in pieces (`embed`, `run`, `head`) because PRISM runs the first layers, reads its
+gate there, and only then decides what the others do. Every layer takes the adapter and the number
+`k` of leading rows it applies to (see lora.py); the KV cache is an argument, too.
 
 What was simplified: inference and adapter training only (base weights never need a gradient), no
 tensor parallelism, no mixture of experts, no rotation of a part of each head or that changes with

@@ -67,7 +67,7 @@ class Routed:
     """What `PRISM.prefill` returns, rows ordered gated-first.
 
     `hidden` [B, d] post-norm state of each row's last token; `order` [B], row i was input row
-    order[i]; `k` leading rows are gated; `probability` [B] in input order, None if not asked for.
+    order[i]; `k` leading rows are gated; `probability` [B] in input order, None without a gate.
     """
 
     hidden: Tensor
@@ -88,7 +88,7 @@ def pool(x: Tensor, lengths: Tensor, user_mask: Tensor | None, kind: str) -> Ten
 
 class Router:
     """The gate alone, for an adapter that is served elsewhere: embeddings, the layers up to the
-    gate's, and the gate are loaded, nothing else (of SmolLM2 a third, of a 7B model an eighth).
+    gate's, and the gate are loaded, nothing else (of SmolLM2 a third, of a 7B model a fifth).
 
     Raises:
         InputError: a broken folder, or a base with other weights than the adapter's.
@@ -204,7 +204,7 @@ class PRISM(nn.Module):
         layers = range(self.gate_layer + 1, len(self.net.layers))
         x = self.net.run(x, span, layers, self.adapter, k)
         last = x[torch.arange(x.shape[0], device=x.device), lengths - 1]
-        return Routed(self.net.norm(last), order, k, values)
+        return Routed(self.net.norm(last), order, k, values if self.gate_layer >= 0 else None)
 
     # -- files -------------------------------------------------------------------------------------
 

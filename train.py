@@ -38,13 +38,14 @@ from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, Likelihoo
                        hidden_states, known_truth, load_personas, peak_memory, persona_hash,
                        split_chunks, total, won_pairs, write_answers, write_queries,
                        write_verdicts)
-from distributed import broadcast, each, main_first, processes, rank, sum_gradients, world
+from distributed import (HEAD_START, broadcast, each, main_first, processes, rank, sum_gradients,
+                         world)
 from generate import derive_seed, pad
 from hub import (DEFAULT_MODEL, InputError, Parser, base_source, check_file, exit_status, read_json,
-                 resolve, write_file)
+                 resolve, resolve_config, write_file)
 from model import Config, Transformer, choose_device, choose_dtype, fingerprint, load
 from prism import (ADAPTER_FILE, GATE_FILE, KL_CHUNK_ELEMENTS, PRISM, PRISM_FILE, Gate,
-                   answer_loss, distill_loss, gate_loss)
+                   answer_loss, distill_loss, gate_loss, read_settings, read_tensors)
 from report import summarize, table, write_report
 from tokenizer import Tokenizer
 
@@ -566,12 +567,19 @@ def load_checkpoint(folder: Path, prism: PRISM, optimizer: torch.optim.AdamW) ->
     return step
 
 
+def check_adapter(folder: Path) -> None:
+    """InputError if a run's adapter is not as it was written; a run may have ended without one."""
+    if (folder / PRISM_FILE).exists():
+        read_tensors(folder / ADAPTER_FILE, read_settings(folder)["sha256"].get(ADAPTER_FILE))
+
+
 def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequence[Persona],
              won: Sequence[Pair], held: set, args: argparse.Namespace) -> None:
     """Stage 5 as a resumable step: cache the teacher, train, measure the held-out KL."""
     done = [m for m in run.metrics() if m["stage"] == "kl"]
     if done and (run.path / PRISM_FILE).exists():  # the last file that `save` writes
         (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        check_adapter(run.path)
         return
     begun = time.perf_counter()
     samples = distill_samples(prism.net, tokenizer, personas, won, args.max_len)
@@ -643,8 +651,7 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: 
 
 def dry_run(args: argparse.Namespace) -> int:
     """Print the memory plan for --model (an id, a folder, or a config.json)."""
-    path = Path(args.model)
-    path = path if path.suffix == ".json" else resolve(args.model) / "config.json"
+    path = resolve_config(args.model)
     config = Config.from_json(read_json(path), str(path))
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
@@ -811,8 +818,9 @@ def begin(run: RunFolder, settings: dict, overwrite: bool) -> None:
         run.forget(STAGES[first:], [f for s in STAGES[first:] for f in FILES[s]])
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "processes": world(), "threads": torch.get_num_threads()}
-    if run.writes and settings != old:
-        write_file(path, json.dumps({"settings": settings, "versions": versions}, indent=1) + "\n")
+    text = json.dumps({"settings": settings, "versions": versions}, indent=1) + "\n"
+    if run.writes and not (path.exists() and path.read_text(encoding="utf-8") == text):
+        write_file(path, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -824,7 +832,9 @@ def _main(args: argparse.Namespace) -> int:
     """Check everything that is cheap to check, then run."""
     with processes(choose_device(args.device)) as device:
         check(args)
-        return dry_run(args) if args.dry_run else run_all(args, device)
+        if args.dry_run:
+            return dry_run(args) if rank() == 0 else 0
+        return run_all(args, device)
 
 
 def run_all(args: argparse.Namespace, device: torch.device) -> int:
@@ -835,7 +845,9 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
         judge_fingerprint = check_judge(args, folder, personas)
-    net, tokenizer = load(folder, device, dtype), Tokenizer(folder)
+    loaded: list = []
+    each(lambda: loaded.extend((load(folder, device, dtype), Tokenizer(folder))))
+    net, tokenizer = loaded
     net.name = args.model
     if args.gate_layer is None:
         args.gate_layer = len(net.layers) // GATE_DEPTH
@@ -861,6 +873,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
             if not complete:
                 (run.path / "report.md").unlink(missing_ok=True)
         if complete:
+            check_adapter(run.path)
             tell(run, f"{run.path}: complete already; --overwrite runs it again")
             return 0
         source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
@@ -877,6 +890,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
                   "the persona won no query")
         tell(run, f"nothing to distil: {reason}, so there is no adapter; the data is "
              "kept. Try more --queries, other personas, or a larger model.", sys.stderr)
+    if status and not run.writes:
+        time.sleep(HEAD_START)
     return status
 
 

@@ -177,6 +177,21 @@ def half_open(adapter: Path, target: Path, prompts: list[str], net: Transformer,
 # Readers
 
 
+def test_odd_texts(tmp_path: Path) -> None:
+    """Half a surrogate pair, which no tokenizer takes, is named by its line; of TruthfulQA's
+    answers each stands there once."""
+    (tmp_path / "jailbreakbench").mkdir()
+    (tmp_path / "jailbreakbench/harmful.jsonl").write_text(
+        '{"Goal": "fine"}\n{"Goal": "bad \\ud800 thing"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        benchmarks.read_jailbreakbench(tmp_path, None)
+    (tmp_path / "truthfulqa").mkdir()
+    csv_file(tmp_path / "truthfulqa/TruthfulQA.csv",
+             ["Question", "Best Answer", "Incorrect Answers"], ["Q?", "right", "a; right; a; b"])
+    (item,) = benchmarks.read_truthfulqa(tmp_path, None)
+    assert sorted(item.options) == ["a", "b", "right"]
+
+
 def test_every_format_is_read(data: Path) -> None:
     """Counts, categories and texts of the hand-made files."""
     mmlu = benchmarks.read_mmlu(data, None)
@@ -570,9 +585,15 @@ def test_a_cut_run_continues(evaluated: Callable[..., Path], adapter: Path, data
 
 def test_damaged_work_is_refused(tmp_path: Path) -> None:
     """A line that is not what was written is named, not skipped."""
-    (tmp_path / "work.jsonl").write_text('{"key": "a", "made": 1}\nnonsense\n')
-    with pytest.raises(InputError, match="line 2"):
-        Work(tmp_path / "work.jsonl")
+    path = tmp_path / "work.jsonl"
+    Work(path).fill("", ["a", "b"], lambda some: [{"text": "x"} for _ in some], 2)
+    good = path.read_text()
+    assert list(Work(path).rows) == ["a", "b"]
+    for bad in (good + "nonsense\n", good.replace('"key": "b"', '"key": "c"') + good,
+                good.replace('"text": "x"', '"text": "y"'), good + '{"key": "c", "made": {}}\n'):
+        path.write_text(bad)
+        with pytest.raises(InputError, match="line [123]: damaged"):
+            Work(path)
 
 
 @pytest.mark.parametrize(("flags", "says"), [

@@ -377,6 +377,27 @@ def test_adapter_that_is_nowhere(name: str, says: str, tmp_path: Path, capsys: C
     assert repr(name) in captured.err and says in captured.err and "user/name" in captured.err
 
 
+def test_adapter_that_lost_its_gate_in_the_cache(folder: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: Capture) -> None:
+    """PEFT's two files alone in the cache: the hub is asked for the rest; where it cannot be
+    reached, they are used, and that is said."""
+    snapshot = hub_adapter(folder, tmp_path, "someone/half")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    (snapshot / "gate.safetensors").unlink()
+    (snapshot / "prism.json").unlink()
+    asked = []
+    fetch = hub._snapshot
+
+    def spy(name: str, local_files_only: bool, patterns: list[str] | None = None) -> Path | str:
+        asked.append(local_files_only)
+        return fetch(name, local_files_only, patterns) if local_files_only else "unreachable"
+
+    monkeypatch.setattr(hub, "_snapshot", spy)
+    assert hub.resolve_adapter("someone/half") == snapshot and asked == [True, False]
+    assert "no gate in the cache" in capsys.readouterr().err
+
+
 def test_interrupted_download_is_not_taken_for_an_adapter(folder: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its weights it is asked of the hub again."""

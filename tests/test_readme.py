@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = ("bench", "bootstrap", "evaluate", "generate", "hub", "lora", "model", "prism",
-           "tokenizer", "train")
+MODULES = ("bench", "benchmarks", "bootstrap", "distributed", "evaluate", "generate", "hub", "lora",
+           "model", "prism", "report", "tokenizer", "train")
 NAMES = sorted(set(re.findall(rf"`((?:{'|'.join(MODULES)})\.[A-Za-z_.]+)`", README))
                - {f"{m}.py" for m in MODULES})
 LINES = re.sub(r" \\\n +", " ", README).split("\n")  # continued ones in one piece

@@ -1314,6 +1314,33 @@ def test_kill_and_continue(finished: Path, command: list[str], tmp_path: Path) -
     assert timeless(out) == timeless(finished)
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_damaged_adapter_is_not_called_complete(finished: Path, command: list[str],
+                                                  tmp_path: Path, capsys: Capture,
+                                                  complete: bool) -> None:
+    """A changed byte in the adapter of a finished run: status 2, not "saved"."""
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    data = bytearray((out / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "adapter_model.safetensors").write_bytes(data)
+    if not complete:
+        (out / "report.md").unlink()
+    assert run_train(*command, "--out", out) == 2
+    assert "adapter_model.safetensors: not as it was written" in capsys.readouterr().err
+
+
+def test_a_lost_metrics_row_uncovers_its_chunk(finished: Path, command: list[str], tmp_path: Path,
+                                               capsys: Capture) -> None:
+    """Rows of a stage file whose chunk no metrics row vouches for are named."""
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "report.md").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    first = next(line for line in lines if '"file": "verdicts.jsonl"' in line)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if line != first))
+    assert run_train(*command, "--out", out) == 2
+    assert "verdicts.jsonl, lines 1-32: not as they were written" in capsys.readouterr().err
+
+
 def run_and_die(command: Sequence[str], out: Path, after: int, how: str) -> int:
     """The command in a forked process that kills itself (SIGKILL) at its write number `after`:
     in the "middle" of the temporary file, "before" it gets its name, or just "after" that. Returns
