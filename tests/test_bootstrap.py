@@ -611,8 +611,8 @@ def test_stage_files_cut_anywhere_are_completed(tmp_path: Path, net: Transformer
 
 def test_stage_1_continues_where_it_was_in_any_round(
         tmp_path: Path, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Personas that fill up in different rounds: whatever number of candidates is on disk, the same
-    command ends with the same candidates and queries."""
+    """Personas that fill up in different rounds: wherever a kill came, also between a metrics row
+    and its chunk, the same command ends with the same candidates and queries."""
     def clean(text: str, system: str = "") -> str | None:
         """About one candidate in two, three and ten of the personas."""
         luck = {PERSONAS[0].text: 2, PERSONAS[1].text: 3}.get(system, 10)
@@ -639,9 +639,15 @@ def test_stage_1_continues_where_it_was_in_any_round(
     owners = [{json.loads(line)["persona"] for line in lines if json.loads(line)["round"] == r}
               for r in sorted(set(rounds))]
     assert len(owners) >= 3 and len(owners[0]) == 3 > len(owners[-1])
-    for kept in range(0, len(lines), 4):
+    done = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").open(encoding="utf-8")]
+    done = [m for m in done if m.get("chunk", {}).get("file") == "candidates.jsonl"]
+    ends = [0, *(m["chunk"]["rows"][1] for m in done)]
+    assert len(ends) > len(owners) and ends[-1] == len(lines)
+    for i, kept in enumerate(ends[:-1]):
         cut = tmp_path / str(kept)
         cut.mkdir()
+        (cut / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in done[:i + 1]),
+                                           encoding="utf-8")
         (cut / "candidates.jsonl").write_bytes(b"".join(lines[:kept]))
         assert run_stage(cut) == whole, kept
 

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = ("bench", "benchmarks", "bootstrap", "distributed", "evaluate", "generate", "hub", "lora",
            "model", "prism", "report", "tokenizer", "train")
 NAMES = sorted(set(re.findall(rf"`((?:{'|'.join(MODULES)})\.[A-Za-z_.]+)`", README))
-               - {f"{m}.py" for m in MODULES})
+               - {f"{m}.{kind}" for m in MODULES for kind in ("py", "md", "png")})  # files
 LINES = re.sub(r" \\\n +", " ", README).split("\n")  # continued ones in one piece
 COMMANDS = sorted({line.strip().partition("#")[0].strip() for line in LINES
                    if re.match(r" {4}.*python (train|generate|evaluate|bench)\.py", line)})
