@@ -281,18 +281,19 @@ def _snapshot(name: str, local_files_only: bool,
     whole = (_is_complete(folder) if patterns is None else
              all((folder / file).is_file() for file in patterns[:2]))
     return folder if whole else (
-        f"incomplete: {'config.json' if patterns is None else patterns[1]} or some of the "
-        "safetensors weights are not there")
+        "incomplete: config.json, tokenizer.json or some of the safetensors weights are not there"
+        if patterns is None else f"incomplete: {' or '.join(patterns[:2])} is not there")
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has its config and all its weights; a download may have been cut off."""
+    """Whether a snapshot has its config, its tokenizer and all its weights: a download may have been
+    cut off, or been somebody's who did not need all of it."""
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.is_file():
         named = read_json(index).get("weight_map")  # model.checkpoint_files checks it in full
         shards = (set(map(str, named.values())) if isinstance(named, dict) else set()) or shards
-    return all((folder / name).is_file() for name in ("config.json", *shards))
+    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json", *shards))
 
 
 # --------------------------------------------------------------------------------------------------

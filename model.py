@@ -928,8 +928,7 @@ def load(name: str | Path, device: torch.device | str = "cpu",
                          + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     check_shapes(expected, {n: p for n, p in files.items() if n in expected})
     if layers is not None:
-        config = replace(config, num_layers=layers, windows=config.windows[:layers],
-                         rotated=config.rotated[:layers], tie_word_embeddings=True)
+        config = replace(config, num_layers=layers, tie_word_embeddings=True)
         with torch.device("meta"):
             net = Transformer(config)
     net.config.dtype = dtype or config.dtype

@@ -783,10 +783,11 @@ def check_judge(args: argparse.Namespace, folder: Path, personas: Sequence[Perso
     context = config.max_position_embeddings
     room = answer_room(Tokenizer(judging), personas, args.judge, context)
     if args.max_new_tokens > room:
+        left = f"room for answers of {room}" if room > 0 else "no room for an answer"
         raise InputError(f"{judging}: --max-new-tokens is {args.max_new_tokens}, but in a context "
                          f"of {context} tokens, beside the persona and the question, a judge has "
-                         f"room for answers of {max(room, 0)}; use that or fewer, shorter "
-                         "personas, or a --judge-model with a longer context")
+                         f"{left}; use fewer, shorter personas, or a --judge-model with a longer "
+                         "context")
     return fingerprint(judging) if args.judge_model else None
 
 

@@ -309,6 +309,8 @@ def test_interrupted_download_is_not_taken_for_a_model(tmp_path: Path) -> None:
     one_error_line(resolve_alone("someone/sharded", tmp_path))
     (snapshot / "model-00002-of-00002.safetensors").write_text("{}")
     assert resolve_alone("someone/sharded", tmp_path).stdout.strip() == str(snapshot)
+    (snapshot / "tokenizer.json").unlink()  # somebody fetched the weights alone
+    assert "tokenizer.json" in one_error_line(resolve_alone("someone/sharded", tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------

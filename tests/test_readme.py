@@ -48,3 +48,15 @@ def test_command_is_understood(command: str) -> None:
 def test_file_is_there(path: tuple[str, str]) -> None:
     """Files and folders that the README points to."""
     assert (ROOT / (path[0] or path[1])).exists()
+
+
+def test_the_diff_of_an_architecture_is_in_the_code() -> None:
+    """What the README's SmolLM3 diff adds stands in the files it names, in its order."""
+    for part in re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].split("--- a/")[1:]:
+        name, _, *hunks = re.split(r"^(?:\+\+\+|@@) .*\n", part, flags=re.MULTILINE)
+        code, at = (ROOT / name.strip()).read_text(encoding="utf-8"), 0
+        for hunk in hunks:
+            added = "".join(re.findall(r"^\+(.*\n)", hunk, re.MULTILINE))
+            at = code.find(added, at)
+            assert added and at >= 0, hunk
+            at += len(added)
