@@ -646,7 +646,7 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: 
         # fp32 master, gradient and two moments, and the cast copy
         "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
                       "activations": activations,
-                      "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + 2 * size)}}
+                      "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + 2 * size)}}  # on a GPU
 
 
 def dry_run(args: argparse.Namespace) -> int:

@@ -621,10 +621,11 @@ def naive_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: floa
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_distill_loss_is_the_naive_kl(net1000: Transformer, monkeypatch: pytest.MonkeyPatch,
                                       rows: int, temperature: float, cap: float | None) -> None:
-    """Chunks of `rows` tokens give the value and gradient of the full computation, to 1e-5, with
-    soft-capped logits, too."""
+    """Chunks of `rows` tokens, three worked on at once, give the value and gradient of the full
+    computation, to 1e-5, with soft-capped logits, too."""
     monkeypatch.setattr(net1000.config, "final_cap", cap)
     monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", rows * 1000)
+    monkeypatch.setattr(prism_module, "KL_BLOCK_ELEMENTS", 3 * 1000)
     student, teacher = states(50, seed=1).requires_grad_(), states(50, seed=2)
     mine = distill_loss(student, teacher, net1000, temperature)
     (3 * mine).backward()
@@ -658,6 +659,7 @@ def test_distill_loss_gradcheck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The stored gradient agrees with numerical differentiation in fp64, across chunks."""
     net = load(tiny_llama(tmp_path, vocab=300, layers=2), dtype=torch.float64)
     monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", 2 * 300)
+    monkeypatch.setattr(prism_module, "KL_BLOCK_ELEMENTS", 300)
     student = (0.5 * states(3, dtype=torch.float64)).requires_grad_()
     teacher = 0.5 * states(3, seed=1, dtype=torch.float64)
     for temperature, net.config.final_cap in ((1.0, None), (2.5, None), (1.0, 2.0), (2.5, 2.0)):
