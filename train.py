@@ -668,7 +668,7 @@ def dry_run(args: argparse.Namespace) -> int:
             *sizes, **{name: n})[stage].values()) <= limit]
         return max(fitting, default="does not fit")
 
-    print("\nIt fits, and at most so much would, with 1 GiB left to the driver:\n")
+    print("\nWhether it fits, and the most that would, with 1 GiB left to the driver:\n")
     rows = []
     for gigabytes in [args.gpu_memory] if args.gpu_memory else [24, 40, 80]:
         limit = (gigabytes - 1) * 2**30
