@@ -39,7 +39,7 @@ import train
 from bootstrap import JUDGE_PROMPT, common_prefix, load_personas
 from generate import (Engine, Output, PrefixReader, Request, Sampling, derive_seed, pad, sample,
                       stop_tokens)
-from hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
+from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
 from lora import GatedLoRALinear, LoRA, linear
 from model import Transformer, choose_device, choose_dtype, load
 from prism import PRISM, LinearKL, distill_loss

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distributed import each, main_first, rank, world
+from support.distributed import each, main_first, rank, world
 from generate import (
     Engine,
     PrefixReader,
@@ -43,7 +43,7 @@ from generate import (
     pad,
     stop_tokens,
 )
-from hub import InputError, write_file
+from support.hub import InputError, write_file
 from model import Transformer
 from tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ items in the same rendering with the same random numbers; the difference to the 
 by item. What a model makes of a prompt is kept under a hash of model, prompt and sampling (`Work`),
 so nothing is computed twice: a row that the gate leaves closed IS the base's row, and a run that is
 killed continues. Benchmarks are read from --data in the formats their authors publish, and scored
-by rules (benchmarks.py), but for MT-Bench, which asks a judge model.
+by rules (support/benchmarks.py), but for MT-Bench, which asks a judge model.
 
 What was simplified: MT-Bench's judge rates without explaining first.
 """
@@ -35,17 +35,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 
-from benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items, read_mmlu,
-                        text)
 from bootstrap import (SLOTS, Pair, Persona, RunFolder, Verdict, common_prefix,
                        drop_chance, hidden_states, load_personas, persona_hash, render_talk,
                        split_chunks, won_pairs)
 from generate import Engine, Request, Sampling, derive_seed, pad, stop_tokens
-from hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve_adapter,
+from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
+                                read_mmlu, text)
+from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve_adapter,
                  write_file)
 from model import Transformer, choose_device, choose_dtype, fingerprint, load
 from prism import ADAPTER_FILE, GATE_FILE, PRISM, distill_loss, read_settings
-from report import table
+from support.report import table
 from tokenizer import Tokenizer, merge_system
 from train import Sample, distill_samples, hold_out
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
+from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                  resolve_adapter)
 from model import KVCache, Transformer, choose_device, choose_dtype, load, token_ids, upload
 from prism import PRISM, Router, only_peft, read_settings

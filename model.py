@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hub import InputError, read_json, resolve
+from support.hub import InputError, read_json, resolve
 from lora import GatedLoRALinear, few_rows, linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,7 +110,7 @@ class Config:
     residual_scale: float  # Granite: factor on what attention and MLP add
     logits_divisor: float  # Granite: folded into the last norm's weight when loading
     windows: list[int | None]
-    rotated: list[bool]  # SmolLM3: layers that rotate queries and keys; the others are not told
+    rotated: list[bool]  # SmolLM3: layers that rotate queries and keys; the others get no positions
     dtype: torch.dtype
     eos_token_ids: list[int] = field(default_factory=list)
 
@@ -199,7 +199,7 @@ def _activation(raw: dict, where: str) -> str:
 
 def _integer(raw: dict, name: str, where: str, default: int | None = None,
              high: int = 2**20) -> int:
-    """A positive integer field below `high`, so that an absurd size fails before any allocation."""
+    """A positive integer field up to `high`, so that an absurd size fails before any allocation."""
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
@@ -444,14 +444,15 @@ class RMSNorm(nn.Module):
         width = x.shape[-1]
         if few_rows(x):
             both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * width,), eps=self.eps)
-            return both[..., :width] * self.weight
+            return (both[..., :width] * self.weight).to(x.dtype)
         if x.is_cpu:
             y = x.to(torch.float32, copy=True)
             norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
             scale = (norm.square() / width + self.eps).rsqrt()
             times = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_
             return times(times(y, scale), self.weight).to(x.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.to(self.weight.dtype)  # fp32 in Gemma, see `load`
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -528,6 +529,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
         y = F.scaled_dot_product_attention(q.view(B, -1, group, D), k, v, attn_mask=mask,
                                            scale=scale)
         return y.reshape(B, H, T, D)
+    if q.is_cuda and group > 1 and (mask is not None or q.dtype == torch.float32):
+        # There only the flash kernel shares keys, and it takes neither; without it all scores of a
+        # layer would be in memory at once.
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           scale=scale, enable_gqa=group > 1)
 
@@ -764,7 +769,10 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose memory and work are asked about without naming it
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -933,7 +941,9 @@ def load(name: str | Path, device: torch.device | str = "cpu",
             net = Transformer(config)
     net.config.dtype = dtype or config.dtype
     # Not `to_empty`, whose first call imports 480 modules of torch: 34 MB, half a second.
-    empty = {n: torch.empty(p.shape, device=device, dtype=net.config.dtype)
+    # Gemma's norms stay in fp32: in bf16 a small weight would be lost beside the 1 it is added to.
+    empty = {n: torch.empty(p.shape, device=device, dtype=torch.float32 if config.norm_offset
+                            and "norm" in n else net.config.dtype)
              for n, p in net.named_parameters()}
     net.load_state_dict(empty, strict=False, assign=True)  # a tied head is not among them
     if config.tie_word_embeddings:
@@ -958,8 +968,8 @@ def load(name: str | Path, device: torch.device | str = "cpu",
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and the start of two rows of every tensor: cheap, and different for
-    different weights. Identifies the base an adapter was trained on."""
+    """SHA-256 over config.json and the start of two rows of every tensor: cheap, and in
+    practice different for different weights. Identifies the base an adapter was trained on."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for name, path in sorted(checkpoint_files(folder).items()):
         with _open(path) as file:

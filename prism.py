@@ -24,7 +24,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hub import ADAPTER_FILES, InputError, base_source, check_file, read_json, write_file
+from support.hub import ADAPTER_FILES, InputError, base_source, check_file, read_json, write_file
 from lora import LoRA
 from model import Block, KVCache, Span, Transformer, fingerprint, load, parts, upload
 

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from hub import InputError, read_json, read_text
+from support.hub import InputError, read_json, read_text
 
 THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
 PROBE = "prism probe text"  # shows whether a template renders what it is given

@@ -32,21 +32,21 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
+from support.benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
 from bootstrap import (SCORE_LOGITS, SCORE_TOKENS, SLOTS, LetterJudge, LikelihoodJudge, Pair,
                        Persona, RunFolder, Verdict, answer_room, bill, choose_judge, drop_chance,
                        hidden_states, known_truth, load_personas, peak_memory, persona_hash,
                        split_chunks, total, won_pairs, write_answers, write_queries,
                        write_verdicts)
-from distributed import (HEAD_START, broadcast, each, main_first, processes, rank, sum_gradients,
-                         world)
 from generate import derive_seed, pad
-from hub import (DEFAULT_MODEL, InputError, Parser, base_source, check_file, exit_status, read_json,
-                 resolve, resolve_config, write_file)
 from model import Config, Transformer, choose_device, choose_dtype, fingerprint, load
 from prism import (ADAPTER_FILE, GATE_FILE, KL_CHUNK_ELEMENTS, PRISM, PRISM_FILE, Gate,
                    answer_loss, distill_loss, gate_loss, read_settings, read_tensors)
-from report import summarize, table, write_report
+from support.distributed import (HEAD_START, broadcast, each, main_first, processes, rank,
+                                 sum_gradients, world)
+from support.hub import (DEFAULT_MODEL, InputError, Parser, base_source, check_file, exit_status,
+                         read_json, resolve, resolve_config, write_file)
+from support.report import summarize, table, write_report
 from tokenizer import Tokenizer
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
@@ -132,10 +132,12 @@ def train_gate(gate: Gate, features: Tensor, targets: Tensor, seed: int,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError(f"stage 4, step {len(losses) - 1}: the gate's loss is {losses[-1]}; "
-                             "what it reads is not finite, try --dtype float32")
+        losses.append(loss.detach())
+    losses = torch.stack(losses).tolist()  # the only wait for the device
+    wrong = [step for step, loss in enumerate(losses) if not math.isfinite(loss)]
+    if wrong:
+        raise InputError(f"stage 4, step {wrong[0]}: the gate's loss is {losses[wrong[0]]}; what "
+                         "it reads is not finite, try --dtype float32")
     tail = losses[-GATE_STEPS // 10:]
     return sum(tail) / len(tail)
 
@@ -445,9 +447,9 @@ def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list
 def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
     tokens, groups = sum(s.answer_tokens for s in samples), micro_batches(samples)
-    total = sum(each(lambda: sum(float(sample_loss(prism, group, 1.0))
-                                 for group in groups[rank()::world()])))
-    return total / tokens if tokens else None
+    summed = sum(each(lambda: sum(float(sample_loss(prism, group, 1.0))
+                                  for group in groups[rank()::world()])))
+    return summed / tokens if tokens else None
 
 
 def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
@@ -460,16 +462,19 @@ def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
         generator = torch.Generator(prism.net.device).manual_seed(
             derive_seed(args.seed, "dropout", step, number * world() + rank()))
         loss = sample_loss(prism, group, args.kd_temperature, generator, args.loss)
-        (loss / tokens).backward()
+        loss.backward()
         summed += loss.item()
     sum_gradients(prism.adapter.parameters())
+    for p in prism.adapter.parameters():
+        if p.grad is not None:
+            p.grad.div_(tokens)  # only here, in fp32: in fp16 a gradient this small would be 0
     return sum(each(lambda: summed)) / tokens
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first steps, then linear decay to zero after the last."""
-    warmup = max(1, round(WARMUP * total))
-    return peak * min((step + 1) / warmup, (total - step) / max(total - warmup, 1))
+    warmup = max(1, round(WARMUP * steps))
+    return peak * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
 
 
 def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
@@ -484,11 +489,11 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
     parameters = list(prism.adapter.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY)
     per_epoch = math.ceil(len(samples) / args.batch_size)
-    total = per_epoch * args.epochs
+    steps = per_epoch * args.epochs
     first = load_checkpoint(run.path, prism, optimizer)
-    bar = tqdm(total=total, initial=first, desc="lora", unit="step", dynamic_ncols=True,
+    bar = tqdm(total=steps, initial=first, desc="lora", unit="step", dynamic_ncols=True,
                disable=not run.writes)
-    for step in range(first, total):
+    for step in range(first, steps):
         begun = time.perf_counter()
         epoch, at = divmod(step, per_epoch)
         order = sorted(samples, key=lambda s: derive_seed(args.seed, "epoch", epoch, s.name))
@@ -500,7 +505,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
             raise InputError(f"stage 5, step {step}: loss {loss}, gradient norm {norm} "
                              f"on {', '.join(s.name for s in batch)}; try a lower --lr or "
                              "--dtype float32 (the last checkpoint is kept)")
-        rate = learning_rate(step, total, args.lr)
+        rate = learning_rate(step, steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -513,7 +518,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                    seconds=round(time.perf_counter() - begun, 3))
         bar.update()
         bar.set_postfix({args.loss: f"{loss:.4f}"})
-        if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < total:
+        if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
             save_checkpoint(run.path, prism, optimizer, step + 1)
     bar.close()
 
@@ -846,7 +851,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
         judge_fingerprint = check_judge(args, folder, personas)
-    loaded: list = []
+    loaded: list = []  # `each` lets a process that cannot load end all, but hands on JSON only
     each(lambda: loaded.extend((load(folder, device, dtype), Tokenizer(folder))))
     net, tokenizer = loaded
     net.name = args.model
@@ -918,9 +923,7 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
     pairs = votes[0]
     if stop == "answers":
         return 0
-    with main_first():
-        judge = pick_judge(run, net, tokenizer, personas, pairs, args)
-    verdicts = write_verdicts(run, judge, personas, votes)
+    verdicts = run_verdicts(run, net, tokenizer, personas, votes, args)
     if stop == "verdicts":
         return 0
     if args.drop_chance:
@@ -940,6 +943,18 @@ def stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequenc
         return 0
     write_report(run, args)
     return 0
+
+
+def run_verdicts(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
+                 personas: Sequence[Persona], votes: Sequence[Sequence[Pair]],
+                 args: argparse.Namespace) -> list[Verdict]:
+    """Stage 3 as a resumable step; only while it has work is a --judge-model in memory."""
+    done = run.read("verdicts.jsonl", Verdict)
+    if len(done) == len(votes[0]) and any(m["stage"] == "judge" for m in run.metrics()):
+        return done
+    with main_first():
+        judge = pick_judge(run, net, tokenizer, personas, votes[0], args)
+    return write_verdicts(run, judge, personas, votes)
 
 
 def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],

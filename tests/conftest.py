@@ -23,8 +23,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hub import DEFAULT_MODEL, resolve
-from model import FAMILIES, Transformer, load
+from support.hub import DEFAULT_MODEL, resolve
+from model import FAMILIES, Transformer, choose_dtype, load
 from tiny import tiny_llama
 from tokenizer import Tokenizer
 
@@ -111,6 +111,16 @@ def smollm_folder() -> Path:
 def smollm32(smollm_folder: Path) -> Transformer:
     """The default model in fp32; tests must not change it."""
     return load(smollm_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_folder: Path, request: pytest.FixtureRequest) -> Transformer:
+    """The default model in the dtype that `--dtype auto` takes here; tests must not change it. A
+    CPU without bf16 instructions emulates them, at a tenth of fp32's speed."""
+    dtype = choose_dtype("auto", torch.device("cpu"))
+    if dtype == torch.float32:
+        return request.getfixturevalue("smollm32")
+    return load(smollm_folder, dtype=dtype)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ from bootstrap import (
     write_verdicts,
 )
 from generate import Sampling, derive_seed, generate
-from hub import InputError
+from support.hub import InputError
 from model import Transformer, load
 from tokenizer import Tokenizer
 
@@ -964,11 +964,10 @@ def test_letter_judge_on_the_real_model(smollm32: Transformer, smollm_tok: Token
     assert cost["tokens_read"] == sum(map(len, prompts)) - shared and shared > 60
 
 
-def test_likelihood_judge_knows_right_answers(smollm_folder: Path, smollm_tok: Tokenizer) -> None:
+def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: Tokenizer) -> None:
     """On hand-written questions the right answer beats the answer to another question in at least
     10 of 12, and never loses more than once; given in the other place, the verdict turns round."""
-    net = load(smollm_folder, dtype=torch.bfloat16)
-    judge = LikelihoodJudge(net, smollm_tok)
+    judge = LikelihoodJudge(smollm, smollm_tok)
     wrong = [KNOWN[(i + 5) % len(KNOWN)][1] for i in range(len(KNOWN))]
     results, cost = judge.compare([Comparison(q, "", a, w) for (q, a), w in zip(KNOWN, wrong)])
     winners = [winner for winner, _ in results]

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from distributed import each, main_first, processes, rank, world
-from hub import InputError, exit_status
+from support.distributed import each, main_first, processes, rank, world
+from support.hub import InputError, exit_status
 from model import load
 from prism import PRISM
 from tiny import randomize_adapter, tiny_llama

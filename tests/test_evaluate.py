@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny import one_thread, randomize_adapter
 
-import benchmarks
+from support import benchmarks
 import evaluate
 import train
-from benchmarks import (
+from support.benchmarks import (
     HUMANITIES,
     OTHER,
     SOCIAL_SCIENCES,
@@ -41,7 +41,7 @@ from evaluate import (
     routing,
 )
 from generate import Sampling, generate
-from hub import InputError
+from support.hub import InputError
 from model import Transformer
 from prism import PRISM
 from tokenizer import Tokenizer

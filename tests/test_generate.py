@@ -40,7 +40,7 @@ from generate import (
     show_explanation,
     stop_tokens,
 )
-from hub import InputError
+from support.hub import InputError
 from lora import LoRA
 from model import Transformer, load
 from prism import PRISM, Router

@@ -33,7 +33,7 @@ import evaluate
 import generate
 import train
 from bootstrap import Comparison, LetterJudge, LikelihoodJudge, Pair, Persona
-from hub import InputError
+from support.hub import InputError
 from model import Transformer
 from prism import PRISM
 from tokenizer import Tokenizer

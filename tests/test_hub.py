@@ -27,15 +27,16 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import hub
-from hub import DEFAULT_MODEL, InputError, exit_status, read_json, resolve, write_file
+from support import hub
+from support.hub import DEFAULT_MODEL, InputError, exit_status, read_json, resolve, write_file
 from model import load
 from prism import PRISM
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
-ROOT = Path(hub.__file__).parent
-SHOW = "import sys, hub; sys.exit(hub.exit_status(lambda: print(hub.resolve(sys.argv[1])) or 0))"
+ROOT = Path(__file__).parent.parent
+SHOW = ("import sys; from support import hub; "
+        "sys.exit(hub.exit_status(lambda: print(hub.resolve(sys.argv[1])) or 0))")
 
 
 def alone(code: str, name: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -510,7 +511,7 @@ def test_freed_memory_is_kept() -> None:
     """Large tensors made and dropped again and again: pages are asked for only at first. (Without
     the setting it depends on what else lies in the heap: 0 to 37,000 of them in each round.)"""
     script = """import resource, torch
-from hub import tune_memory
+from support.hub import tune_memory
 tune_memory()
 for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -519,7 +520,7 @@ for _ in range(5):
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults)"""
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
-                          text=True, cwd=Path(hub.__file__).parent)
+                          text=True, cwd=ROOT)
     assert int(done.stdout) < 100
 
 
@@ -527,7 +528,7 @@ print(faults)"""
 def test_compiled_products_are_not_hoarded() -> None:
     """Batches of 600 lengths leave no more behind in the heap than the last few of them would."""
     script = """import ctypes, torch
-from hub import tune_memory
+from support.hub import tune_memory
 tune_memory()
 class Info(ctypes.Structure):
     _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
@@ -543,5 +544,5 @@ for n in range(100, 700):
         marks.append(used())
 print(marks[-1] - marks[0])"""
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
-                          text=True, cwd=Path(hub.__file__).parent)
+                          text=True, cwd=ROOT)
     assert int(done.stdout) < 50 * 2**20

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import model
 from generate import Engine, Request, Sampling, stop_tokens
-from hub import InputError
+from support.hub import InputError
 from model import FAMILIES, Transformer, fingerprint, load
 from tokenizer import Tokenizer
 

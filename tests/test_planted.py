@@ -11,12 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 import bootstrap
 from bootstrap import Persona, Query, RunFolder, Verdict, won_pairs, write_answers
 from generate import Completion, Sampling, generate
-from model import Transformer, load
+from model import Transformer
 from prism import PRISM
 from tokenizer import Tokenizer
 from train import check, parser, run_gate, run_lora
@@ -54,10 +53,10 @@ def ask(model: Transformer | PRISM, tokenizer: Tokenizer, asked: list[str],
                     GREEDY, gate)
 
 
-def test_planted_truth(smollm_folder: Path, smollm_tok: Tokenizer, tmp_path: Path,
+def test_planted_truth(smollm: Transformer, smollm_tok: Tokenizer, tmp_path: Path,
                        monkeypatch: pytest.MonkeyPatch) -> None:
     """Cooking opens the gate and gets the sailor, programming gets the base model."""
-    net = load(smollm_folder, dtype=torch.bfloat16)
+    net = smollm
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
     fit = [questions("cook", FOODS[:FIT]), questions("write", PROGRAMS[:FIT])]
     queries = [Query("sailor", i, q) for i, q in enumerate(fit[0] + fit[1])]

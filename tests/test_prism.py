@@ -19,9 +19,9 @@ from tiny import VOCAB, random_prompts, randomize_adapter, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import hub
+from support import hub
 import prism as prism_module
-from hub import InputError
+from support.hub import InputError
 from model import FAMILIES, Transformer, fingerprint, load
 from prism import PRISM, Gate, Router, distill_loss, gate_loss, read_settings
 from tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from bootstrap import Query, RunFolder, split_chunks
 from evaluate import Work
 from generate import Engine, Output, Sampling, sample
-from hub import InputError
+from support.hub import InputError
 from model import Transformer
 from prism import PRISM, LinearKL
 from tokenizer import Tokenizer

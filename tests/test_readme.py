@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = ("bench", "benchmarks", "bootstrap", "distributed", "evaluate", "generate", "hub", "lora",
-           "model", "prism", "report", "tokenizer", "train")
+MODULES = ("bench", "bootstrap", "evaluate", "generate", "lora", "model", "prism", "support",
+           "tokenizer", "train")
 NAMES = sorted(set(re.findall(rf"`((?:{'|'.join(MODULES)})\.[A-Za-z_.]+)`", README))
                - {f"{m}.{kind}" for m in MODULES for kind in ("py", "md", "png")})  # files
 LINES = re.sub(r" \\\n +", " ", README).split("\n")  # continued ones in one piece
@@ -28,8 +28,9 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_function_is_where_the_readme_says(name: str) -> None:
     """`module.function` or `module.Class.method`."""
-    module, *path = name.split(".")
-    found = importlib.import_module(module)
+    module, *path = name.removeprefix("support.").split(".")
+    home = "support." if name.startswith("support.") else ""
+    found = importlib.import_module(home + module)
     for part in path:
         found = getattr(found, part)
     assert found.__doc__

@@ -45,8 +45,8 @@ from bootstrap import (
     write_verdicts,
 )
 from generate import derive_seed
-from hub import DEFAULT_MODEL
-from model import Transformer, load
+from support.hub import DEFAULT_MODEL
+from model import Transformer
 from prism import PRISM, Gate
 from tokenizer import Tokenizer
 from train import (
@@ -67,11 +67,10 @@ Score = Callable[[Comparison, str], list[float]]
 
 
 @pytest.fixture(scope="module")
-def net(smollm_folder: Path) -> Transformer:
-    """SmolLM2 in bf16."""
-    loaded = load(smollm_folder, dtype=torch.bfloat16)
-    loaded.name = DEFAULT_MODEL
-    return loaded
+def net(smollm: Transformer) -> Transformer:
+    """SmolLM2."""
+    smollm.name = DEFAULT_MODEL
+    return smollm
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,11 @@ from bootstrap import (
     won_pairs,
 )
 from generate import Sampling, generate
-from hub import InputError, resolve
+from support.hub import InputError, resolve
 from lora import LoRA
 from model import FAMILIES, Transformer, fingerprint, load
 from prism import PRISM, distill_loss
-from report import split_warnings
+from support.report import split_warnings
 from tokenizer import Tokenizer
 from train import (
     Sample,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hub
+from support import hub
 from lora import LoRA
 from prism import PRISM
 

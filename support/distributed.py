@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hub import InputError
+from support.hub import InputError
 
 PATIENCE = timedelta(hours=6)  # how long processes wait for the slowest
 HEAD_START = 5  # seconds: torchrun ends all as soon as one has left with a status; the first speaks

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Sequence
 
 from bootstrap import (Pair, Query, RunFolder, Verdict, chance_personas, drop_chance, interval)
-from hub import write_file
+from support.hub import write_file
 
 
 def write_report(run: RunFolder, args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Callable, Iterable, Iterator, Sequence
 
 from bootstrap import degenerate
 from generate import derive_seed
-from hub import InputError
+from support.hub import InputError
 
 LETTERS = "ABCDEFGHIJ"
 CHOICE_PROMPT = "{question}\n{options}\nAnswer with the letter of the correct choice."

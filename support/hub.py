@@ -219,13 +219,18 @@ def resolve_config(name: str) -> Path:
     """
     if name.endswith(".json"):
         return Path(name)
-    if Path(name).is_dir() or name == DEFAULT_MODEL:
+    if Path(name).is_dir():
         return resolve(name) / "config.json"
+    embedded = embedded_folder() / "config.json"
+    if name == DEFAULT_MODEL and embedded.is_file():
+        return embedded
     found: Path | str = ""
     for local_files_only in (True, False):
         found = _snapshot(name, local_files_only, ["config.json"])
         if isinstance(found, Path):
             return found / "config.json"
+    if name == DEFAULT_MODEL:  # without the hub: the embedded release, which comes whole
+        return resolve(name) / "config.json"
     raise InputError(f"model {name!r}: {found}")
 
 

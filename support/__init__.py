@@ -1,0 +1,1 @@
+"""The plumbing: everything a reader of the method can skip. One file, one job."""
