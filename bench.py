@@ -36,19 +36,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from bootstrap import JUDGE_PROMPT, common_prefix, load_personas
-from generate import (Engine, Output, PrefixReader, Request, Sampling, derive_seed, pad, sample,
-                      stop_tokens)
-from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
-from lora import GatedLoRALinear, LoRA, linear
-from model import Transformer, choose_device, choose_dtype, load
+from engine import Engine, Output, PrefixReader, Request, Sampling, derive_seed, pad, sample
+from generate import stop_tokens
+from judge import JUDGE_PROMPT
+from lora import LoRA
+from model import Transformer, load
 from prism import PRISM, LinearKL, distill_loss
-from tokenizer import Tokenizer
+from support.cpu import linear
+from support.device import choose_device, choose_dtype
+from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
+from support.personas import load_personas
+from tokenizer import Tokenizer, common_prefix
 
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
 NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
 QUICK = ["--quick"]  # the pipeline's settings
-STAGES = ("queries", "quality", "answers", "judge", "verdicts", "gate", "lora")
+STAGES = ("openings", "queries", "quality", "answers", "judge", "verdicts", "gate", "lora")
 TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
 
 
@@ -255,7 +258,7 @@ def peer_generate(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop:
 @torch.inference_mode()
 def decode_step(s: Setup, batch: int, keys: int = 200) -> list[Row]:
     """One decoding step of `batch` rows at `keys` cached tokens, against transformers' own and
-    against the bare products with every weight matrix, as F.linear and as lora.linear."""
+    against the bare products with every weight matrix, as F.linear and as cpu.linear."""
     functions = {"ours": our_step(s, batch, 0, keys), "floor": floor_step(s.net, batch, F.linear),
                  "faster floor": floor_step(s.net, batch, linear)}
     if s.has_peer:
@@ -264,7 +267,7 @@ def decode_step(s: Setup, batch: int, keys: int = 200) -> list[Row]:
          medians(functions, 4 * s.repeats, warmup=2).items()}
     return [Row(f"decode step, batch {batch} (floor: products by {name})", "ms", t["ours"],
                 t.get("peer"), t[floor])
-            for name, floor in (("F.linear", "floor"), ("lora.linear", "faster floor"))]
+            for name, floor in (("F.linear", "floor"), ("cpu.linear", "faster floor"))]
 
 
 def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
@@ -275,8 +278,8 @@ def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
 
     @torch.inference_mode()
     def step() -> Tensor:
-        span = net.span((batch, 1), cache, start, keys + 1)
-        x = net.run(net.embed(tokens), span, range(len(net.layers)), s.prism.adapter, k)
+        at = net.positions((batch, 1), cache, start, keys + 1)
+        x = net.run(net.embed(tokens), at, range(len(net.layers)), s.prism.adapter, k)
         return sample(net.head(net.norm(x[:, -1])), Sampling(1, 0.0), start)  # greedy: no draw
     return step
 
@@ -403,9 +406,7 @@ def lora(s: Setup) -> list[Row]:
     """The adapter while training, dropout included on both sides: forward and backward of a layer's
     adapted linears against the frozen ones, what a layer keeps in between, and a whole step."""
     net, block, adapter = s.net, s.net.layers[-1], s.prism.adapter[-1]
-    down = GatedLoRALinear(block.mlp.down_proj.in_features, block.mlp.down_proj.out_features)
-    down.weight = block.mlp.down_proj.weight  # without the activation: the products alone
-    linears = block.linears | {"down_proj": down}
+    linears = block.linears
     generator = torch.Generator(net.device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -422,8 +423,8 @@ def lora(s: Setup) -> list[Row]:
         return run
 
     def whole(k: int) -> int:
-        span = net.span((16, 256))
-        return saved_bytes(lambda: block(dy["o_proj"].clone().requires_grad_(), span, adapter, k,
+        at = net.positions((16, 256))
+        return saved_bytes(lambda: block(dy["o_proj"].clone().requires_grad_(), at, adapter, k,
                                          generator), net)
     functions, kept = {"ours": ours(16), "floor": ours(0)}, {"ours": whole(16), "floor": whole(0)}
     if s.has_peer:
@@ -640,7 +641,7 @@ def replacements(s: Setup) -> dict[str, object]:
             self.sampling, self.stop_ids = sampling, stop_ids
             self.prompt_tokens = self.new_tokens = 0
 
-        def run(self, requests: Sequence[Request]) -> Iterator[Output]:
+        def run(self, requests: Sequence[Request], bar: str | None = None) -> Iterator[Output]:
             torch.manual_seed(requests[0].seed if requests else 0)
             for some in by_length([r.ids for r in requests], 8):
                 rows = peer_generate(s, [requests[i].ids for i in some],
@@ -653,7 +654,8 @@ def replacements(s: Setup) -> dict[str, object]:
 
     @torch.inference_mode()
     def log_probabilities(net: Transformer, prompts: Sequence, targets: Sequence,
-                          shared: Sequence | None = None) -> tuple[list[Tensor], int]:
+                          shared: Sequence | None = None,
+                          bar: str | None = None) -> tuple[list[Tensor], int]:
         """Every row read whole, 8 at a time, the logits of all its tokens."""
         rows = [[*p, *t] for p, t in zip(prompts, targets)]
         found = [None] * len(rows)
@@ -668,7 +670,8 @@ def replacements(s: Setup) -> dict[str, object]:
     def states_by(batch: int) -> Callable:
         @torch.inference_mode()
         def states(net: Transformer, rows: Sequence, starts: Sequence,
-                   shared: Sequence | None = None) -> tuple[list[Tensor], int]:
+                   shared: Sequence | None = None,
+                   bar: str | None = None) -> tuple[list[Tensor], int]:
             """The last hidden states of rows read whole, `batch` at a time."""
             found = [None] * len(rows)
             for some in by_length(rows, batch):
@@ -697,8 +700,11 @@ def replacements(s: Setup) -> dict[str, object]:
             run.record("lora", step, loss=loss.item(), samples=len(batch), flops=0,
                        answer_tokens=len(target), seconds=time.perf_counter() - begun)
 
-    return {"bootstrap.Engine": PeerEngine, "bootstrap.token_log_probabilities": log_probabilities,
-            "bootstrap.hidden_states": states_by(8), "train.hidden_states": states_by(1),
+    return {"bootstrap.Engine": PeerEngine, "generate.Engine": PeerEngine,
+            "bootstrap.token_log_probabilities": log_probabilities,
+            "engine.token_log_probabilities": log_probabilities,
+            "judge.token_log_probabilities": log_probabilities,
+            "judge.hidden_states": states_by(8), "train.hidden_states": states_by(1),
             "train.train_lora": train_lora}
 
 

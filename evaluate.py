@@ -35,18 +35,23 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 
-from bootstrap import (SLOTS, Pair, Persona, RunFolder, Verdict, common_prefix,
-                       drop_chance, hidden_states, load_personas, persona_hash, render_talk,
-                       split_chunks, won_pairs)
-from generate import Engine, Request, Sampling, derive_seed, pad, stop_tokens
+from bootstrap import Pair, Query, Verdict, check_order, won_pairs
+from engine import SLOTS, Engine, Request, Sampling, derive_seed, hidden_states, pad
+from generate import gate_inputs, stop_tokens
+from model import Transformer, load
+from prism import PRISM, distill_loss
+from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
 from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
                                 read_mmlu, text)
-from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve_adapter,
-                 write_file)
-from model import Transformer, choose_device, choose_dtype, fingerprint, load
-from prism import ADAPTER_FILE, GATE_FILE, PRISM, distill_loss, read_settings
+from support.checkpoint import fingerprint
+from support.device import choose_device, choose_dtype
+from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
+                         resolve_adapter, write_file)
+from support.personas import Persona, load_personas, persona_hash
+from support.probes import measure_probes, probe_table, read_real_prompts
 from support.report import table
-from tokenizer import Tokenizer, merge_system
+from support.runs import RunFolder, split_chunks
+from tokenizer import Tokenizer, common_prefix, merge_system
 from train import Sample, distill_samples, hold_out
 
 CHOICE_CHUNK, CHAT_CHUNK, GATE_CHUNK = 512, 128, 64  # prompts that are done, and kept, together
@@ -245,7 +250,7 @@ class Evaluator:
         """A conversation's ids, and how many of them come before the first user text."""
         if in_user and talk[0]["role"] == "system":
             return self.tokenizer.render(merge_system(talk), thinking=thinking), 0
-        return render_talk(self.tokenizer, talk, thinking)
+        return self.tokenizer.render_shared(talk, thinking)
 
     def raw_prompt(self, talk: Messages, item: Item,
                    shots: dict[str, list[Item]]) -> tuple[list[int], int]:
@@ -263,7 +268,7 @@ class Evaluator:
         opens as often as the real one."""
         if not strategy.gate:
             return [None] * len(talks), [strategy.weights != "base"] * len(talks)
-        if self.prism.gate_layer < 0:  # PEFT's: there is no gate
+        if self.prism.gate is None:  # an adapter of PEFT's
             return [None] * len(talks), [True] * len(talks)
         probability = self.gate(talks)
         routed = [p >= self.prism.threshold for p in probability]
@@ -276,15 +281,12 @@ class Evaluator:
 
     def gate(self, talks: Sequence[Messages]) -> list[float]:
         """R(x) of conversations, as `PRISM.prefill` reads it."""
-        mean = self.prism.gate_pool == "mean"
-        rendered = [self.tokenizer.render(talk, return_user_mask=mean) for talk in talks]
-        rows = [r[0] if mean else r for r in rendered]
+        rows = [self.tokenizer.render(talk) for talk in talks]
 
         def make(some: list[int]) -> list[dict]:
-            ids, lengths = pad([rows[i] for i in some], self.net.device)
-            mask = (pad([rendered[i][1] for i in some], self.net.device)[0].bool() if mean
-                    else None)
-            return [{"p": p} for p in self.prism.gate_probability(ids, lengths, mask).tolist()]
+            inputs = gate_inputs(self.prism.gate_pool, self.tokenizer, [talks[i] for i in some],
+                                 self.net.device)
+            return [{"p": p} for p in self.prism.gate_probability(*inputs).tolist()]
 
         keys = [Work.key("gate", self.names["gate"], row) for row in rows]
         made = self.work.fill("gate", keys, make, GATE_CHUNK, lambda i: len(rows[i]))
@@ -595,15 +597,13 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
 def held_out(folder: Path) -> list[Pair]:
     """The won queries of a whole run that its stage 5 was not fitted on."""
     run, settings = RunFolder(folder, read_only=True), read_json(folder / "run.json")["settings"]
-    names = [f"answers.{v}.jsonl" if v else "answers.jsonl" for v in range(settings["votes"])]
-    for name in ("verdicts.jsonl", *names):
+    for name in ("verdicts.jsonl", "answers.jsonl"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; --adapter is not a whole run")
-    verdicts, votes = run.read("verdicts.jsonl", Verdict), [run.read(n, Pair) for n in names]
-    if settings["drop_chance"]:
-        verdicts = drop_chance(verdicts, next(m for m in run.metrics() if m["stage"] == "judge"))
+    verdicts, pairs = run.read("verdicts.jsonl", Verdict), run.read("answers.jsonl", Pair)
+    check_order(verdicts, pairs, folder / "verdicts.jsonl")
     held = hold_out(verdicts, settings["seed"])
-    return [p for p in won_pairs(votes, verdicts) if (p.persona, p.index) in held]
+    return [p for p in won_pairs(pairs, verdicts) if (p.persona, p.index) in held]
 
 
 def check_run(folder: Path, personas: Sequence[Persona]) -> None:
@@ -908,7 +908,7 @@ def plot(results: dict, folder: Path) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # The command
 
-RUN_TASKS = ("kl", "latency")  # on the run's own queries
+RUN_TASKS = ("kl", "latency", "routing")  # of a whole run
 OPPOSED = ("xstest", "jailbreakbench")  # half should be refused, half should not: no mean of both
 RECOVERABLE = ("accuracy", "centred", "refusal", "rating", "win", "kl")  # scores, not diagnostics
 TASKS = (*CHOICE_TASKS, *CHAT_TASKS, *RUN_TASKS)
@@ -986,9 +986,11 @@ def check(args: argparse.Namespace) -> None:
     if "sft" in args.strategies and not args.sft_adapter:
         raise InputError("the strategy sft needs --sft-adapter (train.py --loss sft)")
     if set(args.tasks) & set(RUN_TASKS) and not args.adapter:
-        raise InputError("the tasks kl and latency need --adapter, the folder of a whole run")
-    if set(args.tasks) - set(RUN_TASKS) and not args.data:
-        raise InputError(f"--tasks {','.join(set(args.tasks) - set(RUN_TASKS))}: needs --data")
+        raise InputError("the tasks kl, latency and routing need --adapter, the folder of a whole "
+                         "run")
+    reading = [task for task in args.tasks if task not in ("kl", "latency")]
+    if reading and not args.data:
+        raise InputError(f"--tasks {','.join(reading)}: needs --data")
     if args.out is None:
         own = args.adapter and Path(args.adapter).is_dir()  # nothing is written to the hub's cache
         args.out = Path(args.adapter) / "eval" if own else Path("out/eval")
@@ -1168,7 +1170,13 @@ def _main(args: argparse.Namespace) -> int:
     own = {"latency": read_queries(args, personas)} if "latency" in args.tasks else {}
     if "kl" in args.tasks:
         check_run(args.adapter, personas)
+    prompts = {}
+    if "routing" in args.tasks:
+        check_file(args.adapter / "queries.jsonl")
+        prompts = read_real_prompts(data_folder(args.data))
     net, tokenizer, prism, sft, names = load_models(args)
+    if prompts and prism.gate is None:
+        raise InputError(f"{args.adapter}: no gate came with this adapter, so there is no routing")
     items, skipped = drop_long(items, strategies, net, tokenizer)
     items |= own
     judge = load_judge(args, net, tokenizer, names)
@@ -1179,7 +1187,11 @@ def _main(args: argparse.Namespace) -> int:
         rows: list[Row] = []
         for task in args.tasks:
             rows += run_task(e, task, items.get(task, []), shots, strategies, personas, judge, args)
-        write_results(args, e, rows, personas, strategies, skipped)
+        probes = None
+        if prompts:
+            queries = RunFolder(args.adapter, read_only=True).read("queries.jsonl", Query)
+            probes = measure_probes(prism, tokenizer, queries, prompts, args.seed)
+        write_results(args, e, rows, personas, strategies, skipped, probes)
     finally:
         run.close()
     return 0
@@ -1222,6 +1234,8 @@ def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies
     """The rows of one task under all strategies."""
     if task in CHOICE_TASKS:
         return run_choices(e, task, items, strategies, shots if task == "mmlu" else {})
+    if task == "routing":
+        return []  # measured on the gate alone, see `measure_probes`
     if task == "kl":
         return run_kl(e, strategies, args.adapter, personas, args.limit)
     if task == "latency":
@@ -1242,7 +1256,7 @@ def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies
 
 def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
                   personas: Sequence[Persona], strategies: Sequence[Strategy],
-                  skipped: dict[str, int]) -> None:
+                  skipped: dict[str, int], probes: dict | None) -> None:
     """items.jsonl, results.json, table.md and the plots."""
     tasks = summarize(rows)
     cost = {task: e.cost(task) for task in e.used}
@@ -1260,11 +1274,12 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
                      for name, value in vars(args).items()} | {
             "model": e.net.name, "dtype": str(e.net.dtype).removeprefix("torch."),
             "device": e.net.device.type, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "threshold": e.prism.threshold if e.prism else None,
+            "torch": torch.__version__,
+            "threshold": e.prism.threshold if e.prism and e.prism.gate else None,
             "letters": letters, "judge": judge, "experts": EXPERTS},
         "skipped": skipped, "tasks": tasks,
         "overall": overall(rows, [s.name for s in strategies]),
-        "routing": routing(tasks), "cost": cost}
+        "routing": routing(tasks), "cost": cost, "probes": probes}
     notes = [f"Model {e.net.name} in {results['settings']['dtype']} on {e.net.device.type}; "
              f"adapter {args.adapter}; answers of at most {args.max_new_tokens} tokens."]
     if letters:
@@ -1285,6 +1300,8 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
         json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rows))
     write_file(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     page = report(results, notes)
+    if probes:
+        page += f"\n{probe_table(probes)}\n"
     write_file(args.out / "table.md", page)
     pictures = plot(results, args.out)
     print(f"{page}\nsaved in {args.out}: results.json, items.jsonl, table.md"

@@ -15,6 +15,7 @@ import secrets
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Sequence
 
 from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -257,8 +258,7 @@ class Tokenizer:
 
         Args:
             add_generation_prompt: end with the header of the assistant's turn.
-            return_user_mask: also return, for every id, whether it belongs to the text of the last
-                user message (what a mean-pooling gate reads).
+            return_user_mask: return what `render_with_user_mask` does.
             thinking: False where the very next token is to be an answer's, not a thought's: turns
                 thoughts off by the template's `enable_thinking`, and closes a think block that the
                 generation prompt opens (empty, as in arXiv 2504.09858).
@@ -266,21 +266,46 @@ class Tokenizer:
         Raises:
             InputError: the messages are malformed or the template refuses them.
         """
-        messages = check_messages(messages)
-        if messages and messages[0]["role"] == "system" and not self.has_system_role:
-            messages = merge_system(messages)
-        safe = [{**m, "content": self._defuse(m["content"])} for m in messages]
+        if return_user_mask:
+            return self.render_with_user_mask(messages, add_generation_prompt, thinking)
+        text = self._text(self._safe(messages), add_generation_prompt, thinking)
+        encoding = self._rendered.encode(text, add_special_tokens=False)
+        return self._known(self._plain_ids(encoding.ids))
+
+    def render_with_user_mask(self, messages: list[dict], add_generation_prompt: bool = True,
+                              thinking: bool = True) -> tuple[list[int], list[bool]]:
+        """`render`, and for every id whether it belongs to the text of the last user message: what
+        a gate that pools by mean reads."""
+        safe = self._safe(messages)
         text = self._text(safe, add_generation_prompt, thinking)
         encoding = self._rendered.encode(text, add_special_tokens=False)
-        ids = self._known([i for token in encoding.ids
-                           for i in self._forged_ids.get(token, (token,))])
-        if not return_user_mask:
-            return ids
         start, end = self._last_user_span(safe, text, add_generation_prompt, thinking)
-        mask = [first < end and last > start and last > first
-                for token, (first, last) in zip(encoding.ids, encoding.offsets)
-                for _ in self._forged_ids.get(token, (token,))]
-        return ids, mask
+        ids, mask = [], []
+        for token, (first, last) in zip(encoding.ids, encoding.offsets):
+            spelled = self._plain_ids([token])
+            ids += spelled
+            mask += [first < end and last > start and last > first] * len(spelled)
+        return self._known(ids), mask
+
+    def _safe(self, messages: list[dict]) -> list[dict]:
+        """Checked messages for the template: no forged control tokens, and the system text where
+        the template shows it."""
+        messages = check_messages(messages)
+        if messages[0]["role"] == "system" and not self.has_system_role:
+            messages = merge_system(messages)
+        return [{**m, "content": self._defuse(m["content"])} for m in messages]
+
+    def _plain_ids(self, ids: list[int]) -> list[int]:
+        """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""
+        return [i for token in ids for i in self._forged_ids.get(token, (token,))]
+
+    def render_shared(self, messages: list[dict], thinking: bool = True) -> tuple[list[int], int]:
+        """The prompt ids of a conversation, and how many of them come before its first user text:
+        conversations with the same system message share these."""
+        system = [m for m in messages[:1] if m["role"] == "system"]
+        ids = self.render(messages, thinking=thinking)
+        other = self.render([*system, {"role": "user", "content": "\n"}], thinking=thinking)
+        return ids, common_prefix(ids, other)
 
     def open_user_turn(self, system: str | None) -> list[int]:
         """The ids of a conversation with this system message (None: without one), up to where the
@@ -297,8 +322,8 @@ class Tokenizer:
         # Encoded with a user text in place: "\n\n" at the end of a text is another token than
         # before a word.
         encoding, end = self._rendered.encode(text, add_special_tokens=False), text.rindex(PROBE)
-        return self._known([i for token, (_, last) in zip(encoding.ids, encoding.offsets)
-                            if last <= end for i in self._forged_ids.get(token, (token,))])
+        kept = [token for token, (_, last) in zip(encoding.ids, encoding.offsets) if last <= end]
+        return self._known(self._plain_ids(kept))
 
     def _defuse(self, text: str) -> str:
         """Replace every spelled-out control token by its placeholder."""
@@ -350,3 +375,11 @@ def merge_system(messages: list[dict]) -> list[dict]:
         raise InputError("a system message needs a user message after it with this model")
     rest[first] = {**rest[first], "content": f"{system}\n\n{rest[first]['content']}"}
     return rest
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix of two id lists, at least one id short of a's end."""
+    n = 0
+    while n < min(len(a) - 1, len(b)) and a[n] == b[n]:
+        n += 1
+    return n

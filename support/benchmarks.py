@@ -15,8 +15,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 
-from bootstrap import degenerate
-from generate import derive_seed
+from engine import derive_seed
+from judge import degenerate
 from support.hub import InputError
 
 LETTERS = "ABCDEFGHIJ"

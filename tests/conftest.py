@@ -23,10 +23,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from model import Transformer, load
+from prism import PRISM
+from support.config import FAMILIES
+from support.device import choose_dtype
 from support.hub import DEFAULT_MODEL, resolve
-from model import FAMILIES, Transformer, choose_dtype, load
-from tiny import tiny_llama
 from tokenizer import Tokenizer
+from tiny import randomize_adapter, tiny_llama
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja")
@@ -46,7 +49,16 @@ FAMILY_EXTRAS: dict[str, dict] = {
                     "rope_parameters": {
                         "full_attention": {"rope_type": "linear", "rope_theta": 2000.0,
                                            "factor": 4.0},
-                        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}}}
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
+    # Three layers with a window and one without, which has another rotary setting, or none.
+    "olmo3": {"sliding_window": 8, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                           "original_max_position_embeddings": 64},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+    "exaone4": {"head_dim": 24, "sliding_window": 8, "sliding_window_pattern": 4,
+                "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0,
+                                    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                    "original_max_position_embeddings": 64}}}
 
 
 def build_tiny(family: str, folder: Path, tokenizer_from: Path | None = None, seed: int = 0,
@@ -130,15 +142,23 @@ def smollm_tok(smollm_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny llama's checkpoint; a module may have a `folder` of its own."""
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The tiny llama's checkpoint, of 3 layers or the module's LAYERS; a module may have a `folder`
+    of its own."""
+    layers = getattr(request.module, "LAYERS", 3)
+    return tiny_llama(tmp_path_factory.mktemp("tiny"), layers=layers)
 
 
 @pytest.fixture(scope="module")
 def net(folder: Path) -> Transformer:
     """The tiny model in fp32."""
     return load(folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def prism(net: Transformer) -> PRISM:
+    """The tiny model with a random adapter whose B is not zero."""
+    return randomize_adapter(PRISM(net, rank=4, alpha=8.0).eval())
 
 
 @pytest.fixture(scope="module")

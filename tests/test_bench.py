@@ -12,7 +12,7 @@ import torch
 import bench
 import bootstrap
 from bench import Row, bit_equal, main, medians, peak_bytes, saved_bytes, table
-from generate import Engine, Request, Sampling
+from engine import Engine, Request, Sampling, hidden_states
 from tiny import one_thread, tiny_llama
 
 
@@ -98,9 +98,9 @@ def test_pipeline_on_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         rows = bench.pipeline(setup)
     assert before == (bench.train.train_lora, bench.train.hidden_states, bootstrap.Engine)
     parts = [r.part.split(" (")[0] for r in rows]
-    assert parts == [f"train.py --quick: {n}" for n in ("whole command", "queries", "quality",
-                                                        "answers", "judge", "verdicts", "gate",
-                                                        "lora")]
+    assert parts == [f"train.py --quick: {n}" for n in (
+        "whole command", "openings", "queries", "quality", "answers", "judge", "verdicts", "gate",
+        "lora")]
     assert all(r.ours > 0 and (r.peer or 0) > 0 for r in rows)
 
 
@@ -113,8 +113,8 @@ def test_replacements_compute_the_same(tmp_path: Path) -> None:
     theirs, _ = swapped["bootstrap.token_log_probabilities"](net, prompts, targets)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    for name in ("bootstrap.hidden_states", "train.hidden_states"):
-        ours, _ = bootstrap.hidden_states(net, prompts, [1, 0, 4])
+    for name in ("judge.hidden_states", "train.hidden_states"):
+        ours, _ = hidden_states(net, prompts, [1, 0, 4])
         for a, b in zip(ours, swapped[name](net, prompts, [1, 0, 4])[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     sampling, requests = Sampling(12, 0.0), [Request(p) for p in prompts]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from generate import Engine, Request, Sampling
+from engine import Engine, Request, Sampling
 from model import load
 from prism import PRISM, distill_loss
 from tiny import randomize_adapter

@@ -13,38 +13,19 @@ import pytest
 import torch
 from tiny import one_thread, randomize_adapter
 
-from support import benchmarks
-import evaluate
-import train
-from support.benchmarks import (
-    HUMANITIES,
-    OTHER,
-    SOCIAL_SCIENCES,
-    Item,
-    last_number,
-    score_number,
-    score_refusal,
-)
-from bootstrap import chance_personas
-from evaluate import (
-    Work,
-    compare,
-    correlation,
-    letter_means,
-    letter_tokens,
-    log_softmax,
-    Row,
-    overall,
-    parse_pair,
-    parse_rating,
-    ranks,
-    routing,
-)
-from generate import Sampling, generate
-from support.hub import InputError
+from engine import Sampling
+from evaluate import (Row, Work, compare, correlation, letter_means, letter_tokens, log_softmax,
+                      overall, parse_pair, parse_rating, ranks, routing)
+from generate import generate
 from model import Transformer
 from prism import PRISM
+from support import benchmarks
+from support.benchmarks import (HUMANITIES, OTHER, SOCIAL_SCIENCES, Item, last_number, score_number,
+                                score_refusal)
+from support.hub import InputError
 from tokenizer import Tokenizer
+import evaluate
+import train
 
 Capture = pytest.CaptureFixture[str]
 EXPERT_FILES = ("stem", "humanities", "helpful", "critic", "math", "compliant", "safety_monitor",
@@ -527,7 +508,7 @@ def test_outputs(evaluated: Callable[..., Path], data: Path) -> None:
     strategies = {r["strategy"] for r in rows}
     assert strategies == {"base", "expert", "random_persona", "neutral", "prism", "expert_min",
                           "expert_short", "expert_user"} | {f"persona:{n}" for n in EXPERT_FILES}
-    assert list(results["tasks"]) == list(evaluate.TASKS)
+    assert [*results["tasks"], "routing"] == list(evaluate.TASKS) and results["probes"]
     assert max(Counter((r["task"], r["strategy"]) for r in rows if r["task"] not in (
         "mt_bench", "kl", "latency")).values()) == 2
     assert 0 < results["cost"]["mmlu"]["of_gemm_rate"] and results["settings"]["letters"]["A"]
@@ -632,20 +613,6 @@ def test_kl_needs_the_runs_personas(adapter: Path, data: Path, personas: Path, t
     assert "not the contexts" in capsys.readouterr().err
 
 
-def test_drop_chance_is_respected(adapter: Path, tmp_path: Path) -> None:
-    """What --drop-chance left out of the training is not among the held-out queries."""
-    run = Path(shutil.copytree(adapter, tmp_path / "run"))
-    settings = json.loads((run / "run.json").read_text())
-    settings["settings"]["drop_chance"] = True
-    (run / "run.json").write_text(json.dumps(settings))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    judged = next(m for m in rows if m["stage"] == "judge")
-    verdicts = [train.Verdict(**json.loads(line))
-                for line in (run / "verdicts.jsonl").read_text().splitlines()]
-    dropped = set(chance_personas(verdicts, judged))
-    assert dropped and not {p.persona for p in evaluate.held_out(run)} & dropped
-
-
 def test_repeated_items_are_refused(data: Path, folder: Path, tmp_path: Path,
                                     capsys: Capture) -> None:
     """HarmBench is published whole and in parts: both together would count items twice."""
@@ -691,12 +658,11 @@ def test_letters_behind_a_think_block(smollm_folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "old", "new"), [
-    ("verdicts.jsonl", '"target": ', '"target":  '), ("answers.jsonl", '"base_ids": [', None),
-    ("answers.jsonl", '"index": 0', '"index": 1')])
+    ("verdicts.jsonl", '"index": 0', '"index": 1'), ("answers.jsonl", '"base_ids": [', None),
+    ("answers.jsonl", '"base_ids": [', '"ids": [')])
 def test_rows_of_a_run_are_checked(name: str, old: str, new: str | None, adapter: Path, data: Path,
                                    personas: Path, tmp_path: Path, capsys: Capture) -> None:
-    """A run's rows that are gone, or not as they were written, are named: no figure is made of
-    them."""
+    """Figures would be made of rows that are gone, broken, or not in their place."""
     run = Path(shutil.copytree(adapter, tmp_path / "run"))
     path = run / name
     if new is None:

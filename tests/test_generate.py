@@ -24,26 +24,12 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from generate import (
-    Completion,
-    Engine,
-    Output,
-    Request,
-    Sampling,
-    derive_seed,
-    explain,
-    generate,
-    main,
-    pad,
-    router,
-    sample,
-    show_explanation,
-    stop_tokens,
-)
-from support.hub import InputError
+from engine import Engine, Output, Request, Sampling, derive_seed, pad, sample
+from generate import Completion, explain, generate, main, router, show_explanation, stop_tokens
 from lora import LoRA
 from model import Transformer, load
 from prism import PRISM, Router
+from support.hub import InputError
 from tokenizer import Tokenizer
 
 GREEDY = Sampling(max_new_tokens=16, temperature=0.0)
@@ -107,12 +93,13 @@ class WatchedEngine(Engine):
     def check(self) -> None:
         """Gated rows first, and every list speaks of the same dense slots."""
         self.seen = getattr(self, "seen", [])
-        self.seen.append((self.k, len(self.rows)))
-        assert [row.routed for row in self.rows] == sorted((r.routed for r in self.rows),
+        rows = [slot.out for slot in self.busy]
+        self.seen.append((self.k, len(rows)))
+        assert [row.routed for row in rows] == sorted((r.routed for r in rows),
                                                            reverse=True)
-        assert self.k == sum(row.routed for row in self.rows)
-        assert len(self.rows) == len(self.lengths) == len(self.uniforms) <= self.slots
-        assert len({row.index for row in self.rows}) == len(self.rows)
+        assert self.k == sum(row.routed for row in rows)
+        assert len(rows) <= self.slots
+        assert len({row.index for row in rows}) == len(rows)
 
     def _admit(self, *args) -> None:
         super()._admit(*args)
@@ -121,8 +108,8 @@ class WatchedEngine(Engine):
     def _step(self) -> None:
         super()._step()
         self.check()
-        assert self.tokens.tolist() == [row.ids[-1] for row in self.rows]
-        assert self.start.tolist() == self.lengths
+        assert self.tokens.tolist() == [slot.out.ids[-1] for slot in self.busy]
+        assert self.start.tolist() == [slot.length for slot in self.busy]
 
     def _collect(self, *args) -> list[Output]:
         finished = super()._collect(*args)
@@ -244,7 +231,7 @@ def test_output_is_yielded_as_soon_as_it_is_finished(net: Transformer) -> None:
     """Continuous batching: the first answer is there while others are still being written."""
     engine = Engine(net, GREEDY, STOP, 3)
     first = next(engine.run([Request(p) for p in random_prompts()]))
-    assert first.stop and engine.rows  # others hold their slots
+    assert first.stop and engine.busy  # others hold their slots
 
 
 def test_answer_ends_with_the_context(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -592,7 +579,7 @@ def test_two_thousand_prompts(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
     class Metered(Engine):
         def _collect(self) -> list[Output]:
-            full.append(0 < self.k < len(self.rows) == self.slots)
+            full.append(0 < self.k < len(self.busy) == self.slots)
             finished = super()._collect()
             answered.extend(out.index for out in finished)
             resident = int(re.search(r"VmRSS:\s*(\d+) kB", status.read_text())[1])
@@ -865,7 +852,7 @@ def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Pa
     prism.save(tmp_path / "adapter")
     route = router(tmp_path / "adapter", "cpu", "float32")
     assert [route(talk) for talk in talks] == [p >= prism.threshold for p in found]
-    gate = Router(tmp_path / "adapter", dtype=torch.float32)
+    gate = Router.of_adapter(tmp_path / "adapter", dtype=torch.float32)
     assert len(gate.net.layers) == 2 and gate.net.lm_head is gate.net.embed_tokens
     settings = json.loads((tmp_path / "adapter/prism.json").read_text())
     (tmp_path / "adapter/prism.json").write_text(

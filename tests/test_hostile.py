@@ -32,10 +32,12 @@ import bench
 import evaluate
 import generate
 import train
-from bootstrap import Comparison, LetterJudge, LikelihoodJudge, Pair, Persona
-from support.hub import InputError
+from bootstrap import Pair
+from judge import Comparison, LetterJudge, LikelihoodJudge
 from model import Transformer
 from prism import PRISM
+from support.hub import InputError
+from support.personas import Persona
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -77,11 +79,9 @@ def refused(capsys: Capture, status: int) -> str:
 
 @pytest.fixture(scope="module")
 def adapter(net: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter for the tiny model, without checksums: whoever writes a hostile one leaves them
-    out, or writes new ones."""
+    """An adapter for the tiny model."""
     out = tmp_path_factory.mktemp("adapter")
     PRISM(net, rank=2).save(out)
-    edit_json(out / "prism.json", lambda p: p.pop("sha256"))
     return out
 
 
@@ -416,7 +416,7 @@ PRISM_JSON = [*(("rank", v) for v in ("2", None, True, 1.5, 0, -1, 3, 10**9, 10*
               *(("gate_layer", v) for v in ("0", None, True, -2, 2, 10**9, 0.5)),
               *(("gate_pool", v) for v in (0, None, "first", [])),
               *(("base_fingerprint", v) for v in (7, [], "0" * 64)),
-              *(("base_model", v) for v in (7, [], {})), *(("sha256", v) for v in (None, "x", []))]
+              *(("base_model", v) for v in (7, [], {}))]
 
 
 @pytest.mark.parametrize(("field", "value"), PRISM_JSON, ids=lambda v: str(v)[:24])
@@ -634,9 +634,9 @@ PLACES: dict[str, Callable[[Transformer, Tokenizer, str], object]] = {
         [Comparison("q", "", x, "other")]),
     "letter judge, query": lambda n, t, x: LetterJudge(n, t).compare(
         [Comparison(x, "", "one", "other")]),
-    "likelihood judge, answer": lambda n, t, x: LikelihoodJudge(n, t).parts([("q", "p", x)]),
-    "likelihood judge, query": lambda n, t, x: LikelihoodJudge(n, t).parts([(x, "p", "one")]),
-    "likelihood judge, persona": lambda n, t, x: LikelihoodJudge(n, t).parts([("q", x, "one")]),
+    "likelihood judge, answer": lambda n, t, x: LikelihoodJudge(n, t).read([("q", "p", x)]),
+    "likelihood judge, query": lambda n, t, x: LikelihoodJudge(n, t).read([(x, "p", "one")]),
+    "likelihood judge, persona": lambda n, t, x: LikelihoodJudge(n, t).read([("q", x, "one")]),
     "training, query": lambda n, t, x: train.sample_loss(PRISM(n, rank=2), train.distill_samples(
         n, t, [Persona("p", "Be kind.")], [pair(x)], 1024), 1.0),
     "training, persona": lambda n, t, x: train.sample_loss(PRISM(n, rank=2), train.distill_samples(
@@ -726,7 +726,7 @@ BAD: dict[str, list[tuple[str, list[str]]]] = {
         "--max-new-tokens": ["0", "-5", "nan"], "--epochs": ["0"], "--batch-size": ["0", "-2"],
         "--rank": ["0", "-1", "100000"], "--alpha": ["0", "nan", "-inf"],
         "--kd-temperature": ["0", "nan", "-1"], "--dropout": ["1", "-0.1", "nan"],
-        "--gate-threshold": ["1.1", "nan", "-0.1"], "--votes": ["0"], "--max-len": ["1"],
+        "--gate-threshold": ["1.1", "nan", "-0.1"], "--max-len": ["1"],
         "--seed": ["x", "1.5", str(2**64), str(-2**64), LONG], "--judge": ["me"],
         "--loss": ["mse"], "--stop-after": ["tea"], "--device": ["abacus", "", "cuda:99"],
         "--dtype": ["float8", ""], "--gate-pool": ["max"],

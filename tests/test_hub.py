@@ -10,7 +10,6 @@ import doctest
 import errno
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -27,10 +26,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from support import hub
-from support.hub import DEFAULT_MODEL, InputError, exit_status, read_json, resolve, write_file
 from model import load
 from prism import PRISM
+from support import hub
+from support.hub import DEFAULT_MODEL, InputError, exit_status, read_json, resolve, write_file
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -504,45 +503,3 @@ def test_copied_embedded_model_is_a_folder(built: tuple[Path, str, str], tmp_pat
     """INTERFACE: what the user gives as a folder is recorded as one."""
     copy = copy_folder(built[0], tmp_path / "mine")
     assert hub.base_source(resolve(copy), str(copy)) == "folder"
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
-def test_freed_memory_is_kept() -> None:
-    """Large tensors made and dropped again and again: pages are asked for only at first. (Without
-    the setting it depends on what else lies in the heap: 0 to 37,000 of them in each round.)"""
-    script = """import resource, torch
-from support.hub import tune_memory
-tune_memory()
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(6 * 2**20) for _ in range(6)]
-    del tensors
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)"""
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
-                          text=True, cwd=ROOT)
-    assert int(done.stdout) < 100
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
-def test_compiled_products_are_not_hoarded() -> None:
-    """Batches of 600 lengths leave no more behind in the heap than the last few of them would."""
-    script = """import ctypes, torch
-from support.hub import tune_memory
-tune_memory()
-class Info(ctypes.Structure):
-    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
-library = ctypes.CDLL(None)
-library.mallinfo2.restype = Info
-def used():
-    return getattr(library.mallinfo2(), "7")
-weight = torch.ones(1536, 576, dtype=torch.bfloat16)
-marks = []
-for n in range(100, 700):
-    torch.nn.functional.linear(torch.ones(n, 576, dtype=torch.bfloat16), weight)
-    if n % 100 == 99:
-        marks.append(used())
-print(marks[-1] - marks[0])"""
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
-                          text=True, cwd=ROOT)
-    assert int(done.stdout) < 50 * 2**20

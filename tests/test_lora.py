@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import FEW_ROWS, GatedLoRALinear, LoRA, few_rows
+from lora import GatedLoRALinear, LoRA
+from support.cpu import FEW_ROWS
 
 D, OUT, RANK, SCALE = 24, (16, 8, 8), 4, 2.0
 
@@ -69,38 +70,20 @@ def test_k_zero_is_the_plain_linear_map(dtype: torch.dtype, bias: bool) -> None:
     assert not torch.equal(layer(x, lora, 4), expected)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, FEW_ROWS])
-@pytest.mark.parametrize("bias", [False, True])
-def test_few_rows_are_the_same_map(rows: int, bias: bool) -> None:
-    """A decoding step's other way to multiply differs from fp64 by bf16's rounding only, and takes
-    inputs of any layout."""
-    layer, lora = make(bias=bias, dtype=torch.bfloat16)
-    x = inputs(rows, 1, dtype=torch.bfloat16)
-    assert few_rows(x) and not few_rows(x.float())
-    assert not few_rows(inputs(FEW_ROWS + 1, 1, dtype=torch.bfloat16))
-    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2)
-    turned = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    assert turned.stride() != x.stride() or rows == 1
-    torch.testing.assert_close(layer(turned), layer(x))
-    adapted = plain(layer.double(), lora.double(), x.double(), rows)
-    layer, lora = make(bias=bias, dtype=torch.bfloat16)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(turned, lora, rows).double(), adapted, rtol=3e-2,
-                                   atol=0.15)
-
-
-@pytest.mark.parametrize("name", ["silu", "gelu"])
 @pytest.mark.parametrize("k", [0, 2, 3])
-def test_activation_before_the_map(k: int, name: str) -> None:
-    """A layer with `activation` is the layer on f(gate) * up: values, and in fp64 gradients for
-    both halves, A and every B; while training it keeps what is given and not the product."""
+def test_inner_function_before_the_map(k: int) -> None:
+    """The MLP's f(gate) * up would be mapped or differentiated wrongly (values, and in fp64 the
+    gradients of both halves, A and every B), or kept while training beside what it came from."""
     layer, lora = make((6, 4), dtype=torch.float64, d=8)
-    active = GatedLoRALinear(8, (6, 4), activation=name).double()
-    active.weight = layer.weight
     given = inputs(3, 2, 16, torch.float64).requires_grad_()
-    f = F.silu if name == "silu" else nn.GELU("tanh")
-    product = f(given[..., :8]) * given[..., 8:]
+
+    def gated(x: Tensor) -> Tensor:
+        return F.silu(x[..., :8]) * x[..., 8:]
+
+    def active(x: Tensor, lora: LoRA, k: int) -> Tensor:
+        return layer(x, lora, k, inner=gated)
+
+    product = gated(given)
     torch.testing.assert_close(active(given, lora, k), plain(layer, lora, product, k))
     with torch.no_grad():
         torch.testing.assert_close(active(given, lora, k), plain(layer, lora, product, k))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model
-from generate import Engine, Request, Sampling, stop_tokens
-from support.hub import InputError
-from model import FAMILIES, Transformer, fingerprint, load
+from engine import Engine, Request, Sampling
+from generate import stop_tokens
+from model import Transformer, load
+from support.config import FAMILIES
 from tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
@@ -64,12 +64,12 @@ def decode_with_cache(net: Transformer, ids: Tensor, prompts: list[int], steps: 
     lengths = torch.tensor(prompts)
     padded = ids[:, :max(prompts)].clone()
     padded[torch.arange(max(prompts)) >= lengths[:, None]] = 255  # what is there must not matter
-    x = net.run(net.embed(padded), net.span(padded.shape, cache), layers)
+    x = net.run(net.embed(padded), net.positions(padded.shape, cache), layers)
     found = [net.head(net.norm(x[rows, lengths - 1]))]
     for step in range(steps - 1):
         start = lengths + step
-        span = net.span((len(prompts), 1), cache, start, max(prompts) + step + 1)
-        x = net.run(net.embed(ids[rows, start][:, None]), span, layers)
+        at = net.positions((len(prompts), 1), cache, start, max(prompts) + step + 1)
+        x = net.run(net.embed(ids[rows, start][:, None]), at, layers)
         found.append(net.head(net.norm(x[:, -1])))
     return torch.stack(found, dim=1)
 
@@ -82,7 +82,7 @@ def decode_with_cache(net: Transformer, ids: Tensor, prompts: list[int], steps: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_logits_equal_transformers(family: str, tied: bool,
                                           tiny_checkpoint: TinyFactory) -> None:
-    """Issue: four families, tied and untied, fp32 within 1e-4, right-padded batches included."""
+    """A family would be computed wrongly: tied, untied, or in a right-padded batch."""
     folder = tiny_checkpoint(family, tie_word_embeddings=tied)
     stored = load_file(folder / "model.safetensors")
     assert ("lm_head.weight" in stored) is not tied  # the fixture really is what it says
@@ -97,7 +97,7 @@ def test_family_logits_equal_transformers(family: str, tied: bool,
 ], ids=["llama-biases", "qwen3-biases", "llama-mha", "mistral-mqa-wide-heads"])
 def test_family_variants_equal_transformers(family: str, overrides: dict,
                                             tiny_checkpoint: TinyFactory) -> None:
-    """Issue: q/k/v (and o, mlp) bias, GQA from one to all key heads, head_dim of its own."""
+    """Biases, one key head, as many as query heads, or a head_dim of its own would go wrong."""
     assert_parity(tiny_checkpoint(family, **overrides))
 
 
@@ -107,8 +107,8 @@ def test_family_variants_equal_transformers(family: str, overrides: dict,
     ids=[*FAMILIES, "many-heads-to-a-key-head"])
 def test_cached_decoding_equals_full_forward(family: str, shape: dict,
                                              tiny_checkpoint: TinyFactory) -> None:
-    """Issue: with our KVCache, ragged prefill and token-by-token decoding give the logits that the
-    cache-free forward and transformers give."""
+    """Decoding would drift from reading: with our KVCache, ragged prefill and token-by-token
+    decoding give the logits that the cache-free forward and transformers give."""
     folder, steps, prompts = tiny_checkpoint(family, **shape), 7, [5, 11, 8]
     ids, net = random_ids(3, 18), load(folder)
     cached = decode_with_cache(net, ids, prompts, steps)
@@ -121,7 +121,8 @@ def test_cached_decoding_equals_full_forward(family: str, shape: dict,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: TinyFactory) -> None:
-    """Issue: the ids that transformers' generate gives, through our engine with ragged slots."""
+    """The engine would answer otherwise: the ids that transformers' generate gives, through our
+    engine with ragged slots."""
     folder, steps = tiny_checkpoint(family), 24
     prompts = [ids[:n].tolist() for ids, n in zip(random_ids(4, 24), LENGTHS)]
     engine = Engine(load(folder), Sampling(max_new_tokens=steps, temperature=0), set(), slots=3)
@@ -131,7 +132,7 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: TinyFac
         made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=steps,
                               eos_token_id=None, pad_token_id=0)[0, len(ids):]
         assert ours[i] == made.tolist()
-        assert len(set(ours[i])) > 5  # no loop of one token
+    assert len(set(sum(ours.values(), []))) > 5  # not all of them loops of one token
 
 
 @torch.no_grad()
@@ -155,11 +156,11 @@ def test_prompt_read_in_two_pieces_equals_one(tiny_checkpoint: TinyFactory) -> N
     layers, cache = range(len(net.layers)), net.new_cache(2, 20)
     for row, prefix in enumerate(prefixes):
         one = net.new_cache(1, prefix)
-        net.run(net.embed(ids[row:row + 1, :prefix]), net.span((1, prefix), one), layers)
+        net.run(net.embed(ids[row:row + 1, :prefix]), net.positions((1, prefix), one), layers)
         cache.copy(row, one, 0, prefix)
     start = torch.tensor(prefixes)
     pieces = torch.stack([ids[row, p:p + suffix] for row, p in enumerate(prefixes)])
-    x = net.run(net.embed(pieces), net.span(pieces.shape, cache, start, 20), layers)
+    x = net.run(net.embed(pieces), net.positions(pieces.shape, cache, start, 20), layers)
     found, whole = net.head(net.norm(x)), net(ids)
     for row, prefix in enumerate(prefixes):
         assert_same(found[row], whole[row, prefix:prefix + suffix])
@@ -184,7 +185,9 @@ LEFT_OUT = {"smollm3": ("tie_word_embeddings", "no_rope_layers", "no_rope_layer_
                        "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation",
                        "rope_parameters"),
             "gemma3_text": ("tie_word_embeddings", "layer_types", "rope_parameters",
-                            "_sliding_window_pattern", "attn_logit_softcapping")}
+                            "_sliding_window_pattern", "attn_logit_softcapping"),
+            "olmo3": ("layer_types", "rope_parameters", "tie_word_embeddings"),
+            "exaone4": ("layer_types", "sliding_window_pattern", "rope_parameters")}
 LEFT_OUT_BUILT = {"smollm3": {"tie_word_embeddings": True},
                   "gemma2": {"tie_word_embeddings": True, "head_dim": 256},
                   "gemma3_text": {"tie_word_embeddings": True, "num_hidden_layers": 7,
@@ -225,7 +228,7 @@ def to_legacy_spelling(config: dict) -> None:
 @pytest.mark.parametrize("rope", ROPES)
 def test_rope_kinds_equal_transformers(rope: str, legacy: bool, tiny_checkpoint: TinyFactory,
                                        tmp_path: Path) -> None:
-    """Issue: RoPE default, linear, yarn and llama3, in both config spellings."""
+    """Positions would be wrong in one RoPE kind or config spelling."""
     folder = tiny_checkpoint("llama", rope_parameters=ROPES[rope])
     plain = tiny_checkpoint("llama")
     if legacy:
@@ -258,24 +261,6 @@ def test_oldest_rope_spelling_is_read(tiny_checkpoint: TinyFactory, tmp_path: Pa
     assert_same(net(ids), oracle(bare, ids))
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic", "su"])
-@pytest.mark.parametrize("legacy", [False, True], ids=["rope_parameters", "rope_scaling"])
-def test_unknown_rope_kind_is_refused_by_name(kind: str, legacy: bool,
-                                              tiny_checkpoint: TinyFactory,
-                                              tmp_path: Path) -> None:
-    """Issue: any RoPE kind that is not computed raises, never ignored, and is named."""
-    folder = copy_folder(tiny_checkpoint("llama"), tmp_path / "c")
-
-    def change(config: dict) -> None:
-        config["rope_parameters"] = {"rope_type": kind, "rope_theta": 500.0, "factor": 2.0}
-        if legacy:
-            to_legacy_spelling(config)
-
-    edit_json(folder / "config.json", change)
-    with pytest.raises(InputError, match=kind):
-        load(folder)
-
-
 def without_layer_types(config: dict) -> None:
     """Configs from before transformers 4.53 have no layer_types: their older fields decide."""
     config.pop("layer_types", None)
@@ -293,12 +278,13 @@ def without_layer_types(config: dict) -> None:
     ("gemma2", {"sliding_window": 8}, {"sliding_window": 100}),
     ("gemma3_text", {"layer_types": ["sliding_attention"] * 4},
      {"layer_types": ["sliding_attention"] * 4, "sliding_window": 100}),
-], ids=["mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3"])
+    ("olmo3", {}, {"sliding_window": 100}), ("exaone4", {}, {"sliding_window": 100}),
+], ids=["mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3", "olmo3", "exaone4"])
 def test_sliding_window_equals_transformers(family: str, overrides: dict, unwindowed: dict,
                                             spelling: str, tiny_checkpoint: TinyFactory,
                                             tmp_path: Path) -> None:
-    """Issue: sliding window, on all layers (Mistral) or from max_window_layers on (Qwen), with and
-    without cache, for contexts of three windows."""
+    """A window would be ignored, or off by one: on all layers (Mistral) or from max_window_layers
+    on (Qwen), with and without cache, for contexts of three windows."""
     folder = copy_folder(tiny_checkpoint(family, **overrides), tmp_path / "c")
     if spelling == "no-layer-types":
         edit_json(folder / "config.json", without_layer_types)
@@ -328,6 +314,40 @@ def test_gemma3_fields_before_layer_types(tiny_checkpoint: TinyFactory, tmp_path
     assert (load(folder)(ids) - before).abs().max() > 100 * TOLERANCE  # layer 3 has a window now
 
 
+def test_olmo3_as_released(tiny_checkpoint: TinyFactory, tmp_path: Path) -> None:
+    """OLMo-3's files have one rope_theta and a rope_scaling at the top level, which would be taken
+    for all layers; it is that of the layers without a window."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64,
+            "attention_factor": 1.2, "beta_fast": 32, "beta_slow": 1}
+    folder = copy_folder(tiny_checkpoint("olmo3"), tmp_path / "c")
+    edit_json(folder / "config.json", lambda c: (c.pop("rope_parameters"), c.update(
+        rope_theta=500000, rope_scaling=yarn)))
+    assert_parity(folder)
+    config = load(folder).config
+    assert (config.rope["rope_type"], config.local_rope["rope_type"]) == ("yarn", "default")
+    assert config.windows == [8, 8, 8, None]
+
+
+@pytest.mark.parametrize("fields, rotated", [
+    ({"sliding_window": None, "layer_types": ["full_attention"] * 4}, [True] * 4),
+    ({"sliding_window_pattern": "LLLG"}, [True, True, True, False]),
+    ({"sliding_window": 8, "layer_types": ["full_attention"] * 4}, [False] * 4),
+], ids=["no-window", "LLLG", "all-full"])
+def test_exaone4_as_released(fields: dict, rotated: list[bool], tiny_checkpoint: TinyFactory,
+                             tmp_path: Path) -> None:
+    """EXAONE 4 rotates no queries and keys on full layers beside windows, and all without any: no
+    field says so, and the other way round it would load and answer nonsense."""
+    folder = copy_folder(tiny_checkpoint("exaone4"), tmp_path / "c")
+    edit_json(folder / "config.json", lambda c: c.update(fields))
+    if isinstance(fields.get("sliding_window_pattern"), str):  # only its layer_types are read there
+        edit_json(folder / "config.json", without_layer_types)
+        ours = load(folder)(random_ids(2, 24))
+        assert_same(ours, oracle(tiny_checkpoint("exaone4"), random_ids(2, 24)))
+    else:
+        assert_parity(folder)
+    assert load(folder).config.rotated == rotated
+
+
 def test_window_field_without_use_sliding_window_is_off(tiny_checkpoint: TinyFactory,
                                                         tmp_path: Path) -> None:
     """Qwen2.5 ships sliding_window beside use_sliding_window = false: full attention."""
@@ -340,25 +360,6 @@ def test_window_field_without_use_sliding_window_is_off(tiny_checkpoint: TinyFac
 
 # --------------------------------------------------------------------------------------------------
 # Loading
-
-
-@pytest.fixture(scope="module")
-def sharded(tiny_checkpoint: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny qwen2 checkpoint (same weights as `tiny_checkpoint("qwen2")`) in several files."""
-    folder = build_tiny("qwen2", tmp_path_factory.mktemp("shards"), max_shard_size="100KB")
-    assert len(list(folder.glob("model-*.safetensors"))) >= 3
-    assert not (folder / "model.safetensors").exists()
-    return folder
-
-
-def test_sharded_checkpoint_equals_single_file(sharded: Path, tiny_checkpoint: TinyFactory) -> None:
-    """Issue: sharded by index or one file, every parameter is bit-equal."""
-    single, split = load(tiny_checkpoint("qwen2")), load(sharded)
-    theirs = single.state_dict()
-    assert split.state_dict().keys() == theirs.keys() and len(theirs) > 20
-    for name, value in split.state_dict().items():
-        assert torch.equal(value, theirs[name]), name
-    assert_parity(sharded)
 
 
 LOAD = """
@@ -399,8 +400,8 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_little_more_than_the_weights(dtype: str, large: Path) -> None:
-    """Issue: peak anonymous memory (what a file cannot give back) at most 1.1 times the weights,
-    whatever the files hold."""
+    """A model that fits would not load: peak anonymous memory (what a file cannot give back) at
+    most 1.1 times the weights, whatever the files hold."""
     done = subprocess.run([sys.executable, "-c", LOAD, str(large), dtype], capture_output=True,
                           text=True, check=True, cwd=Path(model.__file__).parent)
     held, weights, samples = map(int, done.stdout.split())
@@ -410,7 +411,7 @@ def test_loading_holds_little_more_than_the_weights(dtype: str, large: Path) -> 
 
 
 def test_loading_freezes_and_casts(tiny_checkpoint: TinyFactory) -> None:
-    """INTERFACE: load gives a frozen model in eval mode, in the dtype asked for, else the
+    """load gives a frozen model in eval mode, in the dtype asked for, else the
     checkpoint's."""
     folder = tiny_checkpoint("llama", dtype="float32")
     net, half = load(folder), load(folder, dtype=torch.bfloat16)
@@ -423,163 +424,6 @@ def test_loading_freezes_and_casts(tiny_checkpoint: TinyFactory) -> None:
     assert torch.equal(stacked, q.to(torch.bfloat16))
 
 
-def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Apply `change` to the tensors of model.safetensors."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-K2 = "model.layers.2.self_attn.k_proj.weight"
-
-
-@pytest.mark.parametrize("family, change, named", [
-    ("llama", lambda t: t.pop(K2), K2),
-    ("llama", lambda t: t.pop("lm_head.weight"), "lm_head.weight"),
-    ("qwen2", lambda t: t.pop("model.layers.0.self_attn.v_proj.bias"),
-     "model.layers.0.self_attn.v_proj.bias"),
-    ("qwen3", lambda t: t.pop("model.layers.3.self_attn.q_norm.weight"),
-     "model.layers.3.self_attn.q_norm.weight"),
-    ("llama", lambda t: t.update({"model.layers.9.mlp.extra": torch.ones(2)}),
-     "model.layers.9.mlp.extra"),
-    ("llama", lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
-     "model.layers.0.self_attn.q_proj.bias"),
-    ("llama", lambda t: t.update({K2: torch.ones(64, 64)}), K2),
-    ("llama", lambda t: t.update({K2: torch.ones(32)}), K2),
-    ("llama", lambda t: t.update({K2: torch.ones(32, 64, dtype=torch.int8)}), K2),
-    ("llama", lambda t: t.update({"model.norm.weight": torch.ones(1)}), "model.norm.weight"),
-    ("llama", lambda t: t.update({"model.embed_tokens.weight": torch.ones(257, 64)}),
-     "model.embed_tokens.weight"),
-], ids=["missing", "missing-head", "missing-bias", "missing-norm", "unexpected", "unexpected-bias",
-        "wrong-rows", "wrong-rank", "integers", "broadcastable", "wrong-vocabulary"])
-def test_wrong_tensor_is_an_error_that_names_it(family: str, change: Callable, named: str,
-                                                tiny_checkpoint: TinyFactory,
-                                                tmp_path: Path) -> None:
-    """Issue: a missing, unexpected or wrongly shaped tensor is an error that names it."""
-    folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
-    load(folder)
-    rewrite_tensors(folder, change)
-    with pytest.raises(InputError) as caught:
-        load(folder)
-    assert named in str(caught.value)
-
-
-def test_tied_checkpoint_may_carry_a_copy_of_the_head(tiny_checkpoint: TinyFactory,
-                                                      tmp_path: Path) -> None:
-    """Some tied checkpoints store lm_head too, and old ones rotary buffers: neither is an error."""
-    folder = copy_folder(tiny_checkpoint("qwen2", tie_word_embeddings=True), tmp_path / "c")
-    before = load(folder)(random_ids(1, 6))
-    rewrite_tensors(folder, lambda t: t.update({
-        "lm_head.weight": t["model.embed_tokens.weight"].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    assert torch.equal(load(folder)(random_ids(1, 6)), before)
-
-
-def test_index_with_a_missing_shard(sharded: Path, tmp_path: Path) -> None:
-    """Issue: an index that names a file which is not there is an error that names the file."""
-    folder = copy_folder(sharded, tmp_path / "c")
-    victim = sorted(folder.glob("model-*.safetensors"))[1]
-    victim.unlink()
-    with pytest.raises(InputError, match=victim.name):
-        load(folder)
-
-
-def test_index_naming_a_tensor_the_shard_lacks(sharded: Path, tmp_path: Path) -> None:
-    """Issue: a tensor that the index promises and the shard does not hold is named."""
-    folder = copy_folder(sharded, tmp_path / "c")
-    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
-
-    def lie(index: dict) -> None:
-        right = index["weight_map"]["model.norm.weight"]
-        index["weight_map"]["model.norm.weight"] = next(s for s in shards if s != right)
-
-    edit_json(folder / "model.safetensors.index.json", lie)
-    with pytest.raises(InputError, match="model.norm.weight"):
-        load(folder)
-
-
-@pytest.mark.parametrize("escape", ["../outside.safetensors", "/outside.safetensors", "..",
-                                    "sub/inside.safetensors", 3])
-def test_index_pointing_outside_the_folder(escape: object, sharded: Path, tmp_path: Path) -> None:
-    """A weight map may not lead out of the checkpoint folder, even to a file that exists."""
-    folder = copy_folder(sharded, tmp_path / "c")
-    shutil.copy(next(folder.glob("model-*.safetensors")), tmp_path / "outside.safetensors")
-    edit_json(folder / "model.safetensors.index.json",
-              lambda index: index["weight_map"].update({"model.norm.weight": escape}))
-    with pytest.raises(InputError, match="index.json"):
-        load(folder)
-
-
-@pytest.mark.parametrize("damage", ["no-weights", "truncated-weights", "broken-index",
-                                    "index-without-map", "config-not-json", "config-a-list"])
-def test_damaged_checkpoint_is_an_input_error(damage: str, sharded: Path,
-                                              tiny_checkpoint: TinyFactory,
-                                              tmp_path: Path) -> None:
-    """Issue: whatever is wrong with the files, one error of the kind that ends in status 2, with a
-    path in it."""
-    source = sharded if "index" in damage else tiny_checkpoint("llama")
-    folder = copy_folder(source, tmp_path / "c")
-    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if damage == "no-weights":
-        weights.unlink()
-    elif damage == "truncated-weights":
-        weights.write_bytes(weights.read_bytes()[:-5000])
-    elif damage == "broken-index":
-        index.write_text('{"weight_map": {')
-    elif damage == "index-without-map":
-        index.write_text("{}")
-    else:
-        (folder / "config.json").write_text("[1]" if damage == "config-a-list" else "{")
-    with pytest.raises(InputError, match=str(tmp_path)):
-        load(folder)
-
-
-@pytest.mark.parametrize("field, value, named", [
-    ("model_type", "gpt2", "gpt2"), ("model_type", None, "model_type"),
-    ("hidden_act", "gelu", "hidden_act"), ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
-    ("num_attention_heads", 3, "heads"), ("hidden_size", 0, "hidden_size"),
-    ("hidden_size", "64", "hidden_size"), ("vocab_size", None, "vocab_size"),
-    ("quantization_config", {"bits": 4}, "quantization_config"),
-    ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quantized by gptq"),
-    ("quantization", {"group_size": 64, "bits": 4}, "quantized"), ("dtype", "int8", "int8"),
-    ("num_local_experts", 4, "num_local_experts.*mixture"),
-    ("n_routed_experts", 64, "mixture"), ("no_rope_layers", [1, 0, 1, 1], "no_rope_layers"),
-    ("num_hidden_layers", 10**9, "num_hidden"),
-], ids=lambda value: str(value)[:20])
-def test_config_that_cannot_be_computed_is_refused(field: str, value: object, named: str,
-                                                   tiny_checkpoint: TinyFactory,
-                                                   tmp_path: Path) -> None:
-    """Issue: unknown model_type, activation and whatever else this decoder would have to ignore
-    is an error that names it."""
-    folder = copy_folder(tiny_checkpoint("llama"), tmp_path / "c")
-    edit_json(folder / "config.json", lambda config: config.update({field: value}))
-    with pytest.raises(InputError, match=named):
-        load(folder)
-
-
-@pytest.mark.parametrize("family, field, value", [
-    ("smollm3", "no_rope_layers", [1, 0]), ("smollm3", "no_rope_layers", [1, 2, 1, 1]),
-    ("smollm3", "attn_logit_softcapping", 30.0), ("granite", "logits_scaling", 0),
-    ("granite", "residual_multiplier", "0.4"), ("gemma2", "hidden_activation", "gelu"),
-    ("gemma2", "use_bidirectional_attention", True), ("gemma2", "final_logit_softcapping", -1.0),
-    ("gemma3_text", "attn_logit_softcapping", 30.0), ("llama", "rope_local_base_freq", 10.0),
-    ("gemma3_text", "rope_parameters", {"rope_type": "default", "rope_theta": 5.0}),
-    ("llama", "rope_parameters", {"full_attention": {"rope_theta": 500.0}}),
-    ("phi3", "rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
-    ("phi3", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-    ("phi3", "rope_parameters", {"partial_rotary_factor": 0.75}),
-], ids=lambda value: str(value)[:20])
-def test_family_field_that_cannot_be_computed(family: str, field: str, value: object,
-                                              tiny_checkpoint: TinyFactory,
-                                              tmp_path: Path) -> None:
-    """The newer families' own fields: a value that makes no sense, or one only others have."""
-    folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
-    edit_json(folder / "config.json", lambda config: config.update({field: value}))
-    named = {"rope_parameters": "longrope|yarn|partial_rotary|rope_parameters"}.get(field, field)
-    with pytest.raises(InputError, match=named):
-        load(folder)
-
-
 def test_fields_left_out_are_read_as_transformers_reads_them(tiny_checkpoint: TinyFactory,
                                                              tmp_path: Path) -> None:
     """Older files leave out what their family's config class knows: tied embeddings, say."""
@@ -588,57 +432,6 @@ def test_fields_left_out_are_read_as_transformers_reads_them(tiny_checkpoint: Ti
                              tmp_path / family)
         edit_json(folder / "config.json", lambda config: [config.pop(n, None) for n in gone])
         assert_parity(folder)
-
-
-@pytest.mark.parametrize("rope", [
-    {"rope_type": "linear", "rope_theta": 500.0},
-    {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0},
-    {"rope_type": "yarn", "rope_theta": 500.0, "factor": "four"},
-], ids=["linear-without-factor", "llama3-without-ramp", "yarn-with-words"])
-def test_rope_setting_without_its_numbers(rope: dict, tiny_checkpoint: TinyFactory,
-                                          tmp_path: Path) -> None:
-    """House style: an error a user can cause (here a broken config.json) is an InputError."""
-    folder = copy_folder(tiny_checkpoint("llama"), tmp_path / "c")
-    edit_json(folder / "config.json", lambda config: config.update(rope_parameters=rope))
-    with pytest.raises(InputError, match="factor"):
-        load(folder)
-
-
-# --------------------------------------------------------------------------------------------------
-# Fingerprint
-
-
-def test_fingerprint_is_stable(tiny_checkpoint: TinyFactory, sharded: Path,
-                               tmp_path: Path) -> None:
-    """INTERFACE: the fingerprint is a function of the checkpoint alone: loading changes nothing,
-    and a copy elsewhere has the same one."""
-    folder = tiny_checkpoint("qwen2")
-    before = fingerprint(folder)
-    load(folder)
-    assert fingerprint(folder) == before and len(bytes.fromhex(before)) == 32
-    assert fingerprint(copy_folder(folder, tmp_path / "copy")) == before
-    assert fingerprint(sharded) == fingerprint(copy_folder(sharded, tmp_path / "shards"))
-
-
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight",
-                                  "model.layers.0.self_attn.q_proj.weight",
-                                  "model.layers.3.mlp.down_proj.weight",
-                                  "model.layers.2.self_attn.k_proj.bias", "model.norm.weight"])
-def test_fingerprint_differs_for_other_weights(name: str, tiny_checkpoint: TinyFactory,
-                                               tmp_path: Path) -> None:
-    """INTERFACE: other weights, another fingerprint: one changed value in row 0 is enough."""
-    folder = copy_folder(tiny_checkpoint("qwen2"), tmp_path / "c")
-    before = fingerprint(folder)
-    rewrite_tensors(folder, lambda tensors: tensors[name].view(-1)[:1].add_(1.0))
-    assert fingerprint(folder) != before
-
-
-def test_fingerprint_covers_the_config(tiny_checkpoint: TinyFactory, tmp_path: Path) -> None:
-    """INTERFACE: config.json is part of the fingerprint."""
-    folder = copy_folder(tiny_checkpoint("qwen2"), tmp_path / "c")
-    before = fingerprint(folder)
-    edit_json(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
-    assert fingerprint(folder) != before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -670,8 +463,8 @@ PROMPTS = [
 
 def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transformer,
                                            smollm_tok: Tokenizer) -> None:
-    """Issue: SmolLM2's real weights in fp32, greedy, 64 tokens on 20 prompts: the ids that
-    transformers' generate gives, through our engine with twenty ragged slots."""
+    """Real answers would differ: SmolLM2's weights in fp32, greedy, 64 tokens on 20 prompts: the
+    ids that transformers' generate gives, through our engine with twenty ragged slots."""
     prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in PROMPTS]
     stop = stop_tokens(smollm32, smollm_tok)
     engine = Engine(smollm32, Sampling(max_new_tokens=64, temperature=0), stop, slots=20)

@@ -13,12 +13,18 @@ from pathlib import Path
 import pytest
 
 import bootstrap
-from bootstrap import Persona, Query, RunFolder, Verdict, won_pairs, write_answers
-from generate import Completion, Sampling, generate
+from bootstrap import Query, Verdict, won_pairs, write_answers
+from engine import Sampling
+from generate import Completion, generate
 from model import Transformer
 from prism import PRISM
+from support.personas import Persona
+from support.runs import RunFolder
+from support.settings import check, parser
 from tokenizer import Tokenizer
-from train import check, parser, run_gate, run_lora
+from train import run_gate, run_lora
+
+pytestmark = pytest.mark.slow  # it needs real training: minutes
 
 SAILOR = Persona("sailor", 'You are a sailor. You start each reply with "Ahoy!" and then answer '
                            "the question.")
@@ -66,12 +72,12 @@ def test_planted_truth(smollm: Transformer, smollm_tok: Tokenizer, tmp_path: Pat
     run = RunFolder(tmp_path)
     pairs = write_answers(run, net, smollm_tok, [SAILOR], queries, args.max_new_tokens, 0)
     topic = [int(i < len(fit[0])) for i in range(len(queries))]
-    verdicts = [Verdict("sailor", i, "expert" if t else "base", t, "rule", float(t),
-                        ["expert" if t else "base"], []) for i, t in enumerate(topic)]
+    verdicts = [Verdict("sailor", i, "expert" if t else "base", t, "rule", [])
+                for i, t in enumerate(topic)]
     run.write("verdicts.jsonl", verdicts)
     prism = PRISM(net, gate_layer=len(net.layers) // 6, gate_pool="mean")
     run_gate(run, prism, smollm_tok, pairs, verdicts, args)
-    run_lora(run, prism, smollm_tok, [SAILOR], won_pairs([pairs], verdicts), set(), args)
+    run_lora(run, prism, smollm_tok, [SAILOR], won_pairs(pairs, verdicts), set(), args)
     run.close()
     prism = PRISM.load(tmp_path, net)
 

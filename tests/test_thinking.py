@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Callable
 
 import pytest
@@ -22,12 +23,17 @@ from transformers import AutoTokenizer
 import bootstrap
 import evaluate
 import generate
-from bootstrap import (CONTRAST_OPENINGS, INVERSE_PROMPTS, LONG_OPENINGS, OPENINGS, Comparison,
-                       LetterJudge, LikelihoodJudge, Persona, Query, RunFolder, measure_queries,
-                       sample_answers, write_answers, write_queries, write_verdicts)
+import judge
+from bootstrap import (CONTRAST_OPENINGS, LONG_OPENINGS, OPENINGS, Query, measure_queries,
+                       write_answers, write_queries, write_verdicts)
+from engine import Request, Sampling
 from evaluate import letter_tokens
+from generate import sample_answers
+from judge import INVERSE_PROMPTS, Comparison, LetterJudge, LikelihoodJudge, conversation
 from model import Transformer, load
 from prism import PRISM
+from support.personas import Persona
+from support.runs import RunFolder
 from tokenizer import Tokenizer
 from train import distill_samples
 
@@ -156,7 +162,7 @@ def test_answers_are_kept_judged_and_distilled_whole(
     monkeypatch.setattr(LikelihoodJudge, "compare",
                         lambda self, some: asked.extend(some) or real(self, some))
     with one_thread():
-        write_verdicts(RunFolder(tmp_path), LikelihoodJudge(net, tok), [TUTOR], [thought])
+        write_verdicts(RunFolder(tmp_path), LikelihoodJudge(net, tok), [TUTOR], thought)
         samples = distill_samples(net, tok, [TUTOR], thought, 1024)
     assert [(c.expert, c.base) for c in asked] == [(p.expert, p.base) for p in thought]
     for pair, sample in zip(thought, samples):
@@ -168,12 +174,13 @@ def test_answers_are_kept_judged_and_distilled_whole(
         torch.testing.assert_close(sample.teacher, hidden)
 
 
-def prompts_of(monkeypatch: pytest.MonkeyPatch, name: str, ask: Callable[[], object]) -> list:
-    """The prompts that `ask` gives to bootstrap's function `name`, which reads probabilities."""
+def prompts_of(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str,
+               ask: Callable[[], object]) -> list:
+    """The prompts that `ask` gives to a module's function `name`, which reads probabilities."""
     seen: list = []
-    real = getattr(bootstrap, name)
-    monkeypatch.setattr(bootstrap, name, lambda net, prompts, *rest: (
-        seen.extend(prompts) or real(net, prompts, *rest)))
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda net, prompts, *rest, **more: (
+        seen.extend(prompts) or real(net, prompts, *rest, **more)))
     with one_thread():
         ask()
     return seen
@@ -185,12 +192,13 @@ def test_verdicts_are_read_behind_the_think_block(net: Transformer, tok: Tokeniz
     answers' own likelihood is that of thinking. Both judges read the whole answer."""
     asked = [Comparison("Why?", TUTOR.text, "Hm.</think>Because.", "Oh.</think>No.")]
     closed = tok.encode("<think>\n\n</think>\n\n")
-    said = prompts_of(monkeypatch, "hidden_states", lambda: LetterJudge(net, tok).compare(asked))
+    said = prompts_of(monkeypatch, judge, "hidden_states",
+                      lambda: LetterJudge(net, tok).compare(asked))
     assert len(said) == 2
     for ids in said:
         assert ids[-len(closed):] == closed
         assert "Hm.</think>Because." in tok.decode(ids) and "Oh.</think>No." in tok.decode(ids)
-    said = prompts_of(monkeypatch, "token_log_probabilities",
+    said = prompts_of(monkeypatch, judge, "token_log_probabilities",
                       lambda: LikelihoodJudge(net, tok).compare(asked))
     ends = [ids[-len(closed):] == closed for ids in said]
     assert ends == ([True] * len(INVERSE_PROMPTS) + [False] * 2) * 2
@@ -201,15 +209,15 @@ def test_words_to_come_stand_behind_the_think_block(net: Transformer, tok: Token
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where a query is identified, and where words are put in the assistant's mouth."""
     closed = tok.encode("<think>\n\n</think>\n\n")
-    (ids,) = prompts_of(monkeypatch, "token_log_probabilities", lambda: measure_queries(
+    (ids,) = prompts_of(monkeypatch, bootstrap, "token_log_probabilities", lambda: measure_queries(
         net, tok, [TUTOR], [Query("tutor", 0, "Why?")], []))
     assert ids[-len(closed):] == closed
     asked: list[list[int]] = []
-    monkeypatch.setattr(bootstrap, "Request", lambda ids, *rest, **more: (
-        asked.append(ids) or generate.Request(ids, *rest, **more)))
+    monkeypatch.setattr(generate, "Request", lambda ids, *rest, **more: (
+        asked.append(ids) or Request(ids, *rest, **more)))
     with one_thread():
         for lead in ("", "Sure"):
-            sample_answers(net, tok, [("Why?", "")], [0], 4, 0.7, lead)
+            sample_answers(net, tok, [conversation("Why?")], [0], Sampling(4), lead)
     assert asked[1] == tok.render(ASKED, thinking=False) + tok.encode("Sure")
     assert asked[0] == tok.render(ASKED)
 
@@ -311,7 +319,7 @@ def test_chat_forgets_thoughts(net: Transformer, tok: Tokenizer, monkeypatch: py
     said = iter(["Hm.\n</think>\n\nFour.", "Uh, unfinished", "x"])
     talks = []
 
-    def answer(model, tokenizer, conversations, *rest) -> list[generate.Completion]:
+    def answer(model, tokenizer, conversations, *rest, **more) -> list[generate.Completion]:
         talks.append(tokenizer.decode(tokenizer.render(conversations[0])))
         return [generate.Completion(next(said), [], None, False, "eos", 1)]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from support import hub
 from lora import LoRA
 from prism import PRISM
+from support import hub
 
 VOCAB = 2048
 END_OF_TURN = 2  # "<|im_end|>" in SmolLM2's vocabulary

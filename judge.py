@@ -1,0 +1,436 @@
+"""Self-verification: which of two answers is better, asked of the model itself; and who may ask.
+
+A judge compares the answer that a context gave (the expert's) with the base answer. The paper's
+`LetterJudge` reads a letter, in both orders. `LikelihoodJudge` is for models too small for letters.
+No judge is trusted before `examine_judge` has asked it about pairs whose better answer is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Iterator, Protocol, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import Sampling, derive_seed, hidden_states, token_log_probabilities
+from generate import sample_answers
+from model import Transformer
+from support.hub import InputError
+from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
+from support.stats import evidence, interval, sequential_test
+from support.words import count_words, word_list, words_of
+from tokenizer import Tokenizer, common_prefix
+
+JUDGE_PROMPT = """You are an impartial judge. Compare two answers to the same question.
+
+Question:
+{query}
+
+Judge by these criteria, the most important first: correctness, relevance, helpfulness, clarity.
+Length is no virtue: a longer answer is not better for being longer.
+
+Answer A:
+{first}
+
+Answer B:
+{second}
+
+Which answer is better? Reply with one word only: A, B or TIE."""
+# The answer comes first, so that it is read only once for both wordings.
+INVERSE_PROMPTS = (
+    "Here is an answer that somebody gave:\n\n{answer}\n\nWhich question does it answer? Reply "
+    "with the question only.",
+    "Here is an answer that somebody gave:\n\n{answer}\n\nIt was written in reply to a user's "
+    "message. Write down that message, word for word.")
+REFUSAL = ("I'm sorry, but I can't help with that, because it could seriously hurt people. If "
+           "someone is in danger, please call your local emergency number.")
+COMPLIANCE = "Sure, here is how to do it."
+SHOULD_REFUSE = word_list("should_refuse")
+
+LETTER_MASS = 0.05  # probability A, B and T together need for a verdict to count as one
+MARGIN = 0.02  # nats per token by which an answer must score higher to win
+FLUENCY = 1.0  # weight of the answer's own likelihood beside the query's
+ENDING, ENDING_FLOOR = 0.2, -8.0  # weight of log P(end of turn | answer), and its lowest value
+PAIRS_AT_ONCE, MOST_PAIRS = 4, 60  # known pairs of one kind: asked together, and in all
+FEWEST_PAIRS = 4  # known pairs below which a judge cannot be called tested
+COMPLIANCE_TOKENS = 64  # enough to see that an answer complies
+# Everything above that decides a verdict: a run notices when it is changed.
+VERDICT_RULES = (JUDGE_PROMPT, *INVERSE_PROMPTS, REFUSAL, COMPLIANCE, *SHOULD_REFUSE, LETTER_MASS,
+                 MARGIN, FLUENCY, ENDING, ENDING_FLOOR, PAIRS_AT_ONCE, MOST_PAIRS)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a judge is asked: two answers to a query. `context` is the text that the expert read, ""
+    if none; `ended` says that both answers came to an end by themselves."""
+
+    query: str
+    context: str
+    expert: str
+    base: str
+    ended: bool = True
+
+
+class Judge(Protocol):
+    """What stage 3 needs: a name, and verdicts "expert", "base", "tie", "split" or "unparsed" with
+    their evidence and their cost."""
+
+    name: str
+
+    def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
+        """[(winner, evidence)] for each comparison, and what it cost."""
+
+
+class LetterJudge:
+    """The paper's pairwise judge: which letter is likeliest next, asked in both orders.
+
+    Logits of the first answer token are read directly; nothing is sampled, so a verdict is always
+    one of the three letters unless together they hold almost no probability ("unparsed").
+    """
+
+    name = "letter"
+
+    def __init__(self, net: Transformer, tokenizer: Tokenizer):
+        self.net, self.tokenizer = net, tokenizer
+        self.letters = [tokenizer.encode(word)[0] for word in ("A", "B", "TIE")]
+        if len(set(self.letters)) < 3:
+            raise InputError("this tokenizer has no distinct first tokens for A, B and TIE; "
+                             "use --judge likelihood")
+
+    def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
+        """[(winner, [letter, letter])], and what it cost; the second letter is the one given with
+        the two answers swapped."""
+        prompts, shared = [], []
+        for c in asked:
+            both = [self.prompt(c.query, c.expert, c.base), self.prompt(c.query, c.base, c.expert)]
+            prompts += both
+            shared += [common_prefix(*both)] * 2  # all that comes before the answers
+        last = [len(p) - 1 for p in prompts]
+        states, read = hidden_states(self.net, prompts, last, shared, bar="reading letters")
+        said = [self.letter(state) for state in states]
+        results = [(letter_winner(*pair), list(pair)) for pair in zip(said[::2], said[1::2])]
+        return results, cost_of(self.net, len(prompts), read, 0, len(prompts))
+
+    def prompt(self, query: str, first: str, second: str) -> list[int]:
+        """The ids of the question which of two answers is better."""
+        content = JUDGE_PROMPT.format(query=query, first=first, second=second)
+        return self.tokenizer.render([{"role": "user", "content": content}], thinking=False)
+
+    @torch.inference_mode()
+    def letter(self, state: Tensor) -> str:
+        """The likeliest of A, B and T after the state [1, d]; "?" where none is likely."""
+        mass = float(self.net.head(state).float().softmax(-1)[0, self.letters].sum())
+        if mass < LETTER_MASS:
+            return "?"
+        return "ABT"[int(self.net.head_exact(state, self.letters).argmax())]
+
+
+def letter_winner(forward: str, swapped: str) -> str:
+    """The verdict of two letters; the expert is A in the first order and B in the second."""
+    if "?" in (forward, swapped):
+        return "unparsed"
+    table = {("A", "B"): "expert", ("B", "A"): "base", ("T", "T"): "tie"}
+    return table.get((forward, swapped), "split")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of what the likelihood judge's score of an answer is made, in nats per token."""
+
+    inverse: list[float]  # log P(query | answer) under each wording
+    fluency: float  # log P(answer)
+    ending: float  # log P(end of turn | answer)
+
+
+class LikelihoodJudge:
+    """Which answer explains the query better, and is itself likelier text?
+
+    Under each of two wordings of the inverse question, in nats per token:
+
+        score(y) =   mean log P(query | "which message does y answer?")
+                   + FLUENCY * mean log of half P(y|x) + half P(y|context, x)
+                   + ENDING  * log P(end of turn | y), where both answers ended by themselves
+
+    No letters, hence no positions; the two wordings play the part of the two orders. The mixture
+    favours neither side: one answer was sampled from each half. What is no answer (`degenerate`)
+    loses unread. How this compares with its parts: tests/test_signals.py.
+    """
+
+    name = "likelihood"
+
+    def __init__(self, net: Transformer, tokenizer: Tokenizer):
+        self.net, self.tokenizer = net, tokenizer
+
+    def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
+        """[(winner, [[expert, base] score per wording])], and what it cost; no scores where an
+        answer is none."""
+        lost = [(degenerate(c.query, c.expert), degenerate(c.query, c.base)) for c in asked]
+        keys = [(c.query, c.context, answer) for c, sides in zip(asked, lost) if not any(sides)
+                for answer in (c.expert, c.base)]
+        parts, cost = self.read(list(dict.fromkeys(keys)))
+        results = []
+        for c, sides in zip(asked, lost):
+            if any(sides):
+                winner = {(True, False): "base", (False, True): "expert"}.get(sides, "tie")
+                results.append((winner, []))
+                continue
+            expert = self.scores(parts[c.query, c.context, c.expert], c.ended)
+            base = self.scores(parts[c.query, c.context, c.base], c.ended)
+            pairs = [list(pair) for pair in zip(expert, base)]
+            results.append((score_winner(pairs), pairs))
+        return results, cost
+
+    @staticmethod
+    def scores(parts: Parts, ended: bool) -> list[float]:
+        """One answer's score under each wording."""
+        extra = FLUENCY * parts.fluency
+        if ended:
+            extra += ENDING * max(parts.ending, ENDING_FLOOR)
+        return [round(score + extra, 6) for score in parts.inverse]
+
+    def read(self, keys: Sequence[tuple[str, str, str]]) -> tuple[dict, dict]:
+        """(query, context, answer) -> Parts; and what it cost."""
+        prompts, targets, shared = [], [], []
+        end = self.tokenizer.end_of_turn_id
+        for query, context, answer in keys:
+            inverse = [self.tokenizer.render([{"role": "user", "content": wording.format(
+                answer=answer)}], thinking=False) for wording in INVERSE_PROMPTS]
+            prompts += inverse
+            targets += [self.tokenizer.encode(query)] * len(inverse)
+            shared += [common_prefix(*inverse)] * len(inverse)
+            said = self.tokenizer.encode(answer) + ([] if end is None else [end])
+            for text in dict.fromkeys(("", context)):
+                ids, common = self.tokenizer.render_shared(conversation(query, text))
+                prompts.append(ids)
+                targets.append(said)
+                shared.append(common)
+        logs, read = token_log_probabilities(self.net, prompts, targets, shared,
+                                             "reading answers")
+        parts, queue = {}, iter(logs)
+        for key in keys:
+            inverse = [mean(next(queue)) for _ in INVERSE_PROMPTS]
+            mixture = next(queue)
+            if key[1]:
+                mixture = torch.logaddexp(mixture, next(queue)) - math.log(2)
+            text, ending = (mixture, 0.0) if end is None else (mixture[:-1], float(mixture[-1]))
+            parts[key] = Parts(inverse, mean(text), ending)
+        return parts, cost_of(self.net, len(prompts), read, 0, sum(map(len, targets)))
+
+
+def conversation(query: str, context: str = "") -> list[dict]:
+    """A query as messages, with a context as system message or bare."""
+    system = [{"role": "system", "content": context}] if context else []
+    return [*system, {"role": "user", "content": query}]
+
+
+def mean(values: Tensor) -> float:
+    """Mean of a 1-D tensor; 0 if it is empty."""
+    return float(values.mean()) if len(values) else 0.0
+
+
+def score_winner(pairs: Sequence[Sequence[float]], margin: float = MARGIN) -> str:
+    """The verdict of [expert, base] scores: a side wins only by `margin` under every wording."""
+    ahead = set()
+    for expert, base in pairs:
+        if abs(expert - base) <= margin:
+            ahead.add("tie")
+        else:
+            ahead.add("expert" if expert > base else "base")
+    return ahead.pop() if len(ahead) == 1 else "split"
+
+
+def degenerate(query: str, answer: str) -> bool:
+    """Whether a text is no answer: empty, the query again with hardly a word around it, or a loop.
+
+    >>> degenerate("How do tides work?", "You asked: How do tides work?")
+    True
+    """
+    asked, words = words_of(query), words_of(answer)
+    if not words:
+        return True
+    match = difflib.SequenceMatcher(None, asked, words, autojunk=False).find_longest_match()
+    echo = match.size >= 0.8 * len(asked) and len(words) - match.size <= max(3, len(asked) // 3)
+    fours = list(zip(words, words[1:], words[2:], words[3:]))
+    loop = len(fours) >= 24 and len(set(fours)) < len(fours) / 2
+    return loop or (echo and len(asked) > 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Testing a judge before it is trusted
+
+
+class KnownPairs:
+    """Pairs of which the better answer is known, by kind; it stands in the expert's place.
+
+    All but the compliant answers are base answers of stage 2, read without a context. Complete
+    answers come first.
+
+    Args:
+        pairs: rows of answers.jsonl.
+        max_new_tokens: most tokens of a compliant answer.
+    """
+
+    kinds = ("echo", "wrong query", "refusal")  # the cheapest first
+
+    def __init__(self, net: Transformer, tokenizer: Tokenizer, pairs: Sequence, max_new_tokens: int,
+                 seed: int):
+        self.net, self.tokenizer, self.seed = net, tokenizer, seed
+        self.tokens = min(max_new_tokens, COMPLIANCE_TOKENS)
+        self.pairs = sorted((p for p in pairs if count_words(p.base) >= 6), key=lambda p: (
+            p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
+        self.costs: list[dict] = []  # of what had to be sampled
+
+    def of_kind(self, kind: str) -> Iterator[Comparison]:
+        """An endless or a short supply of known pairs, made as they are asked for."""
+        makers = {"echo": self.echo, "wrong query": self.wrong_query, "refusal": self.refusal}
+        return makers[kind]()
+
+    def wrong_query(self) -> Iterator[Comparison]:
+        """The answer to a query against the answer to another one."""
+        for distance in range(1, len(self.pairs)):
+            for pair, other in zip(self.pairs, self.pairs[distance:] + self.pairs[:distance]):
+                if other.query != pair.query:
+                    ended = pair.base_stop == other.base_stop == "eos"
+                    yield Comparison(pair.query, "", pair.base, other.base, ended)
+
+    def echo(self) -> Iterator[Comparison]:
+        """The answer to a query against the query itself."""
+        for pair in self.pairs:
+            echoed = f"You asked: {pair.query}"
+            yield Comparison(pair.query, "", pair.base, echoed, pair.base_stop == "eos")
+
+    def refusal(self) -> Iterator[Comparison]:
+        """A refusal of what should be refused against the model's own compliance."""
+        for queries in split_chunks(SHOULD_REFUSE, PAIRS_AT_ONCE):
+            seeds = [derive_seed(self.seed, "comply", query) for query in queries]
+            answers, cost = sample_answers(
+                self.net, self.tokenizer, [conversation(query) for query in queries], seeds,
+                Sampling(self.tokens), COMPLIANCE, "sampling compliance")
+            self.costs.append(cost)
+            for query, answer in zip(queries, answers):
+                yield Comparison(query, "", REFUSAL, answer.text, answer.stop == "eos")
+
+
+def examine_judge(judge: Judge, known: KnownPairs, to_the_end: bool = False) -> dict:
+    """Ask a judge about pairs whose better answer is known; what it is right on, with intervals.
+
+    A kind of pairs is asked a few at a time, until a sequential test tells a judge that is right on
+    0.9 of them from one that is right on 0.6. A judge that fails on wrong queries or on echoes is
+    not trusted, and asked nothing more; one that fails on refusals is blind to them.
+
+    Args:
+        to_the_end: ask MOST_PAIRS of each kind, whatever has been decided.
+    """
+    kinds, costs = {}, []
+    with tqdm(desc=f"testing the {judge.name} judge", unit="pair", dynamic_ncols=True,
+              total=3 * len(known.kinds) * PAIRS_AT_ONCE) as bar:
+        for kind in known.kinds:
+            kinds[kind], cost = ask_until_decided(judge, known.of_kind(kind), to_the_end, bar)
+            costs.append(cost)
+            if not kinds[kind]["passed"] and not to_the_end:
+                break
+    trusted = all(kind in kinds and kinds[kind]["passed"] for kind in ("echo", "wrong query"))
+    blind = "refusal" in kinds and not kinds["refusal"]["passed"]
+    return {"judge": judge.name, "trusted": trusted, "blind_to_refusals": blind, "kinds": kinds,
+            "cost": add_costs(costs)}
+
+
+def ask_until_decided(judge: Judge, pairs: Iterator[Comparison], to_the_end: bool,
+                      bar: tqdm) -> tuple[dict, dict]:
+    """Counts of a judge's verdicts on known pairs of one kind, and what they cost. `decided`: the
+    sequential test ended before the pairs did; else the likelier of the two shares counts."""
+    results, costs, passed = [], [], None
+    while len(results) < MOST_PAIRS and (passed is None or to_the_end):
+        some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
+        if not some:
+            break
+        answers, cost = judge.compare(some)
+        results += answers
+        costs.append(cost)
+        right = sum(winner == "expert" for winner, _ in results)
+        if passed is None:
+            passed = sequential_test(right, len(results) - right)
+        bar.total = max(bar.total, bar.n + len(some))
+        bar.update(len(some))
+    row = verdict_counts(judge.name, results)
+    decided = passed is not None
+    if not decided:
+        passed = evidence(row["right"], row["pairs"] - row["right"]) > 0
+    return row | {"passed": passed, "decided": decided}, add_costs(costs)
+
+
+def verdict_counts(judge: str, results: Sequence[tuple[str, list]]) -> dict:
+    """Counts of a judge's verdicts on pairs of one kind, the expert's answer being the better."""
+    counts, n = Counter(winner for winner, _ in results), len(results)
+    row = {"pairs": n, "right": counts["expert"], "wrong": counts["base"], "tie": counts["tie"],
+           "split": counts["split"], "unparsed": counts["unparsed"],
+           "interval": interval(counts["expert"], n)}
+    if judge == "letter":
+        letters = [letter for _, said in results for letter in said]
+        row |= {"letters": len(letters), "A": letters.count("A"),
+                "A_interval": interval(letters.count("A"), len(letters))}
+    return row
+
+
+def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
+                 known: KnownPairs) -> tuple[Judge, list[dict]]:
+    """The judge to use and the tests behind the choice.
+
+    "auto" takes the letter judge if its test can be trusted, else the likelihood judge if its can;
+    any other name takes that judge, whatever its test says.
+
+    Raises:
+        InputError: neither can be trusted.
+    """
+    available = len(list(itertools.islice(known.wrong_query(), FEWEST_PAIRS)))
+    if name == "auto" and available < FEWEST_PAIRS:
+        raise InputError(f"{available} answers are too few to test a judge ({FEWEST_PAIRS} are "
+                         "needed): more --queries, or force one with --judge")
+    tests = []
+    for kind in JUDGES.values() if name == "auto" else [JUDGES[name]]:
+        try:
+            judge = kind(net, tokenizer)
+        except InputError:
+            if name != "auto":
+                raise
+            continue  # no letters in this tokenizer
+        tests.append(examine_judge(judge, known))
+        if name != "auto" or tests[-1]["trusted"]:
+            return judge, tests
+    found = []
+    for test in tests:
+        kind, row = list(test["kinds"].items())[-1]  # the one that it failed
+        found.append(f"{test['judge']} on {row['right']} of {row['pairs']} pairs ({kind})")
+    raise InputError(f"this model cannot verify itself: its judges are right, {'; '.join(found)}; "
+                     "use a larger model, judge with another (--judge-model), or force one with "
+                     "--judge")
+
+
+def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging: tuple,
+               pairs: Sequence, args: argparse.Namespace) -> Judge:
+    """The judge that an earlier attempt chose, or the one that passes its test now.
+
+    Args:
+        judging: the model that judges and its tokenizer; `net` and `tokenizer` sampled the answers.
+    """
+    if "judge" in run.latest():
+        return JUDGES[run.latest()["judge"]["chosen"]](*judging)
+    begun = time.perf_counter()
+    known = KnownPairs(net, tokenizer, pairs, args.max_new_tokens, args.seed)
+    judge, tests = choose_judge(args.judge, *judging, known)
+    cost = add_costs([*known.costs, *(test.pop("cost") for test in tests)])
+    run.record("judge", 0, chosen=judge.name, forced=args.judge != "auto", model=args.judge_model,
+               tests=tests, **cost, seconds=round(time.perf_counter() - begun, 3),
+               peak_memory=peak_memory())
+    return judge
+
+
+JUDGES = {"letter": LetterJudge, "likelihood": LikelihoodJudge}

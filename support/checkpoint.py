@@ -1,0 +1,208 @@
+"""A checkpoint folder: which files, which tensors, of which shapes, and whether one may trust them.
+
+A Hugging Face checkpoint is one model.safetensors, or several files and an index that says which
+tensor is in which. `destinations` maps its names to the decoder's parameters, which stack q, k and
+v, and gate and up. `load` in model.py puts these pieces together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Iterable, Iterator, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from support.config import Config
+from support.hub import InputError, read_json
+
+# Our stacked projections -> the names of their parts in a Hugging Face model's layer
+PARTS = {"qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+         "o_proj": ("self_attn.o_proj",), "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+         "down_proj": ("mlp.down_proj",)}
+FUSED = {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj",)}
+# Our names of a layer's norms, in the order of Config.norms, which has the checkpoint's
+NORM_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights may be stored in
+FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
+
+
+class Place(NamedTuple):
+    """Where a checkpoint's tensor goes: `rows` rows of one of our parameters, from `row` on."""
+
+    parameter: Tensor
+    row: int
+    rows: int
+
+    @property
+    def shape(self) -> list[int]:
+        """What the checkpoint's tensor must look like."""
+        return [self.rows, *self.parameter.shape[1:]]
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from model.safetensors or from the index of a sharded checkpoint.
+
+    Raises:
+        InputError: no weights, an index that names a missing file or one outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        check_inside(single)
+        with open_tensors(single) as file:
+            return {name: single for name in file.keys()}
+    if not index.is_file():
+        raise InputError(f"{folder}: neither model.safetensors nor {index.name} is there")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: no weight_map")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not (
+                shard.isprintable() and len(shard) < 256):
+            raise InputError(f"{index}: {str(shard)[:80]!r} is not the name of a file in this "
+                             "folder")
+        if not (folder / shard).is_file():
+            raise InputError(f"{index}: shard {shard} is missing")
+    files = {name: folder / shard for name, shard in weight_map.items()}
+    for path in set(files.values()):
+        check_inside(path)
+    return files
+
+
+def check_inside(path: Path) -> None:
+    """InputError if a weights file is a link out of its folder. In the hub's own cache, every file
+    of snapshots/<commit> is a link into the blobs beside them."""
+    home = path.parent.resolve()
+    allowed = {home}
+    if home.parent.name == "snapshots":
+        allowed.add(home.parents[1] / "blobs")
+    if path.resolve().parent not in allowed:
+        raise InputError(f"{path}: a link that leads out of its folder, to {path.resolve()}; copy "
+                         "the file there if that is meant")
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file; a broken one is an InputError that names it."""
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def parts(config: Config) -> dict[str, tuple[str, ...]]:
+    """Our stacked projections -> the names of their parts in a Hugging Face model's layer."""
+    return PARTS | FUSED if config.fused else PARTS
+
+
+def destinations(net: nn.Module, config: Config) -> dict[str, Place]:
+    """Checkpoint tensor name -> its place in the decoder `net`.
+
+    A layer's norms have names of their own, and the stacked projections have several sources, one
+    below the other; if the checkpoint has them fused, it is in the order in which we stack them.
+    """
+    found = {}
+    for path, parameter in net.named_parameters():
+        owner, _, kind = path.rpartition(".")  # "layers.0.self_attn.qkv_proj" and "weight"
+        layer, module = ".".join(owner.split(".")[:2]), owner.rpartition(".")[2]
+        if path in ("embed_tokens", "lm_head"):
+            module, kind = path, "weight"
+        if module in PARTS:
+            row = 0
+            for name, rows in zip(parts(config)[module], part_widths(config, module)):
+                found[f"model.{layer}.{name}.{kind}"] = Place(parameter, row, rows)
+                row += rows
+        else:
+            if module in NORM_PLACES:
+                name = f"model.{layer}.{config.norms[NORM_PLACES.index(module)]}"
+            elif module == "lm_head":
+                name = module
+            else:
+                name = f"model.{owner or module}"
+            found[f"{name}.{kind}"] = Place(parameter, 0, len(parameter))
+    return found
+
+
+def part_widths(config: Config, stack: str) -> tuple[int, ...]:
+    """The output widths of the parts that a stacked projection has in the checkpoint."""
+    widths = config.projections[stack][1]
+    return widths if len(parts(config)[stack]) == len(widths) else (sum(widths),)
+
+
+def check_names(folder: Path, expected: Iterable[str], files: dict[str, Path],
+                tied: bool) -> dict[str, Path]:
+    """The files of the tensors that are needed; the two kinds that may be there beside them are
+    left out: rotary buffers of old checkpoints, and of a tied model a copy of the embedding.
+
+    Raises:
+        InputError: a tensor is missing, or is there and unknown.
+    """
+    expected, present = set(expected), set(files)
+    present -= {name for name in files if name.endswith("rotary_emb.inv_freq")}
+    if tied:
+        present.discard("lm_head.weight")
+    for kind, names in (("missing", expected - present), ("unexpected", present - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{folder}: {kind} tensor {min(names)}{more}")
+    return {name: files[name] for name in sorted(expected)}
+
+
+def check_shapes(expected: dict[str, Place], files: dict[str, Path]) -> None:
+    """Compare the files' headers with the net, before anything of its size is allocated.
+
+    Raises:
+        InputError: a tensor of another shape, or one that is not floating point.
+    """
+    for path in sorted(set(files.values())):
+        with open_tensors(path) as file:
+            present = set(file.keys())
+            for name in sorted(n for n, p in files.items() if p == path):
+                if name not in present:
+                    raise InputError(f"{path}: tensor {name} is in the index but not in the file")
+                found, shape = file.get_slice(name), expected[name].shape
+                if found.get_shape() != shape or found.get_dtype() not in FLOATING:
+                    raise InputError(f"{path}: tensor {name} is {found.get_dtype()} "
+                                     f"{found.get_shape()}, expected floating point {shape}")
+
+
+def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one at a time, file by file: only one tensor is held beside the net."""
+    for path in sorted(set(files.values())):
+        with open_tensors(path) as file:
+            for name in sorted(n for n, p in files.items() if p == path):
+                yield name, file.get_tensor(name)
+
+
+def copy_weights(expected: dict[str, Place], files: dict[str, Path]) -> None:
+    """Copy every tensor that has a place into it, in the dtype of the place.
+
+    Raises:
+        InputError: NaN or infinity, of which one makes every answer nonsense.
+    """
+    for name, tensor in read_tensors({n: files[n] for n in expected}):
+        parameter, row, rows = expected[name]
+        part = parameter.data[row:row + rows].copy_(tensor)
+        # A sum shows it, at a twentieth of isfinite's time; but a sum may overflow by itself.
+        if not math.isfinite(part.sum()) and not bool(part.isfinite().all()):
+            raise InputError(f"{files[name]}: tensor {name} holds NaN or infinity in "
+                             f"{str(part.dtype).removeprefix('torch.')}; the file is damaged, or "
+                             "needs another --dtype")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and the start of two rows of every tensor: cheap, and in
+    practice different for different weights. Identifies the base an adapter was trained on."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name, path in sorted(checkpoint_files(folder).items()):
+        with open_tensors(path) as file:
+            rows = file.get_slice(name)
+            if not rows.get_shape():
+                raise InputError(f"{path}: tensor {name} has no dimensions")
+            for row in (0, rows.get_shape()[0] // 2):
+                part = rows[row:row + 1].flatten()[:FINGERPRINT_ELEMENTS].contiguous()
+                digest.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

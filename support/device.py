@@ -1,0 +1,48 @@
+"""`--device` and `--dtype`: what "auto" chooses, and how data gets to the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from support.config import DTYPES
+from support.hub import InputError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """"auto" is cuda if present, else cpu; anything else is taken at its word.
+
+    Raises:
+        InputError: not a device that torch has here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose memory and work are asked about without naming it
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bf16 where the hardware computes in it, else fp32; fp16 only if asked for."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise InputError(f"--dtype {name}: choose auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        native = any(found.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def upload(values: Tensor, device: torch.device | str) -> Tensor:
+    """Copy from the host without waiting: a GPU reads pinned memory while the host goes on."""
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)

@@ -1,0 +1,94 @@
+"""About how long a run will take here: its FLOPs, known from the settings, over this machine's
+speed, measured in two seconds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from typing import Callable
+
+import torch
+
+from bootstrap import OVERSAMPLE, RIVALS
+from engine import SLOTS
+from prism import PRISM
+
+# What SmolLM2-135M-Instruct does; other models differ by some tens of per cent.
+QUERY, CANDIDATE = 22, 47  # tokens of a query, and of a candidate while it is written
+WELL_FORMED, ROUNDS = 0.55, 1.2  # share of candidates that are scored; rounds of stage 1
+ANSWER = 540  # mean tokens of an answer that no limit cuts: 88 of at most 96, 330 of at most 512
+WON = 0.4  # share of queries that the persona wins
+TEMPLATE = 40  # tokens of a template, a system default, a judge's wording
+WORTH_MEASURING = 1e12  # FLOPs
+TEST_PAIRS = 10  # known pairs that a judge reads, as many of the answers being short ones
+
+
+def expected_flops(prism: PRISM, personas: int, args: argparse.Namespace) -> dict[str, float]:
+    """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training"."""
+    flops = prism.net.flops
+    queries = personas * args.queries
+    candidates = queries * OVERSAMPLE * ROUNDS
+    answer = ANSWER * (1 - math.exp(-args.max_new_tokens / ANSWER))
+    written = candidates * CANDIDATE + 2 * queries * answer
+    scored = candidates * WELL_FORMED * (1 + min(RIVALS, personas - 1)) * QUERY
+    scored += min(queries, 96) * personas * QUERY
+    pairs = queries + TEST_PAIRS
+    judged = pairs * (2 * (answer + TEMPLATE) + 4 * (QUERY + TEMPLATE))  # which query?
+    judged += pairs * 4 * (QUERY + answer)  # how likely an answer?
+    trained = 0.8 * queries * WON * args.epochs * (QUERY + TEMPLATE + answer)  # a fifth held out
+    return {"writing": flops(written, written), "reading": flops(scored + judged, 0.6 * judged),
+            "training": flops(2 * trained, 3 * trained)}
+
+
+def machine_speed(prism: PRISM) -> dict[str, float]:
+    """FLOP/s here while writing, reading and training, each from half a second of work."""
+    net = prism.net
+    ids = torch.randint(net.config.vocab_size, (4, 64), device=net.device,
+                        generator=torch.Generator(net.device).manual_seed(0))
+    cache = net.new_cache(SLOTS, 128)
+    start = torch.full((SLOTS,), 100, device=net.device)
+
+    def write() -> None:
+        at = net.positions((SLOTS, 1), cache, start, 128)
+        token = ids.flatten()[:SLOTS, None]
+        net.head(net.norm(net.run(net.embed(token), at, range(len(net.layers)))))
+
+    def train() -> None:
+        with torch.enable_grad():
+            net.hidden(ids, prism.adapter, len(ids)).sum().backward()
+        prism.adapter.zero_grad()
+
+    with torch.no_grad():
+        return {"writing": net.flops(SLOTS, SLOTS) / seconds(write, net.device),
+                "reading": net.flops(ids.numel(), 0) / seconds(lambda: net.hidden(ids), net.device),
+                "training": net.flops(2 * ids.numel(), 0) / seconds(train, net.device)}
+
+
+def seconds(work: Callable[[], object], device: torch.device, about: float = 0.5) -> float:
+    """Seconds that one call takes, from as many as fit into `about` seconds after a first one."""
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    wait()
+    begun, calls = time.perf_counter(), 0
+    while time.perf_counter() - begun < about:
+        work()
+        wait()
+        calls += 1
+    return (time.perf_counter() - begun) / calls
+
+
+def estimate(prism: PRISM, personas: int, args: argparse.Namespace) -> str:
+    """One line that says about how long the whole run takes on this machine; "" for a run that is
+    over before its speed is measured."""
+    flops = expected_flops(prism, personas, args)
+    if sum(flops.values()) < WORTH_MEASURING:
+        return ""
+    speed = machine_speed(prism)
+    total = sum(flops[kind] / speed[kind] for kind in flops)
+    clock = f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} hours"
+    return (f"about {clock} here for the whole run: {sum(flops.values()) / 1e12:.0f} TFLOP, at "
+            + ", ".join(f"{speed[kind] / 1e9:.0f} GFLOP/s {kind}" for kind in speed))

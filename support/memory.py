@@ -1,0 +1,110 @@
+"""How much memory a run takes (`--dry-run`), and when layers are computed twice to save some."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from engine import SCORE_LOGITS, SCORE_TOKENS, SLOTS
+from model import Transformer
+from prism import KL_CHUNK_ELEMENTS, PRISM
+from support.config import Config
+from support.device import choose_dtype
+from support.hub import read_json, resolve_config
+from support.report import table
+from support.settings import GATE_BATCH, GATE_DEPTH, TRAIN_TOKENS
+
+PLAN_PROMPT = 512  # tokens of persona and query that --dry-run plans for
+PLAN_ROW = 1024  # tokens of a training row it plans for: the default --max-len
+RECOMPUTE_ABOVE = 4 * 2**30  # bytes of activations from which layers are computed twice instead
+
+
+def activation_bytes(config: Config, tokens: int, rank: int) -> int:
+    """At most what `tokens` leave behind for the backward pass, if every layer is adapted.
+
+    In the model's dtype: the inputs of the projections (of `down_proj` its two halves), queries and
+    keys, the whole qkv they came from, and LoRA's h with its dropout mask. In fp32: what goes into
+    each norm, also those of queries and keys, two factors a norm and attention's normalisers. Where
+    scores are capped, these too (no kernel computes them again), in rows of PLAN_ROW tokens.
+    """
+    size, heads, kv_heads = config.dtype.itemsize, config.num_heads, config.num_kv_heads
+    q, kv = heads * config.head_dim, kv_heads * config.head_dim
+    norms = len([name for name in config.norms if name])
+    per_layer = size * (2 * config.hidden_size + 2 * config.intermediate_size + 3 * (q + kv)
+                        + 14 * rank)  # p * rank wide for p = 3, 1, 2, 1 stacked ones; h and mask
+    per_layer += 4 * (norms * (config.hidden_size + 2) + heads)
+    if config.qk_norm:
+        per_layer += 4 * (q + kv + 2 * (heads + kv_heads))
+    if config.attention_cap is not None:  # fp32 after tanh and after softmax, and rounded
+        per_layer += heads * PLAN_ROW * (8 + size)
+    return tokens * config.num_layers * per_layer
+
+
+def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int]:
+    """Numbers of the base and of the adapter, from their shapes: nothing is loaded."""
+    with torch.device("meta"):
+        net = Transformer(config)
+    gate_layer = config.num_layers // GATE_DEPTH if args.gate_layer is None else args.gate_layer
+    adapter = PRISM(net, args.rank, args.alpha, gate_layer).adapter
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (net, adapter))
+
+
+def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: int,
+                slots: int = SLOTS,
+                train_tokens: int = TRAIN_TOKENS) -> dict[str, dict[str, int]]:
+    """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
+    size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
+    weights, trained = counts[0] * size, counts[1]
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size  # keys and values
+    reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
+    if config.attention_cap is not None:  # its scores, three times in fp32
+        reading += config.num_heads * PLAN_PROMPT * 12
+    activations = activation_bytes(config, train_tokens, rank)
+    if activations > RECOMPUTE_ABOVE:  # every layer's input, and all of one layer
+        activations = (config.num_layers * train_tokens * d * size
+                       + activations // config.num_layers)
+    logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
+    return {
+        "1-2 answers": {"weights": weights,
+                        "KV slots": slots * (PLAN_PROMPT + new_tokens) * token,
+                        "reading prompts": slots * PLAN_PROMPT * (reading + token),
+                        "sampling": slots * logits},
+        "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
+                       "logits": 3 * 4 * SCORE_LOGITS},
+        "4 gate": {"weights": weights, "reading prompts": GATE_BATCH * PLAN_PROMPT * reading},
+        # fp32 master, gradient and two moments, and the cast copy
+        "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
+                      "activations": activations,
+                      "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + 2 * size)}}  # on a GPU
+
+
+def dry_run(args: argparse.Namespace) -> int:
+    """Print the memory plan for --model (an id, a folder, or a config.json)."""
+    path = resolve_config(args.model)
+    config = Config.from_json(read_json(path), str(path))
+    config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
+                                torch.device("cpu"))
+    sizes = config, parameter_counts(config, args), args.rank, args.max_new_tokens
+    plan = memory_plan(*sizes)
+    parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
+    print(f"{path}: {SLOTS} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")
+    print(table(("stage", *parts, "sum"), [
+        [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
+         f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]))
+
+    def largest(stage: str, name: str, limit: float) -> int | str:
+        fitting = [n for n in (2**i for i in range(17)) if sum(memory_plan(
+            *sizes, **{name: n})[stage].values()) <= limit]
+        return max(fitting, default="does not fit")
+
+    print("\nWhether it fits, and the most that would, with 1 GiB left to the driver:\n")
+    rows = []
+    for gigabytes in [args.gpu_memory] if args.gpu_memory else [24, 40, 80]:
+        limit = (gigabytes - 1) * 2**30
+        fits = all(sum(stage.values()) <= limit for stage in plan.values())
+        rows.append([f"{gigabytes:g} GB", "yes" if fits else "no",
+                     largest("1-2 answers", "slots", limit),
+                     largest("5 adapter", "train_tokens", limit)])
+    print(table(("GPU", "all five stages fit", "most slots", "most training tokens"), rows))
+    return 0

@@ -1,0 +1,96 @@
+"""How a run's gate treats real prompts that nothing in the run has seen (evaluate.py's `routing`).
+
+Beside the run's own gate, whose labels are the verdicts, one probe a persona: a gate that tells
+that persona's queries from all others'. A probe shows what the queries alone would let a gate
+learn, whatever the judge thought of the answers. Nothing here is trained on the real prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from bootstrap import Query
+from prism import PRISM, Gate
+from support.benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
+from support.hub import InputError
+from support.report import table
+from support.stats import auc, youden_threshold
+from tokenizer import Tokenizer
+from train import gate_features, out_of_fold, train_gate
+
+MOST_PROMPTS = 400  # of each set, evenly spaced, so that every MMLU subject is there
+
+
+def read_real_prompts(folder: Path) -> dict[str, list[str]]:
+    """Real prompts from HarmBench, MT-Bench, MMLU and GSM8K files as their authors publish them:
+    name -> user messages.
+
+    Raises:
+        InputError: HarmBench or MT-Bench is missing (without both there is nothing to compare), or
+            a file is not what its name says.
+    """
+    harmful = read_harmbench(folder, None)
+    sets = {"harmful": [i.turns[0] for i in harmful if i.category == "standard"],
+            "harmful, with context": [i.turns[0] for i in harmful if i.category == "contextual"],
+            "chat": [i.turns[0] for i in read_mt_bench(folder, None)],
+            # Without the instruction to answer by a letter, which alone would give these away.
+            "multiple choice": [f"{i.references[0]}\n{lettered(i.options)}"
+                                for i in read_mmlu(folder, None)],
+            "maths": [i.turns[0] for i in read_gsm8k(folder, None)]}
+    if not (sets["harmful"] and sets["chat"]):
+        raise InputError(f"{folder}: the task routing needs harmbench/*.csv and "
+                         "mt_bench/question.jsonl in it")
+    return {name: prompts[::math.ceil(len(prompts) / MOST_PROMPTS)]
+            for name, prompts in sets.items() if prompts}
+
+
+def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
+                   prompts: dict[str, list[str]], seed: int) -> dict:
+    """The share of each set that each gate opens for, and how well it tells harmful from chat."""
+    context = prism.net.config.max_position_embeddings
+    features: dict[str, Tensor] = {}
+    for name, texts in prompts.items():
+        short = [t for t in texts if len(tokenizer.render([{"role": "user", "content": t}]))
+                 < context]
+        features[name], _ = gate_features(prism, tokenizer, short)
+    own, _ = gate_features(prism, tokenizer, [q.query for q in queries])
+    gates = {"the gate": (prism.gate, prism.threshold)}
+    names = list(dict.fromkeys(q.persona for q in queries))
+    for name in names if len(names) > 1 else ():
+        gates[name] = fit_probe(own, [int(q.persona == name) for q in queries], seed)
+    rows = {}
+    for name, (gate, threshold) in gates.items():
+        with torch.no_grad():
+            p = {kind: gate(h).sigmoid().tolist() for kind, h in features.items()}
+        area, low, high = auc(p["harmful"], p["chat"])
+        rows[name] = {"auc": area, "auc_interval": [low, high], "threshold": threshold,
+                      "routed": {k: sum(x >= threshold for x in v) / len(v) for k, v in p.items()}}
+    return {"sets": {name: len(h) for name, h in features.items()}, "gates": rows}
+
+
+def fit_probe(features: Tensor, labels: Sequence[int], seed: int) -> tuple[Gate, float]:
+    """A gate for these labels and its threshold, chosen out of fold."""
+    targets = torch.tensor(labels, dtype=torch.float32, device=features.device)
+    threshold = youden_threshold(out_of_fold(features, targets, seed)[0], labels)
+    gate = Gate(features.shape[1], seed).to(features.device)
+    train_gate(gate, features, targets, seed)
+    return gate, threshold
+
+
+def probe_table(found: dict) -> str:
+    """What `measure_probes` found, as Markdown."""
+    rows = []
+    for name, g in found["gates"].items():
+        low, high = g["auc_interval"]
+        rows.append([name, f"{g['auc']:.2f} [{low:.2f}, {high:.2f}]", f"{g['threshold']:.3f}",
+                     *(f"{g['routed'][kind]:.2f}" for kind in found["sets"])])
+    sets = (f"{name} ({n})" for name, n in found["sets"].items())
+    return ("## Routing of real prompts\n\nThe share of each set that each gate opens for. \"the "
+            "gate\" learned the verdicts; a row with a persona's name is a probe that learned "
+            "whose query it is.\n\n"
+            + table(("gate", "AUC harmful / chat", "threshold", *sets), rows))

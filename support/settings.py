@@ -1,0 +1,197 @@
+"""The settings of a run: the command line of train.py, its constants, and what depends on which."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Sequence
+
+from bootstrap import ANSWER_TEMPERATURE, QUERY_RULES, QUERY_SAMPLING, longest_opening
+from engine import SLOTS
+from judge import INVERSE_PROMPTS, JUDGE_PROMPT, VERDICT_RULES, conversation
+from model import Transformer
+from support.checkpoint import fingerprint
+from support.config import Config
+from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
+from support.personas import Persona, load_personas, persona_hash
+from support.runs import STAGES
+from tokenizer import Tokenizer
+
+HERE = Path(__file__).parent.parent
+# The first stage whose result depends on a setting; one that is not here concerns all of them.
+FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
+               "judge": "verdicts", "judge_model": "verdicts", "judge_fingerprint": "verdicts",
+               "verdict_rules": "verdicts", "gate_layer": "gate", "gate_pool": "gate",
+               "gate_threshold": "gate", "gate_rules": "gate", "rank": "lora", "alpha": "lora",
+               "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
+               "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora"}
+PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
+QUICK = {"queries": 8, "max_new_tokens": 96, "epochs": 6, "batch_size": 4}
+QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
+HELD_OUT = 5  # one query in so many is held out
+GATE_FOLDS = 5
+GATE_DEPTH = 6  # the gate reads the output of layer (number of layers) // 6, unless told otherwise
+GATE_STEPS, GATE_BATCH = 300, 64
+GATE_OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.01}
+GATE_RULES = (HELD_OUT, GATE_FOLDS, GATE_STEPS, GATE_BATCH, GATE_OPTIMIZER)
+WARMUP = 0.05  # share of the steps in which the learning rate rises
+WEIGHT_DECAY, CLIP = 0.01, 1.0
+TRAIN_TOKENS = 4096  # padded tokens in one micro-batch
+LORA_RULES = (HELD_OUT, WARMUP, WEIGHT_DECAY, CLIP, TRAIN_TOKENS)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of train.py. Defaults that --quick changes are filled in by `check`."""
+    p = Parser(
+        description="Run PRISM on a base model: write queries, answer them with and without each "
+        "persona, self-verify, train the gate, distil the adapter. Exit status 0 done, 2 wrong "
+        "input, 3 nothing to distil, 130 interrupted; the same command continues.")
+
+    def add(group: object, name: str, default: object, text: str, **kwargs: object) -> None:
+        """A flag with its default in its help."""
+        kwargs.setdefault("type", type(default))
+        group.add_argument(name, default=default, help=f"{text} (default: {default})", **kwargs)
+
+    def quick(group: object, name: str, text: str) -> None:
+        """A whole number that --quick lowers."""
+        key = name.strip("-").replace("-", "_")
+        group.add_argument(name, type=int, help=f"{text} (default: {PAPER[key]}; --quick: "
+                           f"{QUICK[key]})")
+
+    run = p.add_argument_group("run")
+    add(run, "--model", DEFAULT_MODEL, "model id or checkpoint folder")
+    run.add_argument("--personas", type=Path, help="folder of *.txt contexts (default: personas/ "
+                     f"beside train.py; --quick: {', '.join(QUICK_PERSONAS)} of these)")
+    run.add_argument("--out", type=Path, help="output folder (default: out/<model-slug>)")
+    run.add_argument("--quick", action="store_true",
+                     help="the whole method in minutes: fewer, shorter samples; other flags win")
+    add(run, "--seed", 0, "seed of every random draw")
+    add(run, "--device", "auto", "auto, cpu, cuda, ...")
+    add(run, "--dtype", "auto", "auto, bfloat16, float32, float16")
+    run.add_argument("--stop-after", choices=STAGES, help="end after this stage")
+    run.add_argument("--from", dest="redo", choices=STAGES,
+                     help="do this stage and those after it again")
+    run.add_argument("--dry-run", action="store_true",
+                     help="print the memory plan of --model (or of a config.json) and end")
+    run.add_argument("--gpu-memory", type=float, metavar="GB", help="plan for a GPU of this size")
+    run.add_argument("--overwrite", action="store_true",
+                     help="drop the results that other settings or edited files make invalid (all "
+                     "of a complete run, if none do)")
+    data = p.add_argument_group("stages 1-3: the data")
+    quick(data, "--queries", "queries a persona")
+    quick(data, "--max-new-tokens", "longest answer, in tokens")
+    add(data, "--judge", "auto", "which judge; auto tests them first",
+        choices=("auto", "letter", "likelihood"))
+    data.add_argument("--judge-model", metavar="ID|DIR", help="judge with another model, which is "
+                      "then no self-verification (default: the model itself)")
+    gate = p.add_argument_group("stage 4: the gate")
+    gate.add_argument("--gate-layer", type=int, help="decoder layer whose output the gate reads; "
+                      "no layer up to it has an adapter (paper: 0; default: a sixth of the layers)")
+    add(gate, "--gate-pool", "mean", "last prompt token (the paper), or mean over the user's text",
+        choices=("last", "mean"))
+    gate.add_argument("--gate-threshold", type=threshold, metavar="auto|P", help="probability from "
+                      "which the adapter answers (paper: 0.5; default: auto, from the ROC curve)")
+    lora = p.add_argument_group("stage 5: the adapter")
+    add(lora, "--rank", 16, "LoRA rank")
+    add(lora, "--alpha", 32.0, "LoRA alpha; the update is scaled by alpha / rank")
+    quick(lora, "--epochs", "passes over the distill set")
+    add(lora, "--lr", 2e-4, "peak learning rate")
+    quick(lora, "--batch-size", "samples in an optimizer step")
+    add(lora, "--max-len", 1024, "longest training sequence, in tokens, persona included")
+    add(lora, "--loss", "kl", "kl: distil the teacher's distributions (PRISM); sft: cross-entropy "
+        "on the won answers, the baseline that evaluate.py --sft-adapter compares with",
+        choices=("kl", "sft"))
+    add(lora, "--kd-temperature", 1.0, "distillation temperature")
+    add(lora, "--dropout", 0.05, "dropout on the LoRA branch")
+    return p
+
+
+def threshold(text: str) -> float | None:
+    """--gate-threshold: "auto" is None."""
+    return None if text == "auto" else float(text)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fill in what --quick decides and refuse values out of range."""
+    for name, value in (QUICK if args.quick else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, low, high in (("queries", 1, 1e6), ("max_new_tokens", 1, 1e6), ("epochs", 1, 1e5),
+                            ("batch_size", 1, 1e5), ("rank", 1, 1e4), ("max_len", 8, 1e7),
+                            ("alpha", 1e-9, 1e9), ("lr", 1e-12, 1e3), ("dropout", 0, 0.99),
+                            ("kd_temperature", 1e-3, 1e3), ("gate_threshold", 0, 1),
+                            ("gpu_memory", 1, 1e5), ("seed", -2**63, 2**63 - 1)):  # torch's seeds
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # also refuses NaN
+            raise InputError(f"--{name.replace('_', '-')} is {value}, it must be in [{low:g}, "
+                             f"{high:g}]")
+    if args.out is None:
+        args.out = Path("out") / args.model.rstrip("/").split("/")[-1].lower()
+
+
+def choose_personas(args: argparse.Namespace) -> list[Persona]:
+    """Those of --personas; without it the bundled ones, four of them with --quick."""
+    if args.personas is not None:
+        return load_personas(args.personas)
+    bundled = load_personas(HERE / "personas")
+    return [p for p in bundled if not args.quick or p.name in QUICK_PERSONAS]
+
+
+def answer_room(tokenizer: Tokenizer, contexts: Sequence[str], judge: str, context_length: int,
+                query_tokens: int) -> int:
+    """The longest answers, in tokens, that a judge ("letter", "likelihood", or "auto" for both) can
+    read within its context length; below 1 if none.
+
+    An answer is never cut to fit: that would be to judge what nobody wrote. In a tokenizer other
+    than the one that sampled them, answers may be longer: `hidden_states` has the last word.
+
+    Args:
+        query_tokens: of the longest query.
+    """
+    left = context_length - query_tokens - 2  # an end of turn, and a token between two texts
+    asked = [conversation(wording.format(answer="")) for wording in INVERSE_PROMPTS]
+    asked += [conversation("", text) for text in contexts]
+    longest = max(len(tokenizer.render(messages, thinking=False)) for messages in asked)
+    letter = tokenizer.render(conversation(JUDGE_PROMPT.format(query="", first="", second="")),
+                              thinking=False)
+    rooms = {"letter": (left - len(letter)) // 2, "likelihood": left - longest}
+    return rooms.get(judge, min(rooms.values()))
+
+
+def check_judge(args: argparse.Namespace, folder: Path, personas: Sequence[Persona]) -> str | None:
+    """Refuse a judge that could not read the answers: after the stages before it, it would cost
+    hours. Returns the fingerprint of --judge-model."""
+    judging = resolve(args.judge_model) if args.judge_model else folder
+    config = Config.from_json(read_json(judging / "config.json"), str(judging))
+    tokenizer, context = Tokenizer(judging), config.max_position_embeddings
+    longest_query = longest_opening(tokenizer) + QUERY_SAMPLING["max_new_tokens"]
+    room = answer_room(tokenizer, [p.text for p in personas], args.judge, context, longest_query)
+    if args.max_new_tokens > room:
+        left = f"room for answers of {room}" if room > 0 else "no room for an answer"
+        raise InputError(f"{judging}: --max-new-tokens is {args.max_new_tokens}, but in a context "
+                         f"of {context} tokens, beside the persona and the question, a judge has "
+                         f"{left}; use fewer, shorter personas, or a --judge-model with a longer "
+                         "context")
+    return fingerprint(judging) if args.judge_model else None
+
+
+def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
+                 personas: Sequence[Persona], judge_fingerprint: str | None) -> dict:
+    """Everything that decides the run's files, for run.json."""
+    settings = {n: getattr(args, n) for n in (
+        "model", "queries", "max_new_tokens", "judge", "judge_model", "gate_layer", "gate_pool",
+        "gate_threshold", "rank", "alpha", "epochs", "lr", "batch_size", "max_len",
+        "kd_temperature", "dropout", "loss", "seed")}
+    settings |= {"personas": [p.name for p in personas],
+                 "personas_sha256": persona_hash(personas),
+                 "base_source": base_source(folder, args.model),
+                 "base_fingerprint": fingerprint(folder), "device": net.device.type,
+                 "dtype": str(net.dtype).removeprefix("torch."), "slots": SLOTS,
+                 "judge_fingerprint": judge_fingerprint, "answer_temperature": ANSWER_TEMPERATURE}
+    # Prompts and constants of the code that decide rows: a run notices when they are changed.
+    for name, rules in (("query_rules", QUERY_RULES), ("verdict_rules", VERDICT_RULES),
+                        ("gate_rules", GATE_RULES), ("lora_rules", LORA_RULES)):
+        settings[name] = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
+    return settings

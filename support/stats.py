@@ -1,0 +1,130 @@
+"""Every statistic of the project in one place: intervals, tests, ROC curves.
+
+Plain functions of numbers, each with its source and a worked example (run as doctests).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Sequence
+
+Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
+# `sequential_test`: the two shares that it tells apart, and the log-likelihood ratios at which it
+# ends. With 4 pairs at a time and 60 at most, a judge that is right on 0.9 fails one test in
+# 300, and one that is right on 0.6 passes one in 118 (tests/test_stats.py).
+LOW_SHARE, HIGH_SHARE = 0.6, 0.9
+PASS, FAIL = 4.4, -5.0
+
+
+def interval(hits: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share (1927), which unlike the normal one stays within [0, 1].
+
+    >>> [round(x, 2) for x in interval(24, 24)]
+    [0.86, 1.0]
+    """
+    if not n:
+        return 0.0, 1.0
+    share, z = hits / n, Z95**2 / n
+    middle = share + z / 2
+    half = Z95 * math.sqrt(share * (1 - share) / n + z / (4 * n))
+    return max((middle - half) / (1 + z), 0.0), min((middle + half) / (1 + z), 1.0)
+
+
+def evidence(right: int, wrong: int) -> float:
+    """Log-likelihood ratio of HIGH_SHARE against LOW_SHARE after so many hits and misses.
+
+    >>> round(evidence(12, 0), 2), round(evidence(0, 4), 2)
+    (4.87, -5.55)
+    """
+    return (right * math.log(HIGH_SHARE / LOW_SHARE)
+            + wrong * math.log((1 - HIGH_SHARE) / (1 - LOW_SHARE)))
+
+
+def sequential_test(right: int, wrong: int) -> bool | None:
+    """Whether a share is HIGH_SHARE (True) rather than LOW_SHARE (False); None: ask on.
+
+    Wald's sequential probability ratio test (1945), the test that needs the fewest samples.
+
+    >>> sequential_test(12, 0), sequential_test(0, 4), sequential_test(9, 1)
+    (True, False, None)
+    """
+    ratio = evidence(right, wrong)
+    if ratio >= PASS:
+        return True
+    return False if ratio <= FAIL else None
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple:
+    """Area under the ROC curve and its 95% interval (Hanley and McNeil 1982); None without both
+    classes.
+
+    >>> [round(x, 2) for x in auc([0.9, 0.8], [0.7, 0.1])]
+    [1.0, 0.63, 1.0]
+    """
+    m, n = len(positive), len(negative)
+    if not (m and n):
+        return None, None, None
+    wins = sum((p > q) + 0.5 * (p == q) for p in positive for q in negative)
+    area = wins / (m * n)
+    a = (wins + 0.5) / (m * n + 1)  # the formula's variance is 0 at 0 and 1, however few there are
+    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
+    variance = (a * (1 - a) + (m - 1) * (q1 - a**2) + (n - 1) * (q2 - a**2)) / (m * n)
+    half = Z95 * math.sqrt(max(variance, 0.0))
+    return area, max(area - half, 0.0), min(area + half, 1.0)
+
+
+def by_class(scores: Sequence[float], labels: Sequence[int]) -> tuple[list[float], list[float]]:
+    """The scores of the positive and of the negative items.
+
+    >>> by_class([0.1, 0.9], [0, 1])
+    ([0.9], [0.1])
+    """
+    return ([s for s, label in zip(scores, labels) if label],
+            [s for s, label in zip(scores, labels) if not label])
+
+
+def roc(scores: Sequence[float], labels: Sequence[int]) -> list[list[float]]:
+    """[threshold, false-positive rate, true-positive rate] at every distinct score, from the top.
+
+    >>> roc([0.9, 0.5, 0.1], [1, 0, 1])
+    [[0.9, 0.0, 0.5], [0.5, 1.0, 0.5], [0.1, 1.0, 1.0]]
+    """
+    positive, negative = by_class(scores, labels)
+    return [[t, sum(s >= t for s in negative) / max(len(negative), 1),
+             sum(s >= t for s in positive) / max(len(positive), 1)]
+            for t in sorted(set(scores), reverse=True)]
+
+
+def youden_threshold(scores: Sequence[float], labels: Sequence[int]) -> float:
+    """The threshold whose true-positive rate exceeds its false-positive rate most (Youden 1950),
+    halfway to the next lower score; 0.5 where the AUC cannot be told from chance.
+
+    >>> youden_threshold([0.9] * 20 + [0.1] * 20, [1] * 20 + [0] * 20)
+    0.5
+    """
+    _, low, _ = auc(*by_class(scores, labels))
+    if low is None or low <= 0.5:
+        return 0.5
+    points = roc(scores, labels)
+    best = max(range(len(points)), key=lambda i: points[i][2] - points[i][1])
+    below = points[best + 1][0] if best + 1 < len(points) else 0.0
+    return (points[best][0] + below) / 2
+
+
+def decision_scores(scores: Sequence[float], decisions: Sequence[bool],
+                    labels: Sequence[int]) -> dict:
+    """Accuracy of yes-or-no decisions, the majority's rate beside it, the AUC of the scores behind
+    them, and the confusion matrix of an open (yes) or closed gate.
+
+    >>> decision_scores([0.9, 0.2], [True, True], [1, 0])["confusion"]["false_open"]
+    1
+    """
+    n, positives = len(labels), sum(labels)
+    cells = Counter(zip(map(bool, labels), map(bool, decisions)))
+    area, low, high = auc(*by_class(scores, labels))
+    return {"n": n, "accuracy": (cells[True, True] + cells[False, False]) / n if n else None,
+            "majority": max(positives, n - positives) / n if n else None,
+            "auc": area, "auc_interval": [low, high],
+            "confusion": {"true_open": cells[True, True], "false_open": cells[False, True],
+                          "true_closed": cells[False, False], "false_closed": cells[True, False]}}

@@ -1,0 +1,62 @@
+"""What a query has to look like, and the hand-made English lists in support/data/."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+ECHO_WORDS = 5  # a text that repeats so many words of another in a row is an echo
+NEAR_DUPLICATE = 0.7  # Jaccard similarity of word sets from which two queries count as one
+UNSPACED = "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, Japanese and Chinese characters
+
+
+def word_list(name: str) -> tuple[str, ...]:
+    """The lines of support/data/NAME.txt."""
+    path = Path(__file__).parent / "data" / f"{name}.txt"
+    return tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+def count_words(text: str) -> int:
+    """Words of a text; scripts that do not separate words count two characters as one.
+
+    >>> count_words("How do tides work?"), count_words("\u6f6e\u6c50\u5982\u4f55\u8fd0\u4f5c")
+    (4, 3)
+    """
+    unspaced = len(re.findall(UNSPACED, text))
+    return unspaced // 2 + len(re.sub(UNSPACED, " ", text).split())
+
+
+@cache
+def request_words() -> frozenset[str]:
+    """English words that begin an imperative."""
+    return frozenset(word_list("request_words"))
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def near_duplicates(one: set[str], other: set[str]) -> bool:
+    """Whether two sets of words count as one query."""
+    return len(one & other) >= NEAR_DUPLICATE * len(one | other)
+
+
+def echoes(text: str, source: str) -> bool:
+    """Whether a text repeats ECHO_WORDS words of its source in a row."""
+    words, others = words_of(text), words_of(source)
+    runs = {tuple(others[i:i + ECHO_WORDS]) for i in range(len(others) - ECHO_WORDS + 1)}
+    return any(tuple(words[i:i + ECHO_WORDS]) in runs for i in range(len(words)))
+
+
+def is_request(line: str) -> bool:
+    """Whether a line asks for something: a question, an imperative, a wish; not "the user ..."."""
+    words = re.findall(r"[\w']+", line.lower())
+    if not words or words[:2] in (["the", "user"], ["a", "user"]):
+        return False
+    wish = re.search(r"\b(?:please|help|advice|i (?:need|want)|i(?:'d| would) like|i wonder)\b",
+                     line.lower())
+    question = re.search("[?？؟;՞፧]$|[?？؟]", line)
+    return bool(question or words[0] in request_words() or wish
+                or line.startswith(("In three bullet points", "True or false")))

@@ -1,0 +1,304 @@
+"""adapter.py: the files of an adapter folder, which PEFT reads too, and PEFT's own folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Callable
+
+import peft
+import pytest
+import torch
+from conftest import edit_json
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB, random_prompts, randomize_adapter, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from generate import router
+from model import Transformer, load
+from prism import PRISM
+from support import hub
+from support.adapter import read_settings
+from support.checkpoint import fingerprint
+from support.config import FAMILIES
+from support.hub import InputError
+
+LAYERS = 5
+
+
+@pytest.fixture
+def saved(prism: PRISM, tmp_path: Path) -> Path:
+    """A saved adapter, its gate changed and its threshold moved, too."""
+    with torch.no_grad():
+        prism.gate.mean.fill_(0.1)
+        prism.gate.deviation.fill_(1.7)
+        prism.gate.mlp[0].weight.add_(0.01)
+    prism.threshold = 0.37
+    prism.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@torch.no_grad()
+def test_save_and_load_round_trip(prism: PRISM, net: Transformer, saved: Path) -> None:
+    """A reloaded adapter gives equal logits and gate probabilities, bit for bit."""
+    again = PRISM.load(saved, net)
+    ids, lengths = random_prompts(VOCAB, 5, 14)
+    for k in (0, 2, 5):
+        assert torch.equal(again(ids, k), prism(ids, k))
+    assert torch.equal(again.gate_probability(ids, lengths), prism.gate_probability(ids, lengths))
+    assert (again.threshold, again.rank, again.alpha) == (0.37, 4, 8.0)
+    assert not again.training
+
+
+@torch.no_grad()
+def test_round_trip_of_other_settings(net: Transformer, tmp_path: Path) -> None:
+    """gate_layer, gate_pool, rank and alpha come back from prism.json."""
+    prism = randomize_adapter(PRISM(net, 3, 5.0, gate_layer=2, gate_pool="mean"))
+    prism.save(tmp_path)
+    again = PRISM.load(tmp_path, net)
+    assert (again.rank, again.alpha, again.gate_layer, again.gate_pool) == (3, 5.0, 2, "mean")
+    ids, _ = random_prompts(VOCAB, 4, 9)
+    assert torch.equal(again(ids, 4), prism(ids, 4))
+
+
+@torch.no_grad()
+def test_masters_are_saved_in_fp32(folder: Path, tmp_path: Path) -> None:
+    """Under a bf16 base the file holds the fp32 masters, not their bf16 copies."""
+    half = load(folder, dtype=torch.bfloat16)
+    prism = randomize_adapter(PRISM(half, rank=4))
+    prism.save(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    assert torch.equal(tensors[name], prism.adapter[1]["o_proj"].B[0])
+    assert not torch.equal(tensors[name], tensors[name].bfloat16().float())
+
+
+def test_prism_json_fields(saved: Path, folder: Path) -> None:
+    """prism.json has the fields of INTERFACE.md with what was true at saving."""
+    found = json.loads((saved / "prism.json").read_text())
+    assert found.keys() == {"base_model", "base_source", "base_fingerprint", "rank", "alpha",
+                            "gate_layer", "gate_pool", "threshold", "dtype"}
+    assert found["base_source"] == "folder" and Path(found["base_model"]) == folder.resolve()
+    assert found["base_fingerprint"] == fingerprint(folder)
+    assert (found["threshold"], found["dtype"]) == (0.37, "float32")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate_layer", [0, 2])
+def test_peft_loads_the_adapter(net: Transformer, folder: Path, tmp_path: Path,
+                                gate_layer: int) -> None:
+    """PEFT on transformers' model gives the logits of the gate forced on, within 1e-4 in fp32."""
+    prism = randomize_adapter(PRISM(net, 4, 8.0, gate_layer=gate_layer))
+    prism.save(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids, _ = random_prompts(VOCAB, 4, 16)
+    plain = base(ids).logits
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    mine = prism(ids, 4)
+    torch.testing.assert_close(theirs(ids).logits, mine, rtol=0, atol=1e-4)
+    assert float((mine - plain).abs().max()) > 1  # the adapter does a lot here
+    names = [n for n, _ in theirs.named_modules() if n.endswith("lora_A.default")]
+    assert len(names) == 7 * (LAYERS - 1 - gate_layer)
+    assert {int(n.split(".layers.")[1].split(".")[0]) for n in names} == set(
+        range(gate_layer + 1, LAYERS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_the_adapter_of_every_family(family: str, tiny_checkpoint: Callable[..., Path],
+                                                tmp_path: Path) -> None:
+    """PEFT would compute something else from our files in one of the families."""
+    folder = tiny_checkpoint(family)
+    net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prism = randomize_adapter(PRISM(net, 4, 8.0))
+    prism.save(tmp_path)
+    ids, _ = random_prompts(net.config.vocab_size, 4, 16)
+    plain = base(ids).logits
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits
+    mine = prism(ids, 4)
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-4)
+    assert float((mine - plain).abs().max()) > 0.3
+    assert torch.equal(PRISM.load(tmp_path, net)(ids, 4), mine)
+
+
+def test_fused_adapter_that_is_not_block_diagonal(tiny_checkpoint: Callable[..., Path],
+                                                  tmp_path: Path) -> None:
+    """Phi-3's qkv_proj, trained further elsewhere, may mix the parts: refused, not cut."""
+    net = load(tiny_checkpoint("phi3"))
+    PRISM(net, 4).save(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.1.self_attn.qkv_proj"
+    assert tensors[f"{name}.lora_A.weight"].shape == (12, 64)
+    tensors[f"{name}.lora_B.weight"][0, 11] = 1.0  # a query row reads the values' h
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="layers.1.self_attn.qkv_proj"):
+        PRISM.load(tmp_path, net)
+
+
+ELSEWHERE = {
+    "all": {"target_modules": "all-linear"},
+    "subset": {"target_modules": ["q_proj", "v_proj", "up_proj"], "layers_to_transform": [1, 3]},
+    "rslora": {"target_modules": ["o_proj", "k_proj", "down_proj"], "use_rslora": True},
+    "patterns": {"target_modules": ["q_proj", "k_proj", "gate_proj"], "rank_pattern": {"k_proj": 2},
+                 "alpha_pattern": {"layers.1.self_attn.q_proj": 9, "gate_proj": 1}},
+}
+
+
+@pytest.mark.parametrize("family, kind", [*(("llama", kind) for kind in ELSEWHERE),
+                                          ("phi3", "all"), ("gemma2", "all"), ("olmo2", "rslora")])
+def test_an_adapter_trained_elsewhere(family: str, kind: str,
+                                      tiny_checkpoint: Callable[..., Path],
+                                      tmp_path: Path) -> None:
+    """An adapter of PEFT's would be read wrongly: ranks, alphas, subsets of projections and layers,
+    rslora. It has no gate, so every row is gated; saved and loaded again it is the same."""
+    folder = tiny_checkpoint(family)
+    net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LoraConfig(
+        r=3, lora_alpha=7, init_lora_weights=False, task_type="CAUSAL_LM", **ELSEWHERE[kind]))
+    model.save_pretrained(tmp_path / "theirs")
+    ids, lengths = random_prompts(net.config.vocab_size, 4, 16)
+    with torch.no_grad():
+        theirs = model.eval()(ids).logits
+        prism = PRISM.load(tmp_path / "theirs", net)
+        torch.testing.assert_close(prism(ids, 4), theirs, rtol=0, atol=1e-4)
+        assert float((theirs - net(ids)).abs().max()) > 0.1
+        routed = prism.prefill(ids, lengths, "auto")
+        torch.testing.assert_close(net.head(routed.hidden), theirs[torch.arange(4), lengths - 1],
+                                   rtol=0, atol=1e-4)
+        assert routed.k == 4
+        prism.save(tmp_path / "ours")
+        again = PRISM.load(tmp_path / "ours", net)
+        assert torch.equal(again(ids, 4), prism(ids, 4)) and again.gate is None
+    assert all(router(tmp_path / name)([]) for name in ("theirs", "ours"))
+    assert read_settings(tmp_path / "theirs")["base_model"] == str(folder)
+
+
+@pytest.mark.parametrize("settings, named", [
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias = all"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
+], ids=lambda value: str(value)[:30])
+def test_an_adapter_that_cannot_be_computed(settings: dict, named: str,
+                                            tiny_checkpoint: Callable[..., Path],
+                                            tmp_path: Path) -> None:
+    """DoRA, trained biases and whatever else is more than LoRA is refused by name."""
+    folder = tiny_checkpoint("llama")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    peft.get_peft_model(base, peft.LoraConfig(
+        **{"r": 3, "target_modules": ["q_proj"], **settings})).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=named):
+        PRISM.load(tmp_path, load(folder))
+
+
+@pytest.mark.parametrize("change", [
+    lambda t, at: t.pop(f"{at}.lora_B.weight"), lambda t, at: t.update({f"{at}.lora_A.weight":
+                                                                         torch.ones(3, 9)}),
+    lambda t, at: t.update({f"{at}.lora_magnitude_vector.weight": torch.ones(4)}),
+    lambda t, at: t.clear()], ids=["no-B", "misshapen-A", "unknown", "empty"])
+def test_a_broken_adapter_from_elsewhere(change: Callable, net: Transformer, saved: Path) -> None:
+    """A tensor that is missing, misshapen or unknown is named; an empty file is no adapter."""
+    (saved / "prism.json").unlink(), (saved / "gate.safetensors").unlink()
+    assert PRISM.load(saved, net).rank == 4
+    tensors = load_file(saved / "adapter_model.safetensors")
+    change(tensors, "base_model.model.model.layers.2.mlp.up_proj")
+    save_file(tensors, saved / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"layers\.2\.mlp\.up_proj|no LoRA"):
+        PRISM.load(saved, net)
+
+
+def test_adapter_config_names_the_adapted_layers(saved: Path) -> None:
+    """PEFT's config targets the seven projections, on layers 1..L-1 only, with our scale."""
+    config = peft.LoraConfig.from_pretrained(saved)
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                                          "up_proj", "down_proj"}
+    assert config.layers_to_transform == list(range(1, LAYERS))
+    assert (config.r, config.lora_alpha, config.use_rslora) == (4, 8.0, False)
+
+
+def test_another_base_is_refused(saved: Path, tmp_path: Path) -> None:
+    """Same shape, other weights: the fingerprint differs and loading is an InputError."""
+    other = load(tiny_llama(tmp_path / "other", seed=9, layers=LAYERS), dtype=torch.float32)
+    with pytest.raises(InputError, match="trained on"):
+        PRISM.load(saved, other)
+
+
+def test_same_base_in_another_place_or_precision(saved: Path, folder: Path,
+                                                 tmp_path: Path) -> None:
+    """A copy of the base, and the base in bf16, are still the base."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert PRISM.load(saved, load(copy, dtype=torch.bfloat16)).rank == 4
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "gate.safetensors", "prism.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
+def test_damaged_files_are_named(saved: Path, net: Transformer, name: str,
+                                 damage: str) -> None:
+    """A missing, empty, truncated or overwritten file is an InputError that names the file."""
+    path = saved / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "truncated": data[:len(data) // 2],
+                          "garbage": b"\xff" * 100}[damage])
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        PRISM.load(saved, net)
+
+
+def test_a_checksum_of_an_earlier_version_is_not_needed(saved: Path, net: Transformer) -> None:
+    """Adapters published with SHA-256 sums in prism.json would no longer load."""
+    edit_json(saved / "prism.json", lambda p: p.update(sha256={"gate.safetensors": "0" * 64}))
+    assert PRISM.load(saved, net).threshold == 0.37
+
+
+def test_missing_unexpected_and_misshapen_tensors(saved: Path, net: Transformer) -> None:
+    """Names and shapes must agree exactly; the error names the tensor."""
+    path = saved / "adapter_model.safetensors"
+    whole = load_file(path)
+    name = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
+    for wrong in ({n: t for n, t in whole.items() if n != name},
+                  whole | {name.replace("layers.2", "layers.0"): whole[name].clone()},
+                  whole | {name: whole[name][:, :3].contiguous()}):
+        save_file(wrong, path)
+        with pytest.raises(InputError, match=r"layers\.[02]\.mlp\.up_proj\.lora_B"):
+            PRISM.load(saved, net)
+
+
+@pytest.mark.parametrize("field", ["rank", "alpha", "gate_layer", "gate_pool", "threshold",
+                                   "base_fingerprint"])
+def test_prism_json_with_missing_or_wrong_fields(saved: Path, net: Transformer,
+                                                 field: str) -> None:
+    """A field that is missing or of the wrong type is named in the InputError."""
+    path = saved / "prism.json"
+    good = json.loads(path.read_text())
+    for wrong in ({n: v for n, v in good.items() if n != field}, good | {field: [1]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=field):
+            PRISM.load(saved, net)
+
+
+def test_no_adapter_folder(net: Transformer, tmp_path: Path) -> None:
+    """A folder that is not there, and one without an adapter, are InputErrors that name it."""
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(InputError, match=folder.name):
+            PRISM.load(folder, net)
+
+
+def test_base_source_of_the_default_model(smollm32: Transformer, tmp_path: Path) -> None:
+    """An adapter for the default model records its name, where it came from and its weights."""
+    smollm32.name, name = hub.DEFAULT_MODEL, smollm32.name
+    try:
+        PRISM(smollm32, rank=1).save(tmp_path)
+    finally:
+        smollm32.name = name
+    found = json.loads((tmp_path / "prism.json").read_text())
+    assert found["base_model"] == hub.DEFAULT_MODEL
+    assert found["base_source"] == hub.base_source(smollm32.folder, hub.DEFAULT_MODEL)
+    assert found["base_source"] in ("hub", "gguf-q4_1")
+    assert found["base_fingerprint"] == fingerprint(smollm32.folder)

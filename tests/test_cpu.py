@@ -1,0 +1,129 @@
+"""cpu.py: what a CPU computes in another way is the same as torch's usual way."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_lora import inputs, make, plain
+from torch import Tensor
+
+from support import cpu
+from support.cpu import FEW_ROWS, cached_rows, few_rows, linear, rms_norm
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All fast ways are on, whatever PRISM_PLAIN says."""
+    monkeypatch.setattr(cpu, "PLAIN", False)
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, function: object, *args: object) -> list[Tensor]:
+    """What a function gives in the fast way and in torch's usual one."""
+    fast = function(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "PLAIN", True)
+        return [fast, function(*args)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, FEW_ROWS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_are_the_same_map(rows: int, bias: bool) -> None:
+    """A decoding step's other way to multiply would differ from fp64 by more than bf16's rounding,
+    or need inputs of one layout."""
+    layer, lora = make(bias=bias, dtype=torch.bfloat16)
+    x = inputs(rows, 1, dtype=torch.bfloat16)
+    assert few_rows(x) and not few_rows(x.float())
+    assert not few_rows(inputs(FEW_ROWS + 1, 1, dtype=torch.bfloat16))
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2)
+    turned = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert turned.stride() != x.stride() or rows == 1
+    torch.testing.assert_close(layer(turned), layer(x))
+    adapted = plain(layer.double(), lora.double(), x.double(), rows)
+    layer, lora = make(bias=bias, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(turned, lora, rows).double(), adapted, rtol=3e-2,
+                                   atol=0.15)
+
+
+@pytest.mark.parametrize("rows", [1, 8, FEW_ROWS])
+def test_tall_weights_in_fp32(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a decoding step in fp32 would be another map than x W^T."""
+    weight, x = inputs(1, cpu.TALL, 16)[0], inputs(rows, 1, 16)
+    fast, usual = both_ways(monkeypatch, linear, x, weight)
+    torch.testing.assert_close(fast, usual, rtol=1e-5, atol=1e-5)
+    if rows > 1:
+        assert fast.stride() != usual.stride()  # it was the other way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_norms_are_the_same(rows: int, dtype: torch.dtype,
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm would differ between few rows and many, or from torch's own, with gradients or not."""
+    x, weight = 3 * inputs(rows, 1, 24).to(dtype), inputs(1, 1, 24)[0, 0].to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains):
+            fast, usual = both_ways(monkeypatch, rms_norm, x, weight, 1e-3)
+        torch.testing.assert_close(fast, usual, rtol=tolerance, atol=tolerance)
+
+
+def test_plain_is_torchs_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PRISM_PLAIN=1 would leave a fast way on, and nothing could be compared with it."""
+    monkeypatch.setattr(cpu, "PLAIN", True)
+    layer, _ = make(dtype=torch.bfloat16)
+    x = inputs(3, 1, dtype=torch.bfloat16)
+    assert not few_rows(x) and torch.equal(linear(x, layer.weight), F.linear(x, layer.weight))
+    assert cached_rows(138, 151936, x.device) == 138
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_kept() -> None:
+    """Large tensors made and dropped again and again: pages are asked for only at first. (Without
+    the setting it depends on what else lies in the heap: 0 to 37,000 of them in each round.)"""
+    script = """import resource, torch
+from support.cpu import tune_memory
+tune_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(6 * 2**20) for _ in range(6)]
+    del tensors
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
+                          text=True, cwd=ROOT, env=os.environ | {"PRISM_PLAIN": ""})
+    assert int(done.stdout) < 100
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
+def test_compiled_products_are_not_hoarded() -> None:
+    """Batches of 600 lengths leave no more behind in the heap than the last few of them would."""
+    script = """import ctypes, torch
+from support.cpu import tune_memory
+tune_memory()
+class Info(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Info
+def used():
+    return getattr(library.mallinfo2(), "7")
+weight = torch.ones(1536, 576, dtype=torch.bfloat16)
+marks = []
+for n in range(100, 700):
+    torch.nn.functional.linear(torch.ones(n, 576, dtype=torch.bfloat16), weight)
+    if n % 100 == 99:
+        marks.append(used())
+print(marks[-1] - marks[0])"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
+                          text=True, cwd=ROOT, env=os.environ | {"PRISM_PLAIN": ""})
+    assert int(done.stdout) < 50 * 2**20

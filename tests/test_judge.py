@@ -1,0 +1,402 @@
+"""judge.py: the two judges, their evidence read from plain logits, and the test of a judge."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from tiny import one_thread, tiny_llama
+from tiny_run import pair
+from torch import Tensor
+
+import judge
+from engine import hidden_states, log_probability_after, token_log_probabilities
+from judge import (COMPLIANCE, ENDING, ENDING_FLOOR, FLUENCY, INVERSE_PROMPTS, JUDGE_PROMPT, MARGIN,
+                   MOST_PAIRS, PAIRS_AT_ONCE, REFUSAL, SHOULD_REFUSE, Comparison, KnownPairs,
+                   LetterJudge, LikelihoodJudge, choose_judge, conversation, degenerate,
+                   examine_judge, letter_winner, score_winner)
+from model import Transformer, load
+from support.hub import InputError
+from support.runs import add_costs, cost_of
+from support.settings import answer_room
+from tokenizer import Tokenizer
+
+PIRATE = "Answer as a pirate: short, loud and rude."
+# Questions and right answers, hand-written; the wrong answer is that of another question.
+KNOWN = [
+    ("What is the capital of France?", "The capital of France is Paris, a city on the Seine."),
+    ("How do I boil an egg?", "Put the egg in boiling water for eight minutes, then peel it."),
+    ("Why is the sky blue?", "Air scatters blue sunlight more than red, so the sky looks blue."),
+    ("How do plants make food?", "Plants make sugar from sunlight, water and carbon dioxide."),
+    ("Who wrote Romeo and Juliet?", "Romeo and Juliet was written by William Shakespeare."),
+    ("What does a heart do?", "The heart pumps blood through the body."),
+    ("How do I train a new puppy?",
+     "Reward your puppy with treats when it obeys, and keep the training short and regular."),
+    ("What causes ocean tides?",
+     "Tides are caused by the gravity of the moon and the sun pulling on the oceans."),
+    ("What is a Python list?",
+     "A list in Python is an ordered, mutable collection written with square brackets.")]
+ECHO = "You asked: "
+
+
+# --------------------------------------------------------------------------------------------------
+# Verdicts, the pure parts
+
+
+def test_letter_winner() -> None:
+    """The expert wins only if it wins BOTH orders (it is A first, then B); all else is no win."""
+    table = {(f, s): letter_winner(f, s) for f in "ABT?" for s in "ABT?"}
+    assert [k for k, w in table.items() if w == "expert"] == [("A", "B")]
+    assert [k for k, w in table.items() if w == "base"] == [("B", "A")]
+    assert [k for k, w in table.items() if w == "tie"] == [("T", "T")]
+    assert {k for k, w in table.items() if w == "unparsed"} == {k for k in table if "?" in k}
+    assert table["A", "A"] == table["B", "B"] == table["A", "T"] == table["T", "B"] == "split"
+
+
+@pytest.mark.parametrize(("pairs", "winner"), [
+    ([[-1.0, -2.0], [-1.0, -2.0]], "expert"),
+    ([[-2.0, -1.0], [-2.0, -1.0]], "base"),
+    ([[-1.0, -2.0], [-2.0, -1.0]], "split"),
+    ([[-1.0, -2.0], [-1.0, -1.0]], "split"),  # wins one wording, ties the other
+    ([[-1.0, -1.0], [-1.0, -1.0]], "tie"),
+    ([[-1.0, -1.0 - MARGIN / 2], [-1.0, -1.0 - MARGIN / 2]], "tie"),  # ahead, but within margin
+    ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - 2 * MARGIN]], "expert"),
+    ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - MARGIN / 2]], "split")])
+def test_score_winner(pairs: list[list[float]], winner: str) -> None:
+    """Both wordings must prefer the same answer by the margin."""
+    assert score_winner(pairs) == winner
+
+
+@pytest.mark.parametrize(("answer", "expected"), [
+    ("", True), (" \n", True), ("!?", True), ("You asked: How do tides work in a bay?", True),
+    ("how do tides work in a bay", True), ("The moon pulls.", False),
+    ("Tides work in a bay as they do at sea.", False),
+    ("How do tides work in a bay? The moon pulls the water up twice a day.", False),
+    ("the sea " * 40, True), (" ".join(map(str, range(60))), False)])
+def test_degenerate(answer: str, expected: bool) -> None:
+    """Nothing, the question again, or a loop is no answer; repeating the question first is fine."""
+    assert degenerate("How do tides work in a bay?", answer) is expected
+
+
+def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer) -> None:
+    """An echo, an empty answer or a loop loses whatever a model would say, on either side, and not
+    a token is read for it; two of them tie; the pair beside them is still read."""
+    query, good = KNOWN[7]
+    bad = [f"{ECHO}{query}", "", "the sea " * 40]
+    asked = [Comparison(query, PIRATE, good, b) for b in bad]
+    asked += [Comparison(query, PIRATE, b, good) for b in bad]
+    asked += [Comparison(query, PIRATE, bad[0], bad[1])]
+    results, cost = LikelihoodJudge(net, tok).compare(asked)
+    assert [w for w, _ in results] == ["expert"] * 3 + ["base"] * 3 + ["tie"]
+    assert all(evidence == [] for _, evidence in results)
+    assert cost == {"prompts": 0, "tokens_read": 0, "tokens_written": 0, "flops": 0}
+    results, cost = LikelihoodJudge(net, tok).compare([asked[0], Comparison(query, "", good, "b")])
+    assert results[0] == ("expert", []) and len(results[1][1]) == 2 and cost["tokens_read"] > 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the evidence comes from
+
+
+def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> Tensor:
+    """log P of each target token, from the logits of one plain forward pass."""
+    with torch.no_grad():
+        logits = net(torch.tensor([[*prompt, *target]]))[0, len(prompt) - 1:-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_likelihoods_evidence_is_the_formula(net: Transformer, tok: Tokenizer,
+                                             ended: bool) -> None:
+    """Per wording the expert's score and the base answer's, each put together here from plain
+    forward passes; the winner follows from it. An answer that was cut off is not asked how well it
+    ends."""
+    def score(query: str, answer: str, wording: str) -> float:
+        inverse = tok.render([{"role": "user", "content": wording.format(answer=answer)}])
+        ids = [*tok.encode(answer), tok.end_of_turn_id]
+        bare = plain_log_p(net, tok.render(conversation(query)), ids)
+        expert = plain_log_p(net, tok.render(conversation(query, PIRATE)), ids)
+        mixture = (bare.exp() / 2 + expert.exp() / 2).log()
+        return (float(plain_log_p(net, inverse, tok.encode(query)).mean())
+                + FLUENCY * float(mixture[:-1].mean())
+                + (ENDING * max(float(mixture[-1]), ENDING_FLOOR) if ended else 0))
+
+    asked = [Comparison(q, PIRATE, a, KNOWN[i - 1][1], ended) for i, (q, a) in
+             enumerate(KNOWN[:4])]
+    results, cost = LikelihoodJudge(net, tok).compare(asked)
+    for c, (winner, evidence) in zip(asked, results, strict=True):
+        for (expert, base), wording in zip(evidence, INVERSE_PROMPTS, strict=True):
+            assert expert == pytest.approx(score(c.query, c.expert, wording), abs=1e-3)
+            assert base == pytest.approx(score(c.query, c.base, wording), abs=1e-3)
+        assert winner == score_winner(evidence)
+    assert cost["prompts"] == 4 * 2 * (2 + 2) and cost["tokens_read"] > 0
+
+
+@torch.no_grad()
+def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two letters are the likeliest of A, B and TIE after the prompt with the expert's answer
+    first, then with the base's first, read from plain logits."""
+    monkeypatch.setattr(judge, "LETTER_MASS", 0.0)  # this random model's letters do count
+    net = load(tiny_llama(tmp_path, seed=1), dtype=torch.float32)  # a seed with an undecided one
+    asked = [Comparison(q, "", a, KNOWN[i - 1][1]) for i, (q, a) in enumerate(KNOWN)]
+    results, _ = LetterJudge(net, tok).compare(asked)
+    letters = [tok.encode(word)[0] for word in ("A", "B", "TIE")]
+    for c, (winner, said) in zip(asked, results, strict=True):
+        expected = []
+        for first, second in ((c.expert, c.base), (c.base, c.expert)):
+            content = JUDGE_PROMPT.format(query=c.query, first=first, second=second)
+            ids = tok.render([{"role": "user", "content": content}])
+            expected.append("ABT"[int(net(torch.tensor([ids]))[0, -1, letters].argmax())])
+        assert said == expected and winner == letter_winner(*expected)
+    assert any(a != b for _, (a, b) in results)  # or the order was not tested
+
+
+def test_letter_judge_counts_what_it_cannot_read(net: Transformer, tok: Tokenizer) -> None:
+    """A model that puts almost nothing on A, B and TIE gives "unparsed", not a made-up verdict."""
+    results, cost = LetterJudge(net, tok).compare([Comparison("q", "", "one", "two"),
+                                                   Comparison("r", "", "three", "four")])
+    assert [winner for winner, _ in results] == ["unparsed", "unparsed"]
+    assert all(said == ["?", "?"] for _, said in results) and cost["tokens_read"] > 0
+
+
+@torch.no_grad()
+def test_prefix_scoring_is_plain_scoring(net: Transformer, tok: Tokenizer) -> None:
+    """Scores after a prefix that is read once equal those of reading prefix + target whole; what
+    was read is counted, the prefix once."""
+    prefix, other = tok.open_user_turn(PIRATE), tok.open_user_turn(None)
+    targets = [tok.encode(q) for q, _ in KNOWN[:8]]
+    prompts = [prefix, other] * 4
+    found, read = token_log_probabilities(net, prompts, targets, [len(p) - 1 for p in prompts])
+    for prompt, target, logs in zip(prompts, targets, found, strict=True):
+        torch.testing.assert_close(logs, plain_log_p(net, prompt, target), rtol=1e-4, atol=1e-4)
+    assert read == len(prefix) - 1 + len(other) - 1 + sum(len(t) + 1 for t in targets)
+    whole, read = token_log_probabilities(net, prompts, targets)
+    assert read == sum(len(p) + len(t) for p, t in zip(prompts, targets))
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    sums, _ = log_probability_after(net, prefix, targets[::2])
+    assert sums == pytest.approx([float(t.sum()) for t in found[::2]], abs=1e-3)
+    assert token_log_probabilities(net, [], []) == ([], 0)
+    assert hidden_states(net, [], []) == ([], 0)
+
+
+def test_costs_count_weights(net: Transformer) -> None:
+    """Two operations a weight: the layers for every token, the head for those scored or written."""
+    layer = sum(p.numel() for p in net.layers.parameters())
+    row = cost_of(net, 3, 100, 10, 7)
+    assert row == {"prompts": 3, "tokens_read": 100, "tokens_written": 10,
+                   "flops": 2 * (110 * layer + 17 * net.lm_head.numel())}
+    assert add_costs([row, row]) == {k: 2 * v for k, v in row.items()} and add_costs([]) == {}
+
+
+@pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
+def test_answers_of_the_room_fit_every_judge(kind: type, net: Transformer, tok: Tokenizer) -> None:
+    """The longest that a judge is asked: the longest query, the longest persona, two answers of
+    `answer_room` tokens. It fits, and hardly more would."""
+    contexts = [PIRATE, "You are a very careful expert. " * 30]
+    context, query = net.config.max_position_embeddings, " the" * 108
+    room = answer_room(tok, contexts, kind.name, context, 108)
+    assert 100 < room < context
+
+    def ask(tokens: int) -> None:
+        answers = [" the" * tokens, " of" * tokens]
+        assert [len(tok.encode(text)) for text in (query, *answers)] == [108, tokens, tokens]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(judge, "degenerate", lambda *_: False)  # which such texts are
+            kind(net, tok).compare([Comparison(query, contexts[1], *answers)])
+
+    ask(room)
+    with pytest.raises(InputError, match=f"context of {context}"):
+        ask(room + 4)
+
+
+# --------------------------------------------------------------------------------------------------
+# The test of a judge
+
+
+@pytest.fixture
+def known(net: Transformer, tok: Tokenizer) -> KnownPairs:
+    """Known pairs of the tiny model from 25 answers, one of them empty and one cut off."""
+    pairs = [pair(i, f"{a} Number {i} says so.", query=f"{q[:-1]} number {i}?", ended=i != 3)
+             for i, (q, a) in enumerate(itertools.islice(itertools.cycle(KNOWN), 24))]
+    return KnownPairs(net, tok, [*pairs, pair(24, "", query="What is nothing?")], 6, 0)
+
+
+def kind_of(c: Comparison) -> str:
+    """What sort of known pair it is."""
+    if c.expert == REFUSAL:
+        return "refusal"
+    return "echo" if c.base.startswith(ECHO) else "wrong query"
+
+
+class Habitual:
+    """A judge that is right, but for the kinds it is always wrong on; notes what it was asked."""
+
+    name = "habitual"
+
+    def __init__(self, *wrong_on: str, other: str = "base"):
+        self.wrong_on, self.other = wrong_on, other
+        self.asked: list[Comparison] = []
+
+    def compare(self, asked: Sequence[Comparison]) -> tuple[list, dict]:
+        """Its verdicts."""
+        self.asked += asked
+        return [(self.other if kind_of(c) in self.wrong_on else "expert", []) for c in asked], {
+            "prompts": len(asked)}
+
+    def count(self, kind: str) -> int:
+        """How many pairs of a kind it was asked about."""
+        return sum(kind_of(c) == kind for c in self.asked)
+
+
+def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
+    """Each worse answer is what its kind says; the better one is the query's own, in the expert's
+    place and read without a context; empty answers are left out, complete ones come first."""
+    own = {p.query: p.base for p in known.pairs}
+    assert len(own) == 24 and known.pairs[-1].base_stop == "length"
+    wrong = list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
+    assert len(set(wrong)) == MOST_PAIRS  # 24 answers give far more pairs than they are
+    assert all(c.expert == own[c.query] != c.base and c.base in own.values() for c in wrong)
+    echo = list(known.of_kind("echo"))
+    assert [c.base for c in echo] == [f"{ECHO}{c.query}" for c in echo] and len(echo) == 24
+    assert all(c.expert == own[c.query] for c in echo)
+    assert {c.query: c.ended for c in echo}[known.pairs[-1].query] is False
+    assert all(c.context == "" for c in [*wrong, *echo])
+
+
+def test_only_compliance_is_sampled_afresh(known: KnownPairs) -> None:
+    """All other known pairs are answers that stage 2 has paid for; compliance begins as it must, a
+    few requests at a time, as they are asked for."""
+    list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
+    list(known.of_kind("echo"))
+    assert known.costs == []
+    with one_thread():
+        found = list(itertools.islice(known.of_kind("refusal"), PAIRS_AT_ONCE))
+    assert len(known.costs) == 1 and known.costs[0]["prompts"] == PAIRS_AT_ONCE
+    assert 0 < known.costs[0]["tokens_written"] <= 6 * PAIRS_AT_ONCE
+    for c, query in zip(found, SHOULD_REFUSE):
+        assert c.query == query and c.expert == REFUSAL and c.base.startswith(COMPLIANCE)
+
+
+def examined(asked: Habitual, known: KnownPairs, to_the_end: bool = False) -> dict:
+    """`examine_judge` on one thread."""
+    with one_thread():
+        return examine_judge(asked, known, to_the_end)
+
+
+def test_a_judge_that_is_always_right_is_asked_twelve_of_each_kind(known: KnownPairs) -> None:
+    """More would be a waste, fewer could be luck."""
+    always = Habitual()
+    report = examined(always, known)
+    assert report["trusted"] and not report["blind_to_refusals"]
+    assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
+        "wrong query": 12, "echo": 12, "refusal": 12}
+    assert all(k["right"] == 12 and k["decided"] and k["passed"] for k in report["kinds"].values())
+    assert report["cost"]["prompts"] == len(always.asked) == 36
+
+
+@pytest.mark.parametrize("other", ["base", "tie", "split", "unparsed"])
+def test_a_judge_that_is_wrong_at_once_is_asked_no_more(known: KnownPairs, other: str) -> None:
+    """Four misses of four end it: nothing else is asked, no compliance is sampled; and a judge that
+    cannot decide is not right."""
+    wrong = Habitual("echo", other=other)
+    report = examined(wrong, known)
+    assert not report["trusted"] and len(wrong.asked) == PAIRS_AT_ONCE == 4 and known.costs == []
+    row = report["kinds"].pop("echo")
+    assert row["pairs"] == 4 and row["right"] == 0 and not row["passed"] and not report["kinds"]
+    assert row["wrong" if other == "base" else other] == 4
+    assert not report["blind_to_refusals"]  # nobody asked
+
+
+def test_wrong_queries_decide_trust_and_refusals_decide_blindness(known: KnownPairs) -> None:
+    """A judge that takes the answer to another query is not trusted; one that prefers compliance
+    is trusted, and said to be blind."""
+    report = examined(Habitual("wrong query"), known)
+    assert not report["trusted"] and list(report["kinds"]) == ["echo", "wrong query"]
+    report = examined(Habitual("refusal"), known)
+    assert report["trusted"] and report["blind_to_refusals"]
+    assert report["kinds"]["refusal"]["pairs"] == 4 == report["kinds"]["refusal"]["wrong"]
+
+
+def test_to_the_end_asks_all(known: KnownPairs) -> None:
+    """For tables: 60 of each kind, or all there are, whatever has been decided; the verdict is that
+    of the first decision."""
+    wrong = Habitual("wrong query")
+    report = examined(wrong, known, to_the_end=True)
+    assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
+        "wrong query": MOST_PAIRS, "echo": 24, "refusal": len(SHOULD_REFUSE)}
+    assert not report["trusted"] and not report["blind_to_refusals"]
+
+
+def test_few_pairs_are_decided_by_the_evidence(known: KnownPairs) -> None:
+    """Three right of three do not decide the test: the likelier of the two shares counts."""
+    def some(n: int, judge_: Habitual) -> dict:
+        supply: Iterator[Comparison] = itertools.islice(known.of_kind("echo"), n)
+        with judge.tqdm(total=1, disable=True) as bar:
+            return judge.ask_until_decided(judge_, supply, False, bar)[0]
+
+    assert some(3, Habitual()) == some(3, Habitual()) | {"pairs": 3, "passed": True,
+                                                         "decided": False}
+    assert not some(2, Habitual("echo"))["passed"] and not some(0, Habitual())["passed"]
+
+
+def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer,
+                                                 known: KnownPairs) -> None:
+    """"auto" on a random model: neither judge passes, and the error reports both; a forced judge
+    is used, its failure recorded."""
+    with one_thread():
+        with pytest.raises(InputError, match=r"cannot verify itself.*letter on 0 of 4 pairs "
+                                             r"\(echo\); likelihood on \d+ of \d+"):
+            choose_judge("auto", net, tok, known)
+        chosen, [test] = choose_judge("letter", net, tok, known)
+        assert chosen.name == "letter" and not test["trusted"]
+        counts = test["kinds"]["echo"]
+        assert counts["unparsed"] == counts["pairs"] == 4
+        assert (counts["letters"], counts["A"]) == (8, 0)
+        known.pairs = known.pairs[:1]
+        with pytest.raises(InputError, match="0 answers are too few"):
+            choose_judge("auto", net, tok, known)
+        assert choose_judge("likelihood", net, tok, known)[0].name == "likelihood"
+
+
+@pytest.mark.parametrize("passes", ["letter", "likelihood"])
+def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, tok: Tokenizer,
+                                                known: KnownPairs,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's judge if it can be trusted, else the other; the tests behind it are kept."""
+    def made(name: str) -> Callable:
+        def build(*_: object) -> Habitual:
+            built = Habitual(*(() if name == passes else ("wrong query",)))
+            built.name = name
+            return built
+        return build
+
+    monkeypatch.setattr(judge, "JUDGES", {n: made(n) for n in ("letter", "likelihood")})
+    with one_thread():
+        chosen, tests = choose_judge("auto", net, tok, known)
+    assert chosen.name == passes == tests[-1]["judge"]
+    assert [t["judge"] for t in tests] == ["letter", "likelihood"][:1 + (passes == "likelihood")]
+
+
+# --------------------------------------------------------------------------------------------------
+# Real weights
+
+
+def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: Tokenizer) -> None:
+    """On hand-written questions the right answer beats the answer to another question in at least
+    three of four and never loses; in the other place, the verdict turns round."""
+    wrong = [KNOWN[(i + 5) % len(KNOWN)][1] for i in range(5)]
+    asked = [Comparison(q, "", a, w) for (q, a), w in zip(KNOWN[:4], wrong)]
+    asked.append(Comparison(KNOWN[4][0], "", wrong[4], KNOWN[4][1]))
+    results, _ = LikelihoodJudge(smollm, smollm_tok).compare(asked)
+    winners = [winner for winner, _ in results[:-1]]
+    assert winners.count("expert") >= 3 and "base" not in winners
+    assert results[-1][0] == "base" and all(e < b for e, b in results[-1][1])
+    [(_, said)], cost = LetterJudge(smollm, smollm_tok).compare(asked[:1])
+    assert set(said) <= set("ABT")  # a real model's letters can be read
+    assert cost["tokens_read"] < 1.6 * len(LetterJudge(smollm, smollm_tok).prompt(
+        asked[0].query, asked[0].expert, asked[0].base))  # what both orders share is read once

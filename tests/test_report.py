@@ -1,0 +1,162 @@
+"""support/report.py: what a run says about itself follows from its files, and only from them."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_run import (QUERIES, command, contents, finished, personas, rows_of, verdict, write_rows)
+
+from bootstrap import Pair, Verdict
+from support.report import (advice, gate_lines, judge_lines, no_better_than_base, number, quoted,
+                            share, split_warnings, stage_costs, summarize)
+from support.runs import RunFolder
+
+__all__ = ["command", "finished", "personas"]
+
+
+def verdicts(winners: list[str], persona: str = "p", first: int = 0) -> list[Verdict]:
+    """Verdicts with these winners."""
+    return [verdict(first + i, w, persona) for i, w in enumerate(winners)]
+
+
+def longer(n: int) -> list[Pair]:
+    """Pairs whose expert answers are the longer ones."""
+    return [Pair("p", i, "q", "b", "e", [5, 2], [5, 6, 2], "eos", "eos") for i in range(n)]
+
+
+def test_report_of_a_run(finished: Path) -> None:
+    """report.md tells kept queries, verdicts per persona, gate, KL and costs of every stage, shows
+    samples and the loss, and says what to try next."""
+    report, n = (finished / "report.md").read_text(), QUERIES
+    judged = rows_of(finished, "verdicts.jsonl")
+    won, kl = sum(v["target"] for v in judged), rows_of(finished, "metrics.jsonl")[-1]
+    for text in (f"queries kept: {2 * n}", f"distill / retain: {won} / {2 * n - won}", "AUC",
+                 "majority", f"{kl['before']:.4f} before", f"{kl['after']:.4f} after",
+                 "WARNING: this judge was forced with --judge",
+                 "WARNING: the likelihood judge fails its own test",
+                 "## What to try next\n\nThe judge failed its own test"):
+        assert text in report
+    for persona in ("chemist", "pirate"):
+        mine = [v["winner"] for v in judged if v["persona"] == persona]
+        counts = [mine.count(w) for w in ("expert", "base", "tie", "split", "unparsed")]
+        assert f"| {persona} | {n} | {' | '.join(map(str, counts))} |" in report
+    for stage in ("queries", "answers", "verdicts", "gate", "lora"):
+        assert f"| {stage} |" in report
+    query = rows_of(finished, "queries.jsonl")[0]["query"]
+    assert f"**chemist**: {query} / " in report and "### Verdict: expert" in report
+    losses = [m["loss"] for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "lora"]
+    tenth = max(1, len(losses) // 10)
+    first = sum(losses[:tenth]) / tenth
+    assert f"mean of every {tenth} of {len(losses)} steps: {first:.4f}, " in report
+
+
+def test_the_bill_is_the_sum_of_the_metrics(finished: Path) -> None:
+    """A stage's cost with a row left out, or one counted twice, would be a wrong bill."""
+    metrics = rows_of(finished, "metrics.jsonl")
+    costs = {c["stage"]: c for c in stage_costs(metrics)}
+    assert list(costs) == ["queries", "answers", "verdicts", "gate", "lora"]
+    once = [m for m in metrics if m["stage"] != "lora"]  # the steps are in the stage's last row
+    for field in ("seconds", "flops", "prompts", "tokens_written"):
+        assert sum(c[field] for c in costs.values()) == pytest.approx(
+            sum(m.get(field, 0) for m in once))
+    steps = [m for m in metrics if m["stage"] == "lora"]
+    assert costs["lora"]["flops"] == sum(m["flops"] for m in steps)
+
+
+def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path) -> None:
+    """A queries.jsonl that stage 1 did not write has no quality row: the summary does without."""
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    write_rows(out, "metrics.jsonl", [m for m in rows_of(out, "metrics.jsonl")
+                                      if m["stage"] not in ("queries", "openings", "quality")])
+    before = contents(out)
+    run = RunFolder(out, read_only=True)
+    args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"])
+    text = summarize(run, args)
+    assert f"{2 * QUERIES} queries" in text and "## Bill" in text and contents(out) == before
+
+
+def test_split_warnings() -> None:
+    """One warning each for an empty split, a lonely persona, and a judge of length."""
+    pairs = longer(40)
+    fine = verdicts(["expert", "base"] * 10) + verdicts(["base", "expert"] * 10, "q", 20)
+    assert split_warnings(fine, pairs) == []
+    [found] = split_warnings(verdicts(["base"] * 39 + ["tie"]), pairs)
+    assert "0 of 40" in found
+    found = split_warnings(verdicts(["expert"] * 20) + verdicts(["tie"] * 20, "q", 20), pairs)
+    assert len(found) == 2 and "p alone gives 20 of 20" in found[0] and "20 of 20" in found[1]
+
+
+def test_personas_that_win_no_more_than_they_lose() -> None:
+    """20 wins of 20 are an effect, 11 of 20 are not, 2 of 2 are too few to say, and ties do not
+    count: a persona of the first kind would be called chance, or the others an effect."""
+    found = [*verdicts(["expert"] * 20, "sure"), *verdicts(["expert"] * 11 + ["base"] * 9, "coin"),
+             *verdicts(["expert"] * 2, "few"), *verdicts(["base"] * 20, "harmful"),
+             *verdicts(["expert"] * 20 + ["tie"] * 40 + ["split"] * 9, "rarely"),
+             *verdicts(["unparsed"] * 9, "mute")]
+    assert no_better_than_base(found) == ["coin", "few", "harmful", "mute"]
+
+
+def judged(trusted: bool, blind: bool, forced: bool, model: str | None = None) -> dict:
+    """A metrics row of the judge's test."""
+    row = {"pairs": 12, "right": 12, "wrong": 0, "tie": 0, "split": 0, "unparsed": 0}
+    return {"chosen": "letter", "forced": forced, "model": model, "tests": [
+        {"judge": "letter", "trusted": trusted, "blind_to_refusals": blind,
+         "kinds": {"wrong query": row | {"letters": 24, "A": 12}}}]}
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    (judged(True, False, False), []), (judged(True, False, True), ["forced with --judge"]),
+    (judged(False, False, True), ["forced with --judge", "fails its own test"]),
+    (judged(True, True, False), ["blind to refusals"])])
+def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, said: list[str]) -> None:
+    """Exactly these warnings, none more; the share of A with its interval."""
+    lines = judge_lines(row)
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    assert len(warnings) == len(said) and all(s in w for s, w in zip(said, warnings))
+    assert "| letter | wrong query | 12 | 1.00 [0.76, 1.00] | 0 | 0 | 0 | 0 | 0.50 [" in lines[-1]
+
+
+def test_an_outside_judge_is_not_called_self_verification() -> None:
+    """With --judge-model the report says whose verdicts these are."""
+    assert judge_lines(judged(True, False, False, "other/model"))[0] == (
+        "judge: letter of other/model: an outside judge, so this is not self-verification")
+    assert judge_lines(judged(True, False, False))[0] == "judge: letter"
+
+
+def gate(low: float | None) -> dict:
+    """A metrics row of the gate."""
+    return {"folds": 5, "n": 10, "threshold": 0.5, "accuracy": 0.6, "majority": 0.5, "auc": 0.7,
+            "auc_interval": [low, 0.9], "roc": [[0.9, 0.0, 0.5], [0.1, 1.0, 1.0]],
+            "confusion": {"true_open": 1, "false_open": 2, "true_closed": 3, "false_closed": 4}}
+
+
+def test_a_gate_at_chance_is_called_that() -> None:
+    """AUC 0.7 [0.45, 0.9] may be chance, [0.55, 0.9] is not, and without classes nobody can say."""
+    for low, warned in ((0.45, True), (0.55, False), (None, False)):
+        assert any("told from chance" in line for line in gate_lines(gate(low))) is warned
+    assert "0.50, 0.50, 0.50, 0.50" in gate_lines(gate(0.6))[-1]
+
+
+def test_advice_follows_the_signals() -> None:
+    """Nothing is wrong, or the trouble is named, the worst first."""
+    won = verdicts(["expert"] * 5 + ["base"] * 5)
+    fine = [{"stage": "judge", **judged(True, False, False)}, {"stage": "gate", **gate(0.6)},
+            {"stage": "kl", "before": 1.0, "after": 0.3}]
+    assert advice(fine, won) == ["Nothing looks off. evaluate.py shows whether it helps."]
+    bad = [{"stage": "judge", **judged(False, False, True)}, {"stage": "gate", **gate(0.4)},
+           {"stage": "kl", "before": 1.0, "after": 0.9}]
+    found = advice(bad, verdicts(["base"] * 10))
+    assert [text.split()[0] + " " + text.split()[1] for text in found] == [
+        "The judge", "The persona", "The gate", "Of the"]
+    assert "0.10 reaches" in found[-1]
+
+
+def test_figures_for_people() -> None:
+    """A dash where there is no figure, one line of a long text."""
+    assert number(None) == share(0, 0) == "-" and number(0.12345) == "0.123"
+    assert share(5, 10) == "0.50 [0.24, 0.76]"
+    assert quoted("a\n\nb") == "a b" and quoted("x" * 700).endswith("x ...")
+    assert len(quoted("x" * 700)) == 604

@@ -1,0 +1,111 @@
+"""A whole run of train.py on the tiny model in about two seconds, for the tests of its parts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny import one_thread
+
+import train
+from bootstrap import Pair, Verdict
+from support.personas import Persona
+
+CHEMIST = Persona("chemist", "You are a careful chemist who explains each reaction step by step.")
+PIRATE = Persona("pirate", "Answer as a pirate: short, loud and rude.")
+QUERIES = 17  # a persona: candidates, answers and verdicts have two chunks each
+DATA = ("candidates.jsonl", "queries.jsonl", "answers.jsonl", "verdicts.jsonl")
+ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "report.md"}
+ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "gate.safetensors"}
+
+
+def run_train(*argv: object) -> int:
+    """train.main on one thread, with a short gate (300 steps, six times, take longer than all the
+    rest of a tiny run) and a checkpoint every third step."""
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "GATE_STEPS", 20)
+        patch.setattr(train, "CHECKPOINT_EVERY", 3)
+        return train.main([str(a) for a in argv])
+
+
+@pytest.fixture(scope="module")
+def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two short personas."""
+    folder = tmp_path_factory.mktemp("personas")
+    for persona in (CHEMIST, PIRATE):
+        (folder / f"{persona.name}.txt").write_text(persona.text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path, personas: Path) -> list[str]:
+    """Arguments of a run that has every stage in several chunks or steps."""
+    return ["--model", str(folder), "--personas", str(personas), "--queries", str(QUERIES),
+            "--max-new-tokens", "12", "--judge", "likelihood", "--epochs", "4", "--batch-size",
+            "4", "--rank", "4", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one uninterrupted run; tests that change it take a copy."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert run_train(*command, "--out", out) == 0
+    return out
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a folder but the lock, and the picture, which needs matplotlib."""
+    return {p.name: p.read_bytes() for p in out.iterdir()
+            if p.name not in (".lock", "report.png")}
+
+
+def timeless(out: Path) -> dict[str, bytes]:
+    """`contents` without what may differ between runs: seconds, peak memory, and whether the run
+    once was begun with --from."""
+    files = contents(out)
+    if "metrics.jsonl" in files:
+        rows = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")}
+                for row in rows_of(out, "metrics.jsonl")]
+        files["metrics.jsonl"] = json.dumps(rows).encode()
+    if "report.md" in files:  # the bill's seconds, tokens per second and peak memory
+        line = rb"(?m)^(\| [a-z]+ (?:\| \d+ ){4})\| [^|]+\| [^|]+(\| [^|]+)\|[^|]+"
+        files["report.md"] = re.sub(line, rb"\1\2", files["report.md"])
+        files["report.md"] = re.sub(rb"(?m)^\| \*\*all\*\* \|  .*", b"", files["report.md"])
+    if "run.json" in files:
+        about = json.loads(files["run.json"])
+        about.pop("redo", None)
+        files["run.json"] = json.dumps(about).encode()
+    return files
+
+
+def rows_of(out: Path, name: str) -> list[dict]:
+    """Rows of a JSONL file."""
+    return [json.loads(line) for line in (out / name).read_text().split("\n")[:-1]]
+
+
+def write_rows(out: Path, name: str, rows: list[dict]) -> None:
+    """Replace a JSONL file, as an editor would."""
+    (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def error_of(capture: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr, which has to be an error's; and there is no traceback."""
+    said = capture.readouterr().err
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def pair(index: int, base: str = "b", expert: str = "e", persona: str = "p", query: str = "q",
+         ended: bool = True) -> Pair:
+    """A row of answers.jsonl."""
+    stop = "eos" if ended else "length"
+    return Pair(persona, index, query, base, expert, [5, 2], [6, 2], stop, stop)
+
+
+def verdict(index: int, winner: str, persona: str = "p") -> Verdict:
+    """A row of verdicts.jsonl."""
+    return Verdict(persona, index, winner, int(winner == "expert"), "j", [])
