@@ -1020,7 +1020,7 @@ def read_tasks(args: argparse.Namespace) -> tuple[dict[str, list[Item]], dict[st
         found = read(folder, args.split)
         if not found:
             raise InputError(f"--data {args.data}: no items for {task}; it should be there as its "
-                             "authors publish it (README, Evaluation)")
+                             "authors publish it (docs/results.md)")
         twice = [i for i, n in Counter(item.id for item in found).items() if n > 1]
         if twice:
             raise InputError(f"--data {args.data}: {task} has {twice[0]!r} more than once; keep "

@@ -1,7 +1,7 @@
 """Benchmarks: files as their authors publish them -> items, and the rules that score an answer.
 
-A reader takes the folder that --data names (the layout is in the README) and a split; nothing of
-any benchmark is kept in this repository. What was simplified: one rendering of a multiple-choice
+A reader takes the folder that --data names (the layout is in docs/results.md) and a split; nothing
+of any benchmark is kept in this repository. What was simplified: one rendering of a multiple-choice
 question, TruthfulQA with at most four choices.
 """
 

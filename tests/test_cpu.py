@@ -105,6 +105,7 @@ print(faults)"""
     assert int(done.stdout) < 100
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
 def test_compiled_products_are_not_hoarded() -> None:
     """Batches of 600 lengths leave no more behind in the heap than the last few of them would."""

@@ -17,6 +17,7 @@ import model
 from engine import Engine, Request, Sampling
 from generate import stop_tokens
 from model import Transformer, load
+from support.device import choose_dtype
 from support.config import FAMILIES
 from tokenizer import Tokenizer
 
@@ -467,24 +468,26 @@ def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transf
     ids that transformers' generate gives, through our engine with twenty ragged slots."""
     prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in PROMPTS]
     stop = stop_tokens(smollm32, smollm_tok)
-    engine = Engine(smollm32, Sampling(max_new_tokens=64, temperature=0), stop, slots=20)
+    engine = Engine(smollm32, Sampling(max_new_tokens=32, temperature=0), stop, slots=20)
     ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
 
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # generate pads on the left
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     made = reference(smollm_folder).generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=64, eos_token_id=sorted(stop),
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=32, eos_token_id=sorted(stop),
         pad_token_id=0)[:, width:].tolist()
     theirs = {}
     for i, row in enumerate(made):
         ends = [at for at, token in enumerate(row) if token in stop]
         theirs[i] = row[:ends[0] + 1] if ends else row
     assert len({tuple(row) for row in theirs.values()}) == 20  # no two answers alike
-    assert sum(map(len, theirs.values())) > 600
+    assert sum(map(len, theirs.values())) > 400
     assert ours == theirs
 
 
+@pytest.mark.skipif(choose_dtype("auto", torch.device("cpu")) != torch.bfloat16,
+                    reason="this CPU emulates bf16, at a tenth of fp32's speed")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_smollm_decodes_in_bf16_as_well_as_it_reads(smollm_folder: Path, smollm32: Transformer,
                                                     smollm_tok: Tokenizer, rows: int) -> None:

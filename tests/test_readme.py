@@ -1,59 +1,147 @@
-"""README.md cannot go stale: the names, flags and files it gives are there."""
+"""README.md and docs/ cannot go stale: what they name is there, and they stay short and plain.
+
+Names, flags, files and commands of all documents are checked against the code, README's Python
+example is run, and the diff of the fork guide has to stand in the files that it changes.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from tiny import randomize_adapter, tiny_llama
+
+from model import load
+from prism import PRISM
+from support.runs import FILES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = ("bench", "bootstrap", "evaluate", "generate", "judge", "lora", "model", "prism",
-           "support", "tokenizer", "train")
-NAMES = sorted(set(re.findall(rf"`((?:{'|'.join(MODULES)})\.[A-Za-z_.]+)`", README))
-               - {f"{m}.{kind}" for m in MODULES for kind in ("py", "md", "png", "json")})  # files
-LINES = re.sub(r" \\\n +", " ", README).split("\n")  # continued ones in one piece
-COMMANDS = sorted({line.strip().partition("#")[0].strip() for line in LINES
-                   if re.match(r" {4}.*python (train|generate|evaluate|bench)\.py", line)})
+DOCS = {path.name: path.read_text(encoding="utf-8")
+        for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+ALL, README, FORKING = "\n".join(DOCS.values()), DOCS["README.md"], DOCS["forking.md"]
+COMMANDS = ("train", "generate", "evaluate", "bench")
+MODULES = (*COMMANDS, "bootstrap", "engine", "judge", "lora", "model", "prism", "tokenizer",
+           *(f"support.{path.stem}" for path in (ROOT / "support").glob("*.py")))
+ENDINGS = ("py", "md", "txt", "json", "jsonl", "png", "safetensors", "jinja", "toml", "svg")
+# Files that a run, an evaluation or a checkpoint has, and the code's folder does not.
+ELSEWHERE = {name for names in FILES.values() for name in names} | {
+    "run.json", "metrics.jsonl", "items.jsonl", "results.json", "table.md", "config.json",
+    "my_contexts/", "benchmarks/"}
+BENCHMARKS = (ROOT / "support" / "benchmarks.py").read_text(encoding="utf-8")
+README_BYTES, MEAN_WORDS, LONG_WORDS, LONG_SHARE = 12_288, 20.0, 30, 0.15
+
+
+def code_words() -> list[str]:
+    """What stands between backticks in the documents' prose and tables."""
+    return sorted(set(re.findall(r"`([^`\n]+)`", without_blocks(ALL))))
+
+
+def without_blocks(text: str) -> str:
+    """A document without its fenced and indented code."""
+    text = re.sub(r"^```.*?^```\n", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ {4}.*\n", "", text, flags=re.MULTILINE)
+
+
+def names() -> list[str]:
+    """`module.function`, `module.Class.method` and `module.CONSTANT`."""
+    modules = "|".join(re.escape(m) for m in (
+        *MODULES, "support.config", "support.checkpoint", "support.cpu"))
+    found = [w for w in code_words() if re.fullmatch(rf"(?:{modules})(?:\.[A-Za-z_]\w*)+", w)]
+    return [w for w in found if w.rpartition(".")[2] not in ENDINGS]
+
+
+def commands() -> list[str]:
+    """Every command line of a script; continued lines in one piece."""
+    lines = re.sub(r" \\\n +", " ", ALL).split("\n")
+    found = (line.strip() for line in lines if line.startswith("    "))
+    scripts = "|".join(COMMANDS)
+    return sorted({line for line in found if re.search(rf"(?:python|\d) (?:{scripts})\.py", line)})
+
+
+def named_tests() -> list[str]:
+    """`test_...` in a document: functions of tests/."""
+    return [w for w in code_words() if re.fullmatch(r"test_\w+", w)]
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The command lines of the four scripts."""
+    return {name: importlib.import_module(name).parser() for name in COMMANDS}
 
 
 def test_there_is_something_to_check() -> None:
-    """The patterns above still find the README's names and commands."""
-    assert len(NAMES) >= 6 and len(COMMANDS) >= 4
+    """A pattern above would no longer find anything, and everything would pass."""
+    assert len(names()) >= 40 and len(commands()) >= 12 and len(named_tests()) >= 4
+    assert len(DOCS) == 6
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_function_is_where_the_readme_says(name: str) -> None:
-    """`module.function` or `module.Class.method`."""
-    module, *path = name.removeprefix("support.").split(".")
-    home = "support." if name.startswith("support.") else ""
-    found = importlib.import_module(home + module)
-    for part in path:
+@pytest.mark.parametrize("name", names())
+def test_name_is_in_the_code(name: str) -> None:
+    """A function, class or constant would have another name or home than a document says."""
+    module = max((m for m in MODULES if name.startswith(f"{m}.")), key=len)
+    found = importlib.import_module(module)
+    for part in name[len(module) + 1:].split("."):
         found = getattr(found, part)
-    assert found.__doc__
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands())
 def test_command_is_understood(command: str) -> None:
-    """Every command line of the README goes through the parser of its script."""
-    words = shlex.split(command.rpartition("python ")[2])
-    script = words[0].removesuffix(".py")
-    importlib.import_module(script).parser().parse_args(words[1:])
+    """A command line of a document would be refused by its script."""
+    script, arguments = re.search(rf"({'|'.join(COMMANDS)})\.py ?([^#]*)", command).groups()
+    importlib.import_module(script).parser().parse_args(shlex.split(arguments))
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(
-    r"`((?:tests|personas|docs)/[\w./]*\w)`|\]\(((?!http)[\w./]+)\)", README))))
-def test_file_is_there(path: tuple[str, str]) -> None:
-    """Files and folders that the README points to."""
-    assert (ROOT / (path[0] or path[1])).exists()
+def test_every_flag_is_one_of_a_script() -> None:
+    """A flag in the prose, which no command line shows, would be gone or spelled otherwise."""
+    known = {flag for p in parsers().values() for a in p._actions for flag in a.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(code_words())))
+    assert named and not named - known
 
 
-def test_the_diff_of_an_architecture_is_in_the_code() -> None:
-    """README's diff of EXAONE 4, at most 40 lines, would not be what stands in the files."""
-    diff = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1]
+@pytest.mark.parametrize("option", ["judge", "stop-after", "from", "loss", "study"])
+def test_choices_are_those_of_the_flag(option: str) -> None:
+    """A value beside a flag in the prose would be refused by it."""
+    for words in re.findall(rf"`--{option} ([\w,-]+)`", ALL):
+        script = "evaluate" if option == "study" else "train"
+        if words != words.upper():  # a placeholder
+            extra = ["--tasks", "mmlu"] if option == "study" else []
+            parsers()[script].parse_args([*extra, f"--{option}", words])
+
+
+@pytest.mark.parametrize("word", [w for w in code_words() if re.fullmatch(
+    rf"[\w./-]+\.(?:{'|'.join(ENDINGS)})|[\w/]+/", w)])
+def test_file_is_there(word: str) -> None:
+    """A file or folder that a document names would have moved."""
+    assert word in ELSEWHERE or word in BENCHMARKS or (ROOT / word).exists()
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_link_leads_somewhere(document: str) -> None:
+    """A link to a file, or to a heading in one, would be dead."""
+    folder = ROOT if document == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", DOCS[document]):
+        path, _, heading = target.partition("#")
+        assert (folder / path).exists(), target
+        lines = (folder / path).read_text(encoding="utf-8").split("\n") if heading else []
+        titles = [re.sub(r"[^\w -]", "", t.lstrip("# ").lower()).replace(" ", "-")
+                  for t in lines if t.startswith("#")]
+        assert not heading or heading in titles, target
+
+
+@pytest.mark.parametrize("name", named_tests())
+def test_named_test_is_there(name: str) -> None:
+    """A document would point to a test that is gone."""
+    source = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("*.py"))
+    assert f"def {name}(" in source
+
+
+def test_diff_of_the_fork_guide_is_in_the_code() -> None:
+    """The guide's diff would not be what the code has: what it adds stands there, in its order."""
+    diff = re.search(r"```diff\n(.*?)```", FORKING, re.DOTALL)[1]
     assert diff.count("\n") <= 40
     for part in diff.split("--- a/")[1:]:
         name, _, *hunks = re.split(r"^(?:\+\+\+|@@) .*\n", part, flags=re.MULTILINE)
@@ -63,3 +151,47 @@ def test_the_diff_of_an_architecture_is_in_the_code() -> None:
             at = code.find(added, at)
             assert added and at >= 0, hunk
             at += len(added)
+
+
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                             capsys: pytest.CaptureFixture[str]) -> None:
+    """README's example would fail where it is pasted; here on a tiny model's adapter."""
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    net = load(tiny_llama(tmp_path / "base"), dtype=torch.float32)
+    net.name = str(tmp_path / "base")
+    randomize_adapter(PRISM(net, rank=4)).save(tmp_path / "out" / "smollm2-135m-instruct")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(example, scope)
+    assert len(example.strip().split("\n")) == 6 and len(capsys.readouterr().out) > 0
+    assert [0 <= gate <= 1 for gate in scope["gates"]] == [True] * len(scope["talks"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Plain and short
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a document's prose: without code, tables, headings and pictures. An item of
+    a list ends one; code between backticks is one word."""
+    text = re.sub(r"^(?:#.*|\|.*|!\[.*|:?-+)$", "", without_blocks(text), flags=re.MULTILINE)
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", re.sub(r"`[^`]+`", "code", text))
+    text = re.sub(r"^(?:[-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
+    found = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        words = " ".join(paragraph.split())
+        found += re.split(r"(?<=[.?!])[*_)\"]* (?=[A-Z\"(`*]|code)", words)
+    return [s for s in found if len(s.split()) > 2]
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_sentences_are_short(document: str) -> None:
+    """A document would have to be read twice."""
+    lengths = [len(s.split()) for s in sentences(DOCS[document])]
+    long = [n for n in lengths if n > LONG_WORDS]
+    assert sum(lengths) / len(lengths) <= MEAN_WORDS and len(long) <= LONG_SHARE * len(lengths)
+
+
+def test_readme_is_short() -> None:
+    """README would grow again, beyond what is read before the first command."""
+    assert len(README.encode()) <= README_BYTES

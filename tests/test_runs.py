@@ -304,6 +304,7 @@ def forked(log: Path, work: Callable[[], int]) -> int:
     if child:
         return child
     status = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with log.open("w") as sys.stdout:
             sys.stderr = sys.stdout
