@@ -1019,8 +1019,9 @@ def read_tasks(args: argparse.Namespace) -> tuple[dict[str, list[Item]], dict[st
         read = CHOICE_TASKS[task] if task in CHOICE_TASKS else CHAT_TASKS[task][0]
         found = read(folder, args.split)
         if not found:
-            raise InputError(f"--data {args.data}: no items for {task}; it should be there as its "
-                             "authors publish it (docs/results.md)")
+            split = args.split or "default"
+            raise InputError(f"--data {args.data}: no items for {task} in the {split} split; it "
+                             "should be there as its authors publish it (docs/results.md)")
         twice = [i for i, n in Counter(item.id for item in found).items() if n > 1]
         if twice:
             raise InputError(f"--data {args.data}: {task} has {twice[0]!r} more than once; keep "
