@@ -272,10 +272,9 @@ def assign_openings(likelihoods: Tensor) -> list[list[int]]:
     chosen = []
     for k, row in enumerate(lift):
         order = row.argsort(descending=True, stable=True).tolist()
-        mine = [o for o in order if best[o] == k]
-        if len(mine) < FEWEST_OPENINGS:
-            mine = order[:FEWEST_OPENINGS]
-        chosen.append(mine[:MOST_OPENINGS])
+        mine = [o for o in order if best[o] == k][:MOST_OPENINGS]
+        others = [o for o in order if o not in mine]
+        chosen.append(mine + others[:max(FEWEST_OPENINGS - len(mine), 0)])
     return chosen
 
 

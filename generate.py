@@ -106,9 +106,10 @@ def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: It
         net, needs_mask = model.net, model.gate_pool == "mean"
     requests = []
     for i, messages in enumerate(conversations, first):
-        ids, mask = tokenizer.render(messages), None
         if needs_mask:
             ids, mask = tokenizer.render_with_user_mask(messages)
+        else:
+            ids, mask = tokenizer.render(messages), None
         requests.append(Request(ids, derive_seed(sampling.seed, i), user_mask=mask))
     engine = Engine(model, sampling, stop_tokens(net, tokenizer), batch_size, gate)
     outputs = engine.run(requests, on_token, "answers" if progress else None)

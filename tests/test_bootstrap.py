@@ -163,6 +163,8 @@ def test_openings_go_to_the_persona_that_lifts_them() -> None:
     found[0] += 5.0  # a persona under which all openings are likelier gets none for that
     assert sorted(assign_openings(found)[1]) == [2, 3]
     assert all(len(chosen) >= FEWEST_OPENINGS for chosen in assign_openings(found))
+    lifted = torch.tensor([[7.0, 1, 2, 5, 1], [8, 3, 2, 6, 2], [0] * 5])
+    assert assign_openings(lifted)[0] == [2, 0]  # the one that it lifts most, then its best
     alone = torch.stack([torch.linspace(0, 1, 60), torch.zeros(60)])
     assert assign_openings(alone) == [list(range(59, 59 - MOST_OPENINGS, -1))]
 

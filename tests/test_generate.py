@@ -24,6 +24,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+import generate as generate_module
 from engine import Engine, Output, Request, Sampling, derive_seed, pad, sample
 from generate import Completion, explain, generate, main, router, show_explanation, stop_tokens
 from lora import LoRA
@@ -888,3 +889,41 @@ def test_explanation_is_the_kl_of_every_token(chat_folder: Path, chat_net: Trans
     assert row["kl"] == pytest.approx(e.kl, abs=1e-5)
     assert main(["--model", str(chat_folder), "--prompt", "x", "--explain"]) == 2
     assert "--adapter" in capsys.readouterr().err
+
+
+def test_explained_answers_are_others_than_the_plain_ones(adapter: Path,
+                                                          capsys: pytest.CaptureFixture) -> None:
+    """--explain would show answers that the same command without it does not give."""
+    argv = ["--adapter", str(adapter), "--prompt", "Why?", "--prompt", "Why?", "--prompt", "Why?",
+            "--max-new-tokens", "12", "--temperature", "1.5", "--seed", "3", "--batch-size", "1",
+            "--dtype", "float32", "--device", "cpu", "--jsonl"]
+    explained = {}
+    assert main([*argv, "--explain"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        row = json.loads(line)
+        explained[row["index"]] = row
+    for gate, side in (("off", "base"), ("on", "adapted")):
+        assert main([*argv, "--gate", gate]) == 0
+        plain = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+        assert plain == [explained[i][side] for i in range(3)]
+        assert len(set(plain)) == 3  # one question, three positions
+
+
+def test_turns_of_a_chat_draw_the_same_numbers(chat_net: Transformer,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn would begin with the same uniform numbers, whatever was said before."""
+    real, drawn = generate_module.generate, []
+
+    def noted(*args, **more) -> list[Completion]:
+        requests = []
+        monkeypatch.setattr(generate_module, "Request", lambda ids, seed, **rest: (
+            requests.append(seed) or Request(ids, seed, **rest)))
+        answers = real(*args, **more)
+        drawn.extend(requests)
+        return answers
+
+    monkeypatch.setattr(generate_module, "generate", noted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\n"))
+    tok = Tokenizer(chat_net.folder)
+    assert generate_module.chat(chat_net, tok, Sampling(4, seed=7), "auto", None) == 0
+    assert drawn == [derive_seed(7, turn) for turn in range(3)]
