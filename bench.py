@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -36,16 +36,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from engine import Engine, Output, PrefixReader, Request, Sampling, derive_seed, pad, sample
+from engine import Engine, Output, PrefixReader, Request, Sampling, derive_seed, sample
 from generate import stop_tokens
 from judge import JUDGE_PROMPT
 from lora import LoRA
 from model import Transformer, load
 from prism import PRISM, LinearKL, distill_loss
+from support import report
 from support.cpu import linear
-from support.device import choose_device, choose_dtype
+from support.device import choose_device, choose_dtype, pad
+from support.distributed import progress_bar
 from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
 from support.personas import load_personas
+from support.runs import split_chunks
 from tokenizer import Tokenizer, common_prefix
 
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
@@ -78,15 +81,15 @@ def medians(functions: dict[str, Callable[[], object]], repeats: int,
             warmup: int = 1) -> dict[str, float]:
     """Median seconds of each function, called in turn (so that drift hits all alike)."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats + warmup):
-        for name, function in functions.items():
-            gc.collect()
-            begun = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - begun)
+    calls = [(turn, name) for turn in range(repeats + warmup) for name in functions]
+    for turn, name in progress_bar("timing", "call", calls):
+        gc.collect()
+        begun = time.perf_counter()
+        functions[name]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if turn >= warmup:
+            times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -95,10 +98,10 @@ def columns(found: dict[str, float], scale: float) -> Iterator[float | None]:
     return (found[n] * scale if n in found else None for n in ("ours", "peer", "floor"))
 
 
-def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterable[list[int]]:
     """Indices of the rows, at most `size` of like length at a time: little padding for a peer."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    return (order[at:at + size] for at in range(0, len(order), size))
+    return progress_bar("the peer", "batch", split_chunks(order, size))
 
 
 def naive_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -183,12 +186,11 @@ print(*times)"""
             "transformers", "AutoModelForCausalLM")
     arguments = str(s.net.folder), str(s.net.dtype).removeprefix("torch."), str(s.net.device)
     times: dict[str, list] = {name: [] for name in scripts}
-    for _ in range(s.repeats):
-        for name, code in scripts.items():
-            done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, text=True,
-                                  cwd=Path(__file__).parent, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL)
-            times[name].append([float(t) for t in done.stdout.split()])
+    for name in progress_bar("loading", "process", [*scripts] * s.repeats):
+        done = subprocess.run([sys.executable, "-c", scripts[name], *arguments], check=True,
+                              text=True, cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL)
+        times[name].append([float(t) for t in done.stdout.split()])
     first, again = zip(*(map(statistics.median, zip(*t)) for t in times.values()))
     return [Row("loading, the first in a process", "s", *first),
             Row("loading, again (peer, in bf16: only maps the file)", "s", *again)]
@@ -519,8 +521,9 @@ def training_step(s: Setup) -> list[Row]:
             theirs.zero_grad()
         functions["peer"] = peer
     t = medians(functions, max(1, s.repeats // 3))
-    peaks = {name: peak_bytes(function, s.net.device) / 2**30
-             for name, function in functions.items()}
+    peaks = {}
+    for name in progress_bar("peak memory", "step", [*functions]):
+        peaks[name] = peak_bytes(functions[name], s.net.device) / 2**30
     name = f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, whole logits, naive KL)"
     return [Row(name, "s", t["ours"], t.get("peer")),
             Row(name + ", peak", "GiB", peaks["ours"], peaks.get("peer"))]
@@ -698,7 +701,7 @@ def replacements(s: Setup) -> dict[str, object]:
             optimizer.step()
             optimizer.zero_grad()
             run.record("lora", step, loss=loss.item(), samples=len(batch), flops=0,
-                       answer_tokens=len(target), seconds=time.perf_counter() - begun)
+                       tokens_trained=len(target), seconds=time.perf_counter() - begun)
 
     return {"bootstrap.Engine": PeerEngine, "generate.Engine": PeerEngine,
             "bootstrap.token_log_probabilities": log_probabilities,
@@ -712,7 +715,7 @@ def growth(s: Setup) -> list[Row]:
     """Stages 1-3 at 1, 4 and 16 queries a persona, each in a process of its own: seconds a query
     and peak memory, beside those of the smallest run."""
     seconds, peaks, rows = {}, {}, []
-    for n in (1, 4, 16):
+    for n in progress_bar("growth", "run", (1, 4, 16)):
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, str(Path(__file__).parent / "train.py"), "--model",
                        str(s.net.folder), "--queries", str(n), "--max-new-tokens", "32",
@@ -744,13 +747,12 @@ def table(rows: Sequence[Row]) -> str:
     def figure(value: float | None) -> str:
         return "-" if value is None else f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}"
 
-    lines = ["| part | unit | ours | peer | times better | floor | ours / floor |",
-             "|---|---|---|---|---|---|---|"]
+    lines = []
     for r in rows:
         over = r.ours / r.floor if r.floor else None
-        lines.append(f"| {r.part} | {r.unit} | {figure(r.ours)} | {figure(r.peer)} | "
-                     f"{figure(r.gain)} | {figure(r.floor)} | {figure(over)} |")
-    return "\n".join(lines)
+        lines.append([r.part, r.unit, *map(figure, (r.ours, r.peer, r.gain, r.floor, over))])
+    return report.table(("part", "unit", "ours", "peer", "times better", "floor", "ours / floor"),
+                        lines)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,7 +14,6 @@ on its own name (persona, index) and a chunk's batching on nothing but the chunk
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,8 +23,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from engine import (SLOTS, Engine, Request, Sampling, derive_seed, log_probability_after,
-                    token_log_probabilities)
+from engine import SLOTS, Engine, Request, Sampling, derive_seed, token_log_probabilities
 from generate import sample_answers, stop_tokens
 from judge import Comparison, Judge, conversation
 from model import Transformer
@@ -33,17 +31,17 @@ from support.hub import InputError
 from support.personas import Persona
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import interval
-from support.words import (ECHO_WORDS, NEAR_DUPLICATE, count_words, echoes, is_request,
+from support.words import (ECHO_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, clean_query,
                            near_duplicates, request_words, word_list, words_of)
 from tokenizer import Tokenizer
 
 CANDIDATE_CHUNK = 96  # candidates of stage 1 that are done, and committed, together
 QUERY_SAMPLING = {"temperature": 0.8, "max_new_tokens": 96}
 ANSWER_TEMPERATURE = 0.7
-OVERSAMPLE, ROUNDS = 3, 4  # candidates per wanted query in a round of stage 1; most rounds
-MIN_WORDS, MAX_WORDS = 5, 60
+OVERSAMPLE, ROUNDS = 3, 4  # candidates per lacking query in a round of stage 1; most rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # of its own, for each persona
 RIVALS = 5  # other personas under which a candidate is scored
+HELD_OUT = 5  # one query in so many is held out from stage 5
 MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
 IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
                    "Write one message that a user would send to this expert.")
@@ -66,8 +64,8 @@ class Candidate:
     """A query as the model wrote it in stage 1, before the pure pass that keeps or drops it.
 
     `kind`: which sort of opening it was given (KINDS); `text` includes the opening. `complete`: the
-    model ended it by itself. `likeliest`: of its own persona and its rivals the one that makes the
-    cleaned query likeliest, None if cleaning left nothing.
+    model ended it by itself. `likeliest`: its own persona, or the first of the rivals after which
+    the cleaned query is likelier; None if cleaning left nothing.
     """
 
     persona: str
@@ -135,15 +133,14 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
         return check_queries(run.rows("queries.jsonl", Query), personas, run.path)
     writer = QueryWriter(run, net, tokenizer, personas)
     chunks: list[Sequence[Draft]] = []
-    queries: list[Query] = []
-    lacking = list(personas)
+    drafted, lacking = Counter(), {p.name: wanted for p in personas}
     for round_ in range(ROUNDS):
         drafts = []
-        for persona in lacking:
-            for i in range(OVERSAMPLE * wanted):
-                drawn = derive_seed(seed, "query", persona.name, round_, i)
-                number = round_ * OVERSAMPLE * wanted + i
-                drafts.append(Draft(persona.name, round_, number, drawn))
+        for name, count in lacking.items():
+            for _ in range(max(OVERSAMPLE * count, len(KINDS))):
+                drawn = derive_seed(seed, "query", name, drafted[name])
+                drafts.append(Draft(name, round_, drafted[name], drawn))
+                drafted[name] += 1
         chunks += split_chunks(drafts, CANDIDATE_CHUNK)
         for chunk in run.todo("queries", "candidates.jsonl", Candidate, chunks):
             rows, cost = writer.write(chunk)
@@ -151,8 +148,8 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
         # A continued run may find later rounds on disk already; a round is judged by its own past.
         candidates = run.rows("candidates.jsonl", Candidate)[:sum(map(len, chunks))]
         queries = keep_queries(candidates, personas, wanted)
-        counts = Counter(q.persona for q in queries)
-        lacking = [p for p in personas if counts[p.name] < wanted]
+        kept = Counter(q.persona for q in queries)
+        lacking = {p.name: wanted - kept[p.name] for p in personas if kept[p.name] < wanted}
         if not lacking:
             break
     if run.writes and queries:
@@ -204,16 +201,35 @@ class QueryWriter:
         if not self.openings:
             self.read_openings()
         candidates, written = self.continue_as_user(drafts)
-        asked = []
+        cleaned = {}
         for at, c in enumerate(candidates):
             text = clean_query(c.text, self.texts[c.persona]) if c.complete else None
             if text:
-                asked.append((at, text, [c.persona, *self.rivals[c.persona]]))
-        guesses, scored = likeliest_context(self.net, self.tokenizer, self.turns,
-                                            [(text, names) for _, text, names in asked])
-        for (at, _, _), guess in zip(asked, guesses):
-            candidates[at] = replace(candidates[at], likeliest=guess)
+                cleaned[at] = c.persona, text
+        likeliest, scored = self.find_likeliest(list(cleaned.values()))
+        for at, name in zip(cleaned, likeliest):
+            candidates[at] = replace(candidates[at], likeliest=name)
         return candidates, add_costs([written, scored]) | {"scoring_flops": scored["flops"]}
+
+    def find_likeliest(self, asked: Sequence[tuple[str, str]]) -> tuple[list[str], dict]:
+        """For each (persona, query) the persona itself, or the first of its rivals after which the
+        query is likelier; and what it cost. A query that is beaten is not scored any further."""
+        own, cost = self.score(asked)
+        costs, likeliest = [cost], [persona for persona, _ in asked]
+        for place in range(min(RIVALS, len(self.turns) - 1)):
+            left = [i for i, (persona, _) in enumerate(asked) if likeliest[i] == persona]
+            rivals = [(self.rivals[asked[i][0]][place], asked[i][1]) for i in left]
+            scores, cost = self.score(rivals)
+            costs.append(cost)
+            for i, (rival, _), score in zip(left, rivals, scores):
+                if score > own[i]:
+                    likeliest[i] = rival
+        return likeliest, add_costs(costs)
+
+    def score(self, asked: Sequence[tuple[str, str]]) -> tuple[list[float], dict]:
+        """log P(query | the persona's opened user turn) of (persona, query) pairs."""
+        return query_likelihoods(self.net, self.tokenizer, [(self.turns[persona], query)
+                                                            for persona, query in asked])
 
     def read_openings(self) -> None:
         """Which openings suit which persona, and which personas are its rivals."""
@@ -250,14 +266,9 @@ def opening_likelihoods(net: Transformer, tokenizer: Tokenizer,
                         turns: Sequence[list[int]]) -> tuple[Tensor, dict]:
     """log P(opening | opened user turn) of the K personas and of a conversation without one,
     [K + 1, O], and what it cost."""
-    targets = [tokenizer.encode(words) for words in OPENINGS]
-    rows, tokens = [], 0
-    for ids in (*turns, tokenizer.open_user_turn(None)):
-        logs, read = log_probability_after(net, ids, targets, "reading openings")
-        rows.append(logs)
-        tokens += read
-    scored = len(rows) * sum(map(len, targets))
-    return torch.tensor(rows), cost_of(net, len(rows) * len(targets), tokens, 0, scored)
+    asked = [(ids, words) for ids in (*turns, tokenizer.open_user_turn(None)) for words in OPENINGS]
+    scores, cost = query_likelihoods(net, tokenizer, asked)
+    return torch.tensor(scores).view(len(turns) + 1, len(OPENINGS)), cost
 
 
 def assign_openings(likelihoods: Tensor) -> list[list[int]]:
@@ -306,26 +317,15 @@ def opening(number: int, own: Sequence[str]) -> tuple[str, str]:
     return kind, words[turn % len(words)]
 
 
-def likeliest_context(net: Transformer, tokenizer: Tokenizer, contexts: dict[str, list[int]],
-                      asked: Sequence[tuple[str, Sequence[str]]]) -> tuple[list[str], dict]:
-    """For each (query, names) the name of the context after which the query is likeliest, and the
-    cost; the first of several equal ones.
-
-    Args:
-        contexts: name -> the ids that come before a query.
-    """
-    prompts, targets, shared = [], [], []
-    for query, names in asked:
-        for name in names:
-            prompts.append(contexts[name])
-            targets.append(tokenizer.encode(query))
-            shared.append(len(contexts[name]) - 1)
-    logs, read = token_log_probabilities(net, prompts, targets, shared, "scoring")
-    queue, guesses = iter(logs), []
-    for _, names in asked:
-        sums = [float(next(queue).sum()) for _ in names]
-        guesses.append(names[sums.index(max(sums))])
-    return guesses, cost_of(net, len(prompts), read, 0, sum(map(len, targets)))
+def query_likelihoods(net: Transformer, tokenizer: Tokenizer,
+                      asked: Sequence[tuple[list[int], str]]) -> tuple[list[float], dict]:
+    """log P(query | ids before it) of (ids, query) pairs, and what it cost."""
+    prompts = [ids for ids, _ in asked]
+    targets = [tokenizer.encode(query) for _, query in asked]
+    logs, read = token_log_probabilities(net, prompts, targets, [len(ids) - 1 for ids in prompts],
+                                         "scoring")
+    cost = cost_of(net, len(prompts), read, 0, sum(map(len, targets)))
+    return [float(values.sum()) for values in logs], cost
 
 
 def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
@@ -351,25 +351,6 @@ def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
     return kept
 
 
-def clean_query(text: str, persona: str = "") -> str | None:
-    """First non-empty line without list numbering or surrounding quotes; None if it is no question
-    or request, or repeats a run of ECHO_WORDS words of the persona.
-
-    What counts as a request is English (`is_request`); a question mark works in any language.
-
-    >>> clean_query('1. "How do tides work in a bay?"')
-    'How do tides work in a bay?'
-    """
-    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
-    line = re.sub(r"^(?:\d{1,2}[.)]|[-*])\s+", "", line).strip()
-    if len(line) > 1 and line[0] == line[-1] == '"':
-        line = line[1:-1].strip()
-    # A line that ends in a colon announces something that the first-line rule has cut off.
-    if not MIN_WORDS <= count_words(line) <= MAX_WORDS or line.endswith((":", ",")):
-        return None
-    return line if is_request(line) and not echoes(line, persona) else None
-
-
 def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
                     queries: Sequence[Query], candidates: Sequence[Candidate]) -> dict:
     """How good stage 1 was: counts of the candidates, and of the kept queries.
@@ -378,14 +359,14 @@ def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     expert") highest for its own expert, of all? Chance is one in the number of personas. Of many
     queries, MEASURED evenly spaced ones are asked about.
     """
-    begun, contexts = time.perf_counter(), {}
-    for p in personas:
-        prompt = conversation(IDENTIFY_PROMPT.format(persona=p.text))
-        contexts[p.name] = tokenizer.render(prompt, thinking=False)
+    begun = time.perf_counter()
+    prompts = [conversation(IDENTIFY_PROMPT.format(persona=p.text)) for p in personas]
+    contexts = [tokenizer.render(prompt, thinking=False) for prompt in prompts]
     some = queries[::math.ceil(len(queries) / MEASURED)]
-    guesses, cost = likeliest_context(net, tokenizer, contexts,
-                                      [(q.query, list(contexts)) for q in some])
-    hits = sum(guess == q.persona for guess, q in zip(guesses, some))
+    asked = [(ids, q.query) for q in some for ids in contexts]
+    scores, cost = query_likelihoods(net, tokenizer, asked)
+    guesses = torch.tensor(scores).view(len(some), len(contexts)).argmax(1).tolist()
+    hits = sum(personas[guess].name == q.persona for guess, q in zip(guesses, some))
     return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),
             "well_formed": sum(c.likeliest is not None for c in candidates),
             "fits_its_persona": sum(c.likeliest == c.persona for c in candidates),
@@ -455,3 +436,15 @@ def write_verdicts(run: RunFolder, judge: Judge, personas: Sequence[Persona],
 def won_pairs(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> list[Pair]:
     """The distill set: the answer pairs of queries with t(x) = 1."""
     return [pair for pair, verdict in zip(pairs, verdicts) if verdict.target]
+
+
+def hold_out(verdicts: Sequence[Verdict], seed: int) -> set[tuple[str, int]]:
+    """The (persona, index) pairs that stage 5 is not fitted on: a fifth of each class, at least one
+    where there are two, picked by a hash of their names."""
+    held = set()
+    for target in (0, 1):
+        keys = [(v.persona, v.index) for v in verdicts if v.target == target]
+        keys.sort(key=lambda key: derive_seed(seed, "split", *key))
+        count = round(len(keys) / HELD_OUT) or int(len(keys) > 1)
+        held.update(keys[:count])
+    return held

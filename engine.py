@@ -17,12 +17,11 @@ from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from model import KVCache, Positions, Transformer
 from prism import PRISM
-from support.device import upload
-from support.distributed import rank
+from support.device import pad, upload
+from support.distributed import progress_bar
 from support.hub import InputError
 
 SLOTS = 32  # engine rows; a setting, because results depend on it in the last bits
@@ -240,7 +239,7 @@ class Engine:
         sizes = [len(r.ids) + limit for r, limit in zip(requests, self.limits)]
         capacity = max(sizes, default=0)
         self.cache = self.net.new_cache(min(self.slots, len(requests)), capacity)
-        with progress_bar(bar, len(requests), "answer") as shown:
+        with progress_bar(bar, "answer", total=len(requests)) as shown:
             while queue or self.busy:
                 if queue and len(self.busy) < self.slots:
                     group = queue[:self.slots - len(self.busy)]
@@ -263,7 +262,9 @@ class Engine:
         slots = []
         for out in outs:
             request = requests[out.index]
-            slots.append(Slot(out, len(request.ids), self._draws(request.seed)))
+            generator = torch.Generator().manual_seed(request.seed)  # on the host: devices agree
+            draws = torch.rand(self.sampling.max_new_tokens, generator=generator)
+            slots.append(Slot(out, len(request.ids), upload(draws, self.net.device)))
         first = torch.stack([slot.draws[0] for slot in slots])
         tokens = sample(self.net.head(hidden), self.sampling, first).tolist()
         for row, (slot, token) in enumerate(zip(slots, tokens)):
@@ -291,12 +292,6 @@ class Engine:
             gate = routed.probability[at] if routed.probability else None
             outs.append(Output(group[at], gate=gate, routed=row < routed.k))
         return routed.hidden, cache, outs
-
-    def _draws(self, seed: int) -> Tensor:
-        """The uniform numbers of one request, drawn on the host so that devices agree."""
-        generator = torch.Generator().manual_seed(seed)
-        draws = torch.rand(self.sampling.max_new_tokens, generator=generator)
-        return upload(draws, self.net.device)
 
     def _insert(self, slot: Slot, source: KVCache, source_row: int) -> None:
         """Put a slot at the end or, if the adapter answers, at the end of the adapter's, whose
@@ -383,20 +378,6 @@ class Engine:
         return finished
 
 
-def progress_bar(name: str | None, total: int, unit: str) -> tqdm:
-    """A bar within a stage, for work that takes more than some seconds; none without a name."""
-    return tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, delay=2, leave=False,
-                disable=name is None or rank() > 0)
-
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Right-pad rows of ids to [B, T]; also their lengths [B]. Causal attention never looks right,
-    so what stands in the padding does not matter."""
-    lengths = [len(r) for r in rows]
-    padded = [list(r) + [0] * (max(lengths) - len(r)) for r in rows]
-    return upload(torch.tensor(padded), device), upload(torch.tensor(lengths), device)
-
-
 def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Sequence[int],
                   shared: Sequence[int] | None = None,
                   adapter: nn.ModuleList | None = None,
@@ -423,7 +404,7 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     reader = PrefixReader(net, adapter)
     total = sum(map(len, rows)) - sum(shared)
-    with torch.inference_mode(), progress_bar(bar, total, "token") as shown:
+    with torch.inference_mode(), progress_bar(bar, "token", total=total) as shown:
         while order:
             size = 1
             while size < len(order) and (size + 1) * len(rows[order[size]]) <= SCORE_TOKENS:
@@ -465,15 +446,4 @@ def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
             log_p = buffer[:len(logits)].copy_(logits)
             torch.log_softmax(log_p, dim=-1, out=log_p)
             logs[i:i + size] = log_p.gather(1, ids[i:i + size])[:, 0]
-    logs = logs.cpu()
-    return list(logs.split([len(t) for t in targets])), read
-
-
-def log_probability_after(net: Transformer, prefix: Sequence[int],
-                          targets: Sequence[Sequence[int]],
-                          bar: str | None = None) -> tuple[list[float], int]:
-    """Summed log P(target | prefix) of many targets after ONE prefix, and the tokens read."""
-    n = len(targets)
-    logs, read = token_log_probabilities(net, [prefix] * n, targets, [len(prefix) - 1] * n,
-                                         bar)
-    return [float(t.sum()) for t in logs], read
+    return list(logs.cpu().split([len(t) for t in targets])), read

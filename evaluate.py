@@ -35,8 +35,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 
-from bootstrap import Pair, Query, Verdict, check_order, won_pairs
-from engine import SLOTS, Engine, Request, Sampling, derive_seed, hidden_states, pad
+from bootstrap import Pair, Query, Verdict, check_order, hold_out, won_pairs
+from engine import SLOTS, Engine, Request, Sampling, derive_seed, hidden_states
 from generate import gate_inputs, stop_tokens
 from model import Transformer, load
 from prism import PRISM, distill_loss
@@ -44,18 +44,19 @@ from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
 from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
                                 read_mmlu, text)
 from support.checkpoint import fingerprint
-from support.device import choose_device, choose_dtype
+from support.device import choose_device, choose_dtype, pad
+from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter, write_file)
 from support.personas import Persona, load_personas, persona_hash
 from support.probes import measure_probes, probe_table, read_real_prompts
 from support.report import table
 from support.runs import RunFolder, split_chunks
+from support.stats import bootstrap_mean, bootstrap_ratio, pearson, ranks
 from tokenizer import Tokenizer, common_prefix, merge_system
-from train import Sample, distill_samples, hold_out
+from train import Sample, distill_samples
 
 CHOICE_CHUNK, CHAT_CHUNK, GATE_CHUNK = 512, 128, 64  # prompts that are done, and kept, together
-RESAMPLES = 2000  # of a bootstrap interval
 LATENCY_QUERIES = 20
 CONTEXT_ROOM = 64  # tokens that a template and the first words of an answer may take
 JUDGE_TOKENS = 24  # what the judge may write for one verdict
@@ -129,8 +130,6 @@ class Work:
             try:
                 row = json.loads(line)
                 rows.append((row["key"], row["made"]))
-                if row["check"] != self.check(rows[-1]):
-                    raise ValueError
                 whole = whole if row.get("left") else number  # "left": rows of its chunk to come
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise InputError(f"{path}, line {number}: damaged; remove the file to start "
@@ -139,11 +138,6 @@ class Work:
         size = sum(len(line) + 1 for line in lines[:whole])
         if size < len(content):
             os.truncate(path, size)
-
-    @staticmethod
-    def check(made: object) -> str:
-        """What shows whether a row is still as it was written."""
-        return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
 
     @staticmethod
     def key(*parts: object) -> str:
@@ -162,9 +156,10 @@ class Work:
                 rows = make(list(some))
                 seconds = (time.perf_counter() - begun) / len(some)
                 made = {keys[i]: row | {"seconds": seconds} for i, row in zip(some, rows)}
-                lines = "".join(json.dumps(
-                    {"key": k, "made": m, "check": self.check((k, m)), "left": len(made) - n},
-                    ensure_ascii=False) + "\n" for n, (k, m) in enumerate(made.items(), 1))
+                lines = ""
+                for number, (key, row) in enumerate(made.items(), 1):
+                    row = {"key": key, "made": row, "left": len(made) - number}
+                    lines += json.dumps(row, ensure_ascii=False) + "\n"
                 try:
                     with self.path.open("ab") as file:
                         file.write(lines.encode())
@@ -584,8 +579,8 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
             continue
         talks = [[{"role": "user", "content": pair.query}] for _, pair in asked]
         probability, routed = e.opened(strategy, [s.name for s, _ in asked], talks)
-        for at, (sample, pair) in enumerate(tqdm(asked, desc=f"kl: {strategy.name}",
-                                                 dynamic_ncols=True)):
+        bar = progress_bar(f"kl: {strategy.name}", "query", asked)
+        for at, (sample, pair) in enumerate(bar):
             model = e.models[strategy.answers(routed[at])]
             value = 0.0 if strategy.name == "expert" else answer_kl(
                 e.net, sample, model.adapter if isinstance(model, PRISM) else None)
@@ -634,7 +629,7 @@ def run_latency(e: Evaluator, strategies: Sequence[Strategy], items: Sequence[It
     in every run."""
     rows = []
     chosen = [s for s in strategies if s.name in ("base", "expert", "prism")]
-    for item in items:
+    for item in progress_bar("latency", "query", items):
         times: dict[str, list[float]] = defaultdict(list)
         asked = {}
         for s in chosen:
@@ -662,14 +657,6 @@ def run_latency(e: Evaluator, strategies: Sequence[Strategy], items: Sequence[It
 # From rows to figures
 
 
-def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means [RESAMPLES, columns] of bootstrap resamples of the rows of values [n, columns]; columns
-    stay paired."""
-    rng = np.random.default_rng(seed)
-    return np.stack([values[rng.integers(len(values), size=len(values))].mean(0)
-                     for _ in range(RESAMPLES)])
-
-
 def compare(mine: dict[str, float], base: dict[str, float], expert: dict[str, float]) -> dict:
     """One strategy's mean, its paired difference to base with a 95% bootstrap interval, and the
     share of the expert's effect that it recovers: None where that effect cannot be told from 0."""
@@ -677,26 +664,16 @@ def compare(mine: dict[str, float], base: dict[str, float], expert: dict[str, fl
     cell = {"n": len(mine), "mean": statistics.fmean(mine.values()) if mine else None}
     if len(ids) < 2 or mine is base:
         return cell
-    d = np.array([mine[i] - base[i] for i in ids])
-    means = resampled_means(d[:, None])[:, 0]
-    cell |= {"pairs": len(ids), "difference": float(d.mean()), "interval": percentiles(means)}
+    difference, interval = bootstrap_mean([mine[i] - base[i] for i in ids])
+    cell |= {"pairs": len(ids), "difference": difference, "interval": interval}
     shared = [i for i in ids if i in expert]
     if len(shared) > 1:
-        pairs = np.array([[mine[i] - base[i], expert[i] - base[i]] for i in shared])
-        ours, theirs = resampled_means(pairs).T
-        low, high = percentiles(theirs)
-        if low > 0 or high < 0:
-            kept = theirs != 0
-            cell |= {"recovery": float(pairs[:, 0].mean() / pairs[:, 1].mean()),
-                     "recovery_interval": percentiles(ours[kept] / theirs[kept])}
-        else:
-            cell["recovery"] = None
+        share = bootstrap_ratio([mine[i] - base[i] for i in shared],
+                                [expert[i] - base[i] for i in shared])
+        cell["recovery"] = share and share[0]
+        if share:
+            cell["recovery_interval"] = share[1]
     return cell
-
-
-def percentiles(values: np.ndarray) -> list[float]:
-    """The middle 95%."""
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
 
 
 def summarize(rows: Sequence[Row]) -> dict:
@@ -706,10 +683,12 @@ def summarize(rows: Sequence[Row]) -> dict:
     for task in dict.fromkeys(r.task for r in rows):
         mine = [r for r in rows if r.task == task]
         categories = sorted({r.category for r in mine})
-        whole = categories == ["all"] or len(categories) > 1 and task not in OPPOSED
-        for category in [*categories, *(["all"] if whole and categories != ["all"] else [])]:
+        if len(categories) > 1 and task not in OPPOSED:
+            categories.append("all")
+        found[task] = {}
+        for category in progress_bar(f"{task}: intervals", "category", categories):
             some = [r for r in mine if category in (r.category, "all")]
-            found.setdefault(task, {})[category] = summarize_category(some)
+            found[task][category] = summarize_category(some)
     return found
 
 
@@ -775,24 +754,8 @@ def routing(results: dict) -> dict:
                 points.append({"category": f"{task}/{category}", "routed": share,
                                "effect": sign * effect * (10 if metric == "rating" else 100)})
     x, y = [p["routed"] for p in points], [p["effect"] for p in points]
-    return {"points": points, "pearson": correlation(x, y),
-            "spearman": correlation(ranks(x), ranks(y))}
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None for fewer than three points or a constant."""
-    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1, ties share their mean rank.
-
-    >>> ranks([0.5, 0.1, 0.5])
-    [2.5, 1.0, 2.5]
-    """
-    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+    return {"points": points, "pearson": pearson(x, y),
+            "spearman": pearson(ranks(x), ranks(y))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1181,8 +1144,7 @@ def _main(args: argparse.Namespace) -> int:
     items, skipped = drop_long(items, strategies, net, tokenizer)
     items |= own
     judge = load_judge(args, net, tokenizer, names)
-    run = RunFolder(args.out)
-    try:
+    with RunFolder(args.out):
         e = Evaluator(net, tokenizer, prism, sft, names, Work(args.out / "work.jsonl"), args.seed,
                       args.max_new_tokens)
         rows: list[Row] = []
@@ -1193,8 +1155,6 @@ def _main(args: argparse.Namespace) -> int:
             queries = RunFolder(args.adapter, read_only=True).read("queries.jsonl", Query)
             probes = measure_probes(prism, tokenizer, queries, prompts, args.seed)
         write_results(args, e, rows, personas, strategies, skipped, probes)
-    finally:
-        run.close()
     return 0
 
 

@@ -14,15 +14,16 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from engine import SLOTS, Engine, Output, Request, Sampling, derive_seed, pad
+from engine import SLOTS, Engine, Output, Request, Sampling, derive_seed
 from model import Transformer, load
 from prism import PRISM, Router
 from support.adapter import read_settings
 from support.config import token_ids
-from support.device import choose_device, choose_dtype
+from support.device import choose_device, choose_dtype, pad
+from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter)
-from support.runs import cost_of
+from support.runs import cost_of, split_chunks
 from tokenizer import Tokenizer, check_messages
 
 # --explain: 256-colour backgrounds and the KL (nats) from which each is used
@@ -129,6 +130,19 @@ def gate_inputs(gate_pool: str, tokenizer: Tokenizer, conversations: Sequence[li
         return *pad([tokenizer.render(messages) for messages in conversations], device), None
     rows, masks = zip(*(tokenizer.render_with_user_mask(messages) for messages in conversations))
     return *pad(rows, device), pad(masks, device)[0].bool()
+
+
+def gate_features(prism: Router, tokenizer: Tokenizer,
+                  conversations: Sequence[list[dict]]) -> tuple[Tensor, int]:
+    """h(x) [n, d] of each conversation, by the very function that routes at inference; and the
+    tokens read."""
+    parts, tokens = [], 0
+    for some in progress_bar("reading the gate's layer", "batch", split_chunks(conversations)):
+        ids, lengths, mask = gate_inputs(prism.gate_pool, tokenizer, some, prism.net.device)
+        with torch.inference_mode():
+            parts.append(prism.features(ids, lengths, mask))
+        tokens += int(lengths.sum())
+    return torch.cat(parts).clone(), tokens
 
 
 def router(adapter: str | Path, device: str = "auto",

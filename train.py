@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bootstrap import (Pair, Verdict, check_order, won_pairs, write_answers, write_queries,
-                       write_verdicts)
-from engine import derive_seed, hidden_states, pad
-from generate import gate_inputs
+from bootstrap import (Pair, Verdict, check_order, hold_out, won_pairs, write_answers,
+                       write_queries, write_verdicts)
+from engine import derive_seed, hidden_states
+from generate import gate_features
 from judge import conversation, pick_judge
 from model import Transformer, load
 from prism import PRISM, Gate, answer_loss, distill_loss, gate_loss
-from support.device import choose_device, choose_dtype
-from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes, rank,
-                                 sum_gradients, world)
-from support.estimate import estimate
+from support.device import choose_device, choose_dtype, pad
+from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes,
+                                 progress_bar, rank, sum_gradients, world)
+from support.estimate import announce
 from support.hub import InputError, exit_status, resolve
 from support.memory import RECOMPUTE_ABOVE, activation_bytes, dry_run
 from support.personas import Persona
@@ -40,9 +40,9 @@ from support.report import summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
                           save_training_state, split_chunks)
 from support.settings import (CLIP, FIRST_STAGE, GATE_BATCH, GATE_DEPTH, GATE_FOLDS, GATE_OPTIMIZER,
-                              GATE_STEPS, HELD_OUT, TRAIN_TOKENS, WARMUP, WEIGHT_DECAY, check,
+                              GATE_STEPS, TRAIN_TOKENS, WARMUP, WEIGHT_DECAY, check,
                               check_judge, choose_personas, parser, run_settings)
-from support.stats import decision_scores, roc, youden_threshold
+from support.stats import decision_scores, fold_thresholds, roc
 from tokenizer import Tokenizer
 
 CHECKPOINT_EVERY = 20  # optimizer steps
@@ -109,18 +109,6 @@ def verify(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Seq
 # Stage 4: the gate
 
 
-def hold_out(verdicts: Sequence[Verdict], seed: int) -> set[tuple[str, int]]:
-    """The (persona, index) pairs that stage 5 is not fitted on: a fifth of each class, at least one
-    where there are two, picked by a hash of their names."""
-    held = set()
-    for target in (0, 1):
-        keys = [(v.persona, v.index) for v in verdicts if v.target == target]
-        keys.sort(key=lambda key: derive_seed(seed, "split", *key))
-        count = round(len(keys) / HELD_OUT) or int(len(keys) > 1)
-        held.update(keys[:count])
-    return held
-
-
 def train_gate(gate: Gate, features: Tensor, targets: Tensor, seed: int) -> float:
     """Stage 4: fit a gate to targets [n] in [0, 1] by balanced binary cross-entropy.
 
@@ -143,28 +131,11 @@ def train_gate(gate: Gate, features: Tensor, targets: Tensor, seed: int) -> floa
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    losses = torch.stack(losses).tolist()  # the only wait for the device
-    wrong = [step for step, loss in enumerate(losses) if not math.isfinite(loss)]
-    if wrong:
-        raise InputError(f"stage 4, step {wrong[0]}: the gate's loss is {losses[wrong[0]]}; what "
-                         "it reads is not finite, try --dtype float32")
-    tail = losses[-GATE_STEPS // 10:]
-    return sum(tail) / len(tail)
-
-
-def gate_features(prism: PRISM, tokenizer: Tokenizer,
-                  queries: Sequence[str]) -> tuple[Tensor, int]:
-    """h(x) [n, d] of each query, by the very function that routes at inference; and the tokens
-    read."""
-    parts, tokens = [], 0
-    for some in tqdm(split_chunks(queries, GATE_BATCH), desc="reading the gate's layer",
-                     unit="batch", dynamic_ncols=True, delay=2, leave=False):
-        asked = [conversation(query) for query in some]
-        ids, lengths, mask = gate_inputs(prism.gate_pool, tokenizer, asked, prism.net.device)
-        with torch.inference_mode():
-            parts.append(prism.features(ids, lengths, mask))
-        tokens += int(lengths.sum())
-    return torch.cat(parts).clone(), tokens
+    tail = torch.stack(losses[-GATE_STEPS // 10:])
+    loss = float(tail.mean())  # the only wait for the device
+    if not math.isfinite(loss):
+        raise InputError("stage 4: the gate's loss is not finite; try --dtype float32")
+    return loss
 
 
 def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> tuple[list[float], list[int]]:
@@ -177,8 +148,7 @@ def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> tuple[list[floa
     numbers = torch.arange(n, device=targets.device) % GATE_FOLDS
     fold[torch.tensor(order, device=targets.device)] = numbers
     probability = torch.full((n,), 0.5, device=targets.device)
-    for number in tqdm(range(GATE_FOLDS), desc="gate, out of fold", unit="fold",
-                       dynamic_ncols=True, delay=2, leave=False):
+    for number in progress_bar("gate, out of fold", "fold", range(GATE_FOLDS)):
         held = fold == number
         if held.any() and not held.all():
             gate = Gate(features.shape[1], seed).to(features.device)
@@ -190,8 +160,7 @@ def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> tuple[list[floa
 
 def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
              verdicts: Sequence[Verdict], args: argparse.Namespace) -> None:
-    """Stage 4 as a resumable step: score the gate out of fold, then fit the one that is kept on all
-    queries."""
+    """Stage 4 as a resumable step: score the gate out of fold, then fit one on all queries."""
     done = run.latest().get("gate")
     if done and (run.path / "gate.safetensors").exists():
         prism.load_gate(run.path)
@@ -199,22 +168,15 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
         return
     begun = time.perf_counter()
     run.note_source("gate")
-    features, tokens = gate_features(prism, tokenizer, [p.query for p in pairs])
+    features, tokens = gate_features(prism, tokenizer, [conversation(p.query) for p in pairs])
     labels = [v.target for v in verdicts]
     targets = torch.tensor(labels, dtype=torch.float32, device=features.device)
     probability, fold = out_of_fold(features, targets, args.seed)
-
-    def threshold_without(left_out: int | None) -> float:
-        """From all queries outside of a fold: a query is scored at a threshold that it had no part
-        in, and the one of all queries routes."""
-        if args.gate_threshold is not None:
-            return args.gate_threshold
-        kept = [i for i, f in enumerate(fold) if f != left_out]
-        return youden_threshold([probability[i] for i in kept], [labels[i] for i in kept])
-
-    by_fold = {f: threshold_without(f) for f in set(fold)}
-    opened = [p >= by_fold[f] for p, f in zip(probability, fold)]
-    prism.threshold = threshold_without(None)
+    thresholds = fold_thresholds(probability, labels, fold)
+    if args.gate_threshold is not None:
+        thresholds = dict.fromkeys(thresholds, args.gate_threshold)
+    opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
+    prism.threshold = thresholds[None]
     loss = train_gate(prism.gate, features, targets, args.seed)
     prism.save_gate(run.path)
     cost = cost_of(prism.net, len(pairs), tokens)
@@ -230,13 +192,15 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
 
 @dataclass
 class Sample:
-    """One distillation sample: the bare prompt and answer ids, where the answer starts, and the
-    teacher's post-norm hidden states [n, d] at the positions that predict the n answer tokens."""
+    """One distillation sample: the bare prompt and answer ids, where the answer starts, the
+    teacher's post-norm hidden states [n, d] at the positions that predict the n answer tokens, and
+    how many tokens the teacher read."""
 
     name: str
     ids: list[int]
     start: int
     teacher: Tensor
+    read: int = 0
 
     @property
     def answer_tokens(self) -> int:
@@ -259,10 +223,10 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
         answers.append(pair.expert_ids[:max(max_len - len(teachers[-1]), 0)])
     states = teacher_states(net, teachers, answers)
     samples = []
-    for pair, student, answer, teacher in zip(pairs, students, answers, states):
+    for pair, student, teacher, answer, state in zip(pairs, students, teachers, answers, states):
         if answer:
-            name = f"{pair.persona}/{pair.index}"
-            samples.append(Sample(name, [*student, *answer], len(student), teacher))
+            name, read = f"{pair.persona}/{pair.index}", len(teacher) + len(answer)
+            samples.append(Sample(name, [*student, *answer], len(student), state, read))
     return samples
 
 
@@ -318,8 +282,7 @@ def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list
 def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
     tokens, summed = sum(s.answer_tokens for s in samples), 0.0
-    for group in tqdm(micro_batches(samples)[rank()::world()], desc="held-out KL", unit="batch",
-                      dynamic_ncols=True, delay=2, leave=False, disable=rank() > 0):
+    for group in progress_bar("held-out KL", "batch", micro_batches(samples)[rank()::world()]):
         summed += float(sample_loss(prism, group, 1.0))
     summed = sum(exchange(summed))
     return summed / tokens if tokens else None
@@ -364,9 +327,9 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
     per_epoch = math.ceil(len(samples) / args.batch_size)
     steps = per_epoch * args.epochs
     first = load_training_state(run.path, parameters, optimizer)
-    bar = tqdm(total=steps, initial=first, desc="lora", unit="step", dynamic_ncols=True,
+    bar = tqdm(range(first, steps), "lora", steps, initial=first, unit="step", dynamic_ncols=True,
                disable=not run.writes)
-    for step in range(first, steps):
+    for step in bar:
         begun = time.perf_counter()
         epoch, at = divmod(step, per_epoch)
         order = sorted(samples, key=lambda s: derive_seed(args.seed, "epoch", epoch, s.name))
@@ -378,8 +341,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                              f"on {', '.join(s.name for s in batch)}; try a lower --lr or "
                              "--dtype float32 (the last checkpoint is kept)")
         rate = learning_rate(step, steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(s.answer_tokens for s in batch)
@@ -387,13 +349,11 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
         # weights get no gradient.
         flops = prism.net.flops(2 * sum(len(s.ids) for s in batch), 3 * tokens)
         run.record("lora", step, loss=loss, gradient_norm=norm, lr=rate, samples=len(batch),
-                   answer_tokens=tokens, flops=flops,
+                   tokens_trained=tokens, flops=flops,
                    seconds=round(time.perf_counter() - begun, 3))
-        bar.update()
         bar.set_postfix({args.loss: f"{loss:.4f}"})
         if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
             save_training_state(run.path, parameters, optimizer, step + 1)
-    bar.close()
 
 
 def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequence[Persona],
@@ -411,21 +371,19 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     if not fit:
         raise InputError(f"no answer fits in --max-len {args.max_len} beside its persona; raise it")
     before = held_out_kl(prism, test)  # B is zero: this is the base model
-    around = time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
     train_lora(run, prism, fit, args)
     begun = time.perf_counter()
     after = held_out_kl(prism, test)
-    if not run.writes:
-        return
-    steps = [m for m in run.metrics() if m["stage"] == "lora"]
-    around += time.perf_counter() - begun + sum(m["seconds"] for m in steps)
+    seconds += time.perf_counter() - begun
+    tokens = sum(s.answer_tokens for s in test)
+    read = sum(s.read for s in samples) + 2 * sum(len(s.ids) for s in test)
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
-               answer_tokens=sum(s.answer_tokens for s in test), prompts=len(samples),
-               tokens_trained=sum(m["answer_tokens"] for m in steps),
-               flops=sum(m["flops"] for m in steps), seconds=round(around, 3),
-               peak_memory=peak_memory())
-    prism.save(run.path)
-    state.unlink(missing_ok=True)
+               answer_tokens=tokens, **cost_of(prism.net, len(samples), read, 0, 4 * tokens),
+               seconds=round(seconds, 3), peak_memory=peak_memory())
+    if run.writes:
+        prism.save(run.path)
+        state.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,24 +422,16 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
-    with main_first():
-        run = RunFolder(args.out)
-    try:
+    with RunFolder(args.out) as run:
         with main_first():
             run.begin(settings, FIRST_STAGE, args.overwrite, args.redo)
         if run.complete:
             say(f"{run.path}: complete already; --overwrite runs it again, --from STAGE a part")
             return 0
-        source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
-        several = f", {world()} processes" if world() > 1 else ""
-        say(f"{args.model}{source} on {device.type} in {settings['dtype']}{several}, "
-            f"{len(personas)} personas, {args.queries} queries each, to {run.path}", sys.stderr)
-        if rank() == 0 and (line := estimate(prism, len(personas), args)):
-            say(line, sys.stderr)
+        if rank() == 0:
+            announce(prism, settings, args.out)
         status = run_stages(run, prism, tokenizer, personas, args)
         run.end()
-    finally:
-        run.close()
     if rank() == 0:
         print(f"\n{summarize(run, args)}\n\nsaved in {run.path}")
     if status == 3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,11 @@ def upload(values: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Right-pad rows of ids to [B, T]; also their lengths [B]. Causal attention never looks right,
+    so what stands in the padding does not matter."""
+    lengths = [len(r) for r in rows]
+    padded = [list(r) + [0] * (max(lengths) - len(r)) for r in rows]
+    return upload(torch.tensor(padded), device), upload(torch.tensor(lengths), device)

@@ -17,11 +17,12 @@ import os
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from support.hub import InputError
 
@@ -37,6 +38,14 @@ def rank() -> int:
 def world() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def progress_bar(name: str | None, unit: str, items: Sequence | None = None,
+                 total: int | None = None) -> tqdm:
+    """A bar within a stage, shown once its work has taken two seconds, by the first process alone;
+    none without a name. It goes through `items`, or counts to `total` by its `update`."""
+    return tqdm(items, desc=name, total=total, unit=unit, dynamic_ncols=True, delay=2, leave=False,
+                disable=name is None or rank() > 0)
 
 
 @contextmanager

@@ -3,9 +3,10 @@ speed, measured in two seconds."""
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 import time
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from bootstrap import OVERSAMPLE, RIVALS
 from engine import SLOTS
 from prism import PRISM
+from support.distributed import world
 
 # What SmolLM2-135M-Instruct does; other models differ by some tens of per cent.
 QUERY, CANDIDATE = 22, 47  # tokens of a query, and of a candidate while it is written
@@ -24,19 +26,20 @@ WORTH_MEASURING = 1e12  # FLOPs
 TEST_PAIRS = 10  # known pairs that a judge reads, as many of the answers being short ones
 
 
-def expected_flops(prism: PRISM, personas: int, args: argparse.Namespace) -> dict[str, float]:
+def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training"."""
-    flops = prism.net.flops
-    queries = personas * args.queries
+    flops, personas = prism.net.flops, len(settings["personas"])
+    queries = personas * settings["queries"]
     candidates = queries * OVERSAMPLE * ROUNDS
-    answer = ANSWER * (1 - math.exp(-args.max_new_tokens / ANSWER))
+    answer = ANSWER * (1 - math.exp(-settings["max_new_tokens"] / ANSWER))
     written = candidates * CANDIDATE + 2 * queries * answer
     scored = candidates * WELL_FORMED * (1 + min(RIVALS, personas - 1)) * QUERY
     scored += min(queries, 96) * personas * QUERY
     pairs = queries + TEST_PAIRS
     judged = pairs * (2 * (answer + TEMPLATE) + 4 * (QUERY + TEMPLATE))  # which query?
     judged += pairs * 4 * (QUERY + answer)  # how likely an answer?
-    trained = 0.8 * queries * WON * args.epochs * (QUERY + TEMPLATE + answer)  # a fifth held out
+    fitted = 0.8 * queries * WON  # a fifth is held out
+    trained = fitted * settings["epochs"] * (QUERY + TEMPLATE + answer)
     return {"writing": flops(written, written), "reading": flops(scored + judged, 0.6 * judged),
             "training": flops(2 * trained, 3 * trained)}
 
@@ -81,14 +84,20 @@ def seconds(work: Callable[[], object], device: torch.device, about: float = 0.5
     return (time.perf_counter() - begun) / calls
 
 
-def estimate(prism: PRISM, personas: int, args: argparse.Namespace) -> str:
-    """One line that says about how long the whole run takes on this machine; "" for a run that is
-    over before its speed is measured."""
-    flops = expected_flops(prism, personas, args)
+def announce(prism: PRISM, settings: dict, out: Path) -> None:
+    """Print, on the error stream, what is going to run (`settings` as in run.json) and about how
+    long it will take here; of a run that is over before a speed is measured, only the former."""
+    source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
+    several = f", {world()} processes" if world() > 1 else ""
+    print(f"{settings['model']}{source} on {settings['device']} in {settings['dtype']}{several}, "
+          f"{len(settings['personas'])} personas, {settings['queries']} queries each, to {out}",
+          file=sys.stderr)
+    flops = expected_flops(prism, settings)
     if sum(flops.values()) < WORTH_MEASURING:
-        return ""
+        return
     speed = machine_speed(prism)
     total = sum(flops[kind] / speed[kind] for kind in flops)
     clock = f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} hours"
-    return (f"about {clock} here for the whole run: {sum(flops.values()) / 1e12:.0f} TFLOP, at "
-            + ", ".join(f"{speed[kind] / 1e9:.0f} GFLOP/s {kind}" for kind in speed))
+    speeds = ", ".join(f"{speed[kind] / 1e9:.0f} GFLOP/s {kind}" for kind in speed)
+    print(f"about {clock} here for the whole run: {sum(flops.values()) / 1e12:.0f} TFLOP, at "
+          f"{speeds}", file=sys.stderr)

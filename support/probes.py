@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from bootstrap import Query
+from generate import gate_features
+from judge import conversation
 from prism import PRISM, Gate
 from support.benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
 from support.hub import InputError
 from support.report import table
 from support.stats import auc, youden_threshold
 from tokenizer import Tokenizer
-from train import gate_features, out_of_fold, train_gate
+from train import out_of_fold, train_gate
 
 MOST_PROMPTS = 400  # of each set, evenly spaced, so that every MMLU subject is there
 
@@ -55,10 +57,10 @@ def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
     context = prism.net.config.max_position_embeddings
     features: dict[str, Tensor] = {}
     for name, texts in prompts.items():
-        short = [t for t in texts if len(tokenizer.render([{"role": "user", "content": t}]))
-                 < context]
+        asked = [conversation(text) for text in texts]
+        short = [messages for messages in asked if len(tokenizer.render(messages)) < context]
         features[name], _ = gate_features(prism, tokenizer, short)
-    own, _ = gate_features(prism, tokenizer, [q.query for q in queries])
+    own, _ = gate_features(prism, tokenizer, [conversation(q.query) for q in queries])
     gates = {"the gate": (prism.gate, prism.threshold)}
     names = list(dict.fromkeys(q.persona for q in queries))
     for name in names if len(names) > 1 else ():

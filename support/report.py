@@ -27,12 +27,10 @@ def write_report(run: RunFolder, args: argparse.Namespace) -> None:
 
 
 def stage_costs(metrics: Sequence[dict]) -> list[dict]:
-    """What each stage cost, summed over its metrics rows; a training step's are in its stage's."""
+    """What each stage cost, summed over its metrics rows."""
     costs = []
     for stage in STAGES:
         rows = [m for m in metrics if WITHIN.get(m["stage"], m["stage"]) == stage]
-        if stage == "lora":
-            rows = [m for m in rows if m["stage"] == "kl"]
         if rows:
             sums = {f: sum(m.get(f, 0) for m in rows) for f in (
                 "seconds", "prompts", "tokens_read", "tokens_written", "tokens_trained", "flops")}

@@ -50,7 +50,8 @@ CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 
 
 class RunFolder:
-    """A run's output folder, locked for one process. Of several processes only the first writes.
+    """A run's output folder, locked for one process until the `with` block ends. Of several
+    processes only the first writes.
 
     Args:
         read_only: a finished run that somebody else may be reading, too.
@@ -73,6 +74,12 @@ class RunFolder:
         """Release the folder (a dying process does so by itself)."""
         if self._lock is not None:
             self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # -- stage files -------------------------------------------------------------------------------
 

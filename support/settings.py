@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Sequence
 
-from bootstrap import ANSWER_TEMPERATURE, QUERY_RULES, QUERY_SAMPLING, longest_opening
+from bootstrap import (ANSWER_TEMPERATURE, HELD_OUT, QUERY_RULES, QUERY_SAMPLING,
+                       longest_opening)
 from engine import SLOTS
 from judge import INVERSE_PROMPTS, JUDGE_PROMPT, VERDICT_RULES, conversation
 from model import Transformer
@@ -30,7 +31,6 @@ FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
 QUICK = {"queries": 8, "max_new_tokens": 96, "epochs": 6, "batch_size": 4}
 QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
-HELD_OUT = 5  # one query in so many is held out
 GATE_FOLDS = 5
 GATE_DEPTH = 6  # the gate reads the output of layer (number of layers) // 6, unless told otherwise
 GATE_STEPS, GATE_BATCH = 300, 64

@@ -9,6 +9,9 @@ import math
 from collections import Counter
 from typing import Sequence
 
+import numpy as np
+
+RESAMPLES = 2000  # of a bootstrap interval
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 # `sequential_test`: the two shares that it tells apart, and the log-likelihood ratios at which it
 # ends. With 4 pairs at a time and 60 at most, a judge that is right on 0.9 fails one test in
@@ -112,6 +115,22 @@ def youden_threshold(scores: Sequence[float], labels: Sequence[int]) -> float:
     return (points[best][0] + below) / 2
 
 
+def fold_thresholds(scores: Sequence[float], labels: Sequence[int],
+                    fold: Sequence[int]) -> dict[int | None, float]:
+    """For each fold the threshold that all other items give, so that an item is decided on at one
+    that it had no part in; and under None the threshold of all items.
+
+    >>> fold_thresholds([0.9] * 20 + [0.1] * 20, [1] * 20 + [0] * 20, [0, 1] * 20)
+    {0: 0.5, 1: 0.5, None: 0.5}
+    """
+    thresholds: dict[int | None, float] = {}
+    for left_out in (*sorted(set(fold)), None):
+        kept = [i for i, f in enumerate(fold) if f != left_out]
+        thresholds[left_out] = youden_threshold([scores[i] for i in kept],
+                                                [labels[i] for i in kept])
+    return thresholds
+
+
 def decision_scores(scores: Sequence[float], decisions: Sequence[bool],
                     labels: Sequence[int]) -> dict:
     """Accuracy of yes-or-no decisions, the majority's rate beside it, the AUC of the scores behind
@@ -128,3 +147,71 @@ def decision_scores(scores: Sequence[float], decisions: Sequence[bool],
             "auc": area, "auc_interval": [low, high],
             "confusion": {"true_open": cells[True, True], "false_open": cells[False, True],
                           "true_closed": cells[False, False], "false_closed": cells[True, False]}}
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> tuple[float, list[float]]:
+    """The mean of at least two values and its 95% percentile bootstrap interval (Efron 1979).
+
+    >>> bootstrap_mean([1.0, 1.0, 1.0])
+    (1.0, [1.0, 1.0])
+    """
+    means = resampled_means(np.array(values)[:, None], seed)[:, 0]
+    return float(np.mean(values)), percentiles(means)
+
+
+def bootstrap_ratio(above: Sequence[float], below: Sequence[float],
+                    seed: int = 0) -> tuple[float, list[float]] | None:
+    """The ratio of the means of two paired samples and its 95% bootstrap interval; None where the
+    mean below cannot be told from 0.
+
+    >>> bootstrap_ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    (0.5, [0.5, 0.5])
+    """
+    pairs = np.array([above, below]).T
+    over, under = resampled_means(pairs, seed).T
+    low, high = percentiles(under)
+    if low <= 0 <= high:
+        return None
+    kept = under != 0
+    return float(pairs[:, 0].mean() / pairs[:, 1].mean()), percentiles(over[kept] / under[kept])
+
+
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means [RESAMPLES, columns] of bootstrap resamples of the rows of values [n, columns]; columns
+    stay paired.
+
+    >>> resampled_means(np.ones((3, 2))).shape
+    (2000, 2)
+    """
+    rng = np.random.default_rng(seed)
+    n = len(values)
+    return np.stack([values[rng.integers(n, size=n)].mean(0) for _ in range(RESAMPLES)])
+
+
+def percentiles(values: np.ndarray) -> list[float]:
+    """The middle 95%.
+
+    >>> percentiles(np.arange(1001.0))
+    [25.0, 975.0]
+    """
+    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's correlation (of ranks: Spearman's); None for fewer than three points or a constant.
+
+    >>> pearson([1, 2, 3], [3, 2, 1])
+    -1.0
+    """
+    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return round(float(np.corrcoef(x, y)[0, 1]), 12)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1, ties share their mean rank.
+
+    >>> ranks([0.5, 0.1, 0.5])
+    [2.5, 1.0, 2.5]
+    """
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]

@@ -6,6 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+MIN_WORDS, MAX_WORDS = 5, 60  # of a query
 ECHO_WORDS = 5  # a text that repeats so many words of another in a row is an echo
 NEAR_DUPLICATE = 0.7  # Jaccard similarity of word sets from which two queries count as one
 UNSPACED = "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, Japanese and Chinese characters
@@ -60,3 +61,22 @@ def is_request(line: str) -> bool:
     question = re.search("[?？؟;՞፧]$|[?？؟]", line)
     return bool(question or words[0] in request_words() or wish
                 or line.startswith(("In three bullet points", "True or false")))
+
+
+def clean_query(text: str, persona: str = "") -> str | None:
+    """First non-empty line without list numbering or surrounding quotes; None if it is no question
+    or request, or repeats a run of ECHO_WORDS words of the persona.
+
+    What counts as a request is English (`is_request`); a question mark works in any language.
+
+    >>> clean_query('1. "How do tides work in a bay?"')
+    'How do tides work in a bay?'
+    """
+    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
+    line = re.sub(r"^(?:\d{1,2}[.)]|[-*])\s+", "", line).strip()
+    if len(line) > 1 and line[0] == line[-1] == '"':
+        line = line[1:-1].strip()
+    # A line that ends in a colon announces something that the first-line rule has cut off.
+    if not MIN_WORDS <= count_words(line) <= MAX_WORDS or line.endswith((":", ",")):
+        return None
+    return line if is_request(line) and not echoes(line, persona) else None

@@ -301,27 +301,34 @@ def test_a_row_does_not_depend_on_how_many_follow(written: Path, tmp_path: Path,
 def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring under all personas would make stage 1's cost grow with their square: with nine of
-    them each cleaned candidate is read under six, its own first."""
+    them each cleaned candidate is read under its own, then under its rivals until one beats it."""
     nine = [Persona(f"p{i}", f"You are number {i} of nine, and you know about {word}.")
             for i, word in enumerate("tides bread iron birds rain wood stars fire salt".split())]
-    asked: list[tuple[str, list[str]]] = []
-    real = bootstrap.likeliest_context
+    asked: list[tuple[str, str]] = []
+    real = bootstrap.QueryWriter.score
 
-    def counted(net: Transformer, tokenizer: Tokenizer, contexts: dict, some: Sequence) -> tuple:
+    def counted(writer: bootstrap.QueryWriter, some: Sequence[tuple[str, str]]) -> tuple:
         asked.extend(some)
-        return real(net, tokenizer, contexts, some)
+        return real(writer, some)
 
-    monkeypatch.setattr(bootstrap, "likeliest_context", counted)
+    monkeypatch.setattr(bootstrap.QueryWriter, "score", counted)
     with one_thread():
         writer = bootstrap.QueryWriter(run, net, tok, nine)
         rows, cost = writer.write([bootstrap.Draft(p.name, 0, i, derive_seed(p.name, i))
-                                   for p in nine for i in range(3)])
+                                   for p in nine for i in range(9)])
     cleaned = [r for r in rows if r.complete and clean_query(r.text, writer.texts[r.persona])]
-    assert len(asked) == len(cleaned) > 3
-    for (text, names), row in zip(asked, cleaned, strict=True):
-        assert text == clean_query(row.text) and names[0] == row.persona
-        assert len(names) == len(set(names)) == RIVALS + 1
-        assert row.likeliest in names
+    assert len(cleaned) > 3
+    for row in cleaned:
+        text = clean_query(row.text)
+        own, *rivals = [persona for persona, query in asked if query == text]
+        assert own == row.persona and rivals == writer.rivals[own][:len(rivals)]
+        scores, _ = real(writer, [(persona, text) for persona in (own, *rivals)])
+        ahead = [rival for rival, score in zip(rivals, scores[1:]) if score > scores[0]]
+        if row.likeliest == own:
+            assert len(rivals) == RIVALS and not ahead
+        else:
+            assert rivals[-1:] == ahead == [row.likeliest]  # the last that it was scored under
+    assert {r.likeliest == r.persona for r in cleaned} == {True, False}
     assert all(r.likeliest is None for r in rows if r not in cleaned)
     assert 0 < cost["scoring_flops"] < cost["flops"]
     opened = run.latest()["openings"]  # the openings are read once, under every persona

@@ -25,11 +25,12 @@ from transformers.generation import (
 )
 
 import generate as generate_module
-from engine import Engine, Output, Request, Sampling, derive_seed, pad, sample
+from engine import Engine, Output, Request, Sampling, derive_seed, sample
 from generate import Completion, explain, generate, main, router, show_explanation, stop_tokens
 from lora import LoRA
 from model import Transformer, load
 from prism import PRISM, Router
+from support.device import pad
 from support.hub import InputError
 from tokenizer import Tokenizer
 

@@ -33,7 +33,7 @@ import evaluate
 import generate
 import train
 from bootstrap import Pair
-from judge import Comparison, LetterJudge, LikelihoodJudge
+from judge import Comparison, LetterJudge, LikelihoodJudge, conversation
 from model import Transformer
 from prism import PRISM
 from support.hub import InputError
@@ -629,7 +629,8 @@ PLACES: dict[str, Callable[[Transformer, Tokenizer, str], object]] = {
     "earlier answer": lambda n, t, x: generate.generate(
         n, t, [[{"role": "user", "content": "q"}, {"role": "assistant", "content": x},
                 {"role": "user", "content": "q"}]], generate.Sampling(1, 0.0)),
-    "gate": lambda n, t, x: train.gate_features(PRISM(n, gate_pool="mean"), t, [x]),
+    "gate": lambda n, t, x: generate.gate_features(
+        PRISM(n, gate_pool="mean"), t, [conversation(x)]),
     "letter judge, answer": lambda n, t, x: LetterJudge(n, t).compare(
         [Comparison("q", "", x, "other")]),
     "letter judge, query": lambda n, t, x: LetterJudge(n, t).compare(

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import judge
 import train
-from bootstrap import Pair, Verdict
+from bootstrap import Pair, Verdict, hold_out
 from engine import Sampling
-from generate import generate
+from generate import gate_features, generate
+from judge import conversation
 from model import Transformer, load
 from prism import PRISM
 from support import settings as rules
@@ -36,7 +37,7 @@ from support.personas import Persona
 from support.runs import FILES, RunFolder
 from support.stats import auc, by_class, decision_scores, youden_threshold
 from tokenizer import Tokenizer
-from train import (Sample, distill_samples, gate_features, held_out_kl, hold_out, learning_rate,
+from train import (Sample, distill_samples, held_out_kl, learning_rate,
                    micro_batches, out_of_fold, sample_loss, train_gate, train_lora)
 
 __all__ = ["command", "finished", "personas"]
@@ -165,7 +166,7 @@ def test_gate_that_reads_infinity_is_named(net: Transformer) -> None:
     """Stage 4 on states that overflowed: an error, not a gate of NaN."""
     x, targets = planted(20, 10, 1.0, 0)
     x[3, 3] = float("inf")
-    with one_thread(), pytest.raises(InputError, match="stage 4, step 0"):
+    with one_thread(), pytest.raises(InputError, match="stage 4: the gate's loss"):
         train_gate(PRISM(net).gate, x, targets, seed=0)
 
 
@@ -176,7 +177,7 @@ def test_gate_is_trained_on_bare_prompts(net: Transformer, tok: Tokenizer, pool:
     generation prompt included, no answer after it."""
     prism = PRISM(net, gate_pool=pool)
     queries = ["Why does iron rust?", "Hello", "Name three rivers of this country, please."]
-    found, tokens = gate_features(prism, tok, queries)
+    found, tokens = gate_features(prism, tok, list(map(conversation, queries)))
     assert tokens == sum(len(tok.render([{"role": "user", "content": q}])) for q in queries)
     for h, query in zip(found, queries, strict=True):
         ids, mask = tok.render([{"role": "user", "content": query}], add_generation_prompt=True,
@@ -319,7 +320,7 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
     old = a.detach().clone()
     run = RunFolder(tmp_path)
     with one_thread():
-        train_gate(prism.gate, gate_features(prism, tok, ["a b c", "d e", "f"])[0],
+        train_gate(prism.gate, gate_features(prism, tok, list(map(conversation, "abc")))[0],
                    torch.tensor([1.0, 0.0, 0.0]), 0)
         samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
         train_lora(run, prism, samples, settings(lr=1e-5, epochs=1))
@@ -493,7 +494,7 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
     targets = [v["target"] for v in rows_of(finished, "verdicts.jsonl")]
     prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
     with one_thread():
-        features, _ = gate_features(prism, tok, queries)
+        features, _ = gate_features(prism, tok, list(map(conversation, queries)))
         t = torch.tensor([float(x) for x in targets])
         probability, fold = out_of_fold(features, t, 0)
         train_gate(again.gate, features, t, 0)
