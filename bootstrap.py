@@ -40,7 +40,7 @@ QUERY_SAMPLING = {"temperature": 0.8, "max_new_tokens": 96}
 ANSWER_TEMPERATURE = 0.7
 OVERSAMPLE, ROUNDS = 3, 4  # candidates per lacking query in a round of stage 1; most rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # of its own, for each persona
-RIVALS = 5  # other personas under which a candidate is scored
+RIVALS, LEAD = 3, 1.0  # others under which a query is scored; nats by which its own must lead
 HELD_OUT = 5  # one query in so many is held out from stage 5
 MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
 IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
@@ -56,7 +56,7 @@ KINDS = ("plain", "own", "own", "plain", "own", "long", "own", "contrast")
 # Everything above that decides a query: a run notices when it is changed.
 QUERY_RULES = (OPENINGS, LONG_OPENINGS, CONTRAST_OPENINGS, KINDS, sorted(request_words()),
                sorted(QUERY_SAMPLING.items()), OVERSAMPLE, ROUNDS, MIN_WORDS, MAX_WORDS,
-               ECHO_WORDS, NEAR_DUPLICATE, MOST_OPENINGS, FEWEST_OPENINGS, RIVALS)
+               ECHO_WORDS, NEAR_DUPLICATE, MOST_OPENINGS, FEWEST_OPENINGS, RIVALS, LEAD)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Candidate:
     """A query as the model wrote it in stage 1, before the pure pass that keeps or drops it.
 
     `kind`: which sort of opening it was given (KINDS); `text` includes the opening. `complete`: the
-    model ended it by itself. `likeliest`: its own persona, or the first of the rivals after which
-    the cleaned query is likelier; None if cleaning left nothing.
+    model ended it by itself. `suits`: its own persona, or the first of the rivals that the cleaned
+    query suits as well; None if cleaning left nothing.
     """
 
     persona: str
@@ -73,7 +73,7 @@ class Candidate:
     kind: str
     text: str
     complete: bool
-    likeliest: str | None
+    suits: str | None
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,9 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     """Stage 1 (paper, section 3.1): `wanted` queries a persona, in the user's own voice.
 
     The model reads the persona as its system message and goes on as the USER, after an opening that
-    suits this expert: no instruction that a small model could echo, one format for all personas. A
-    query counts only if it is likelier after its own persona than after those most like it, so that
-    it is about something this expert does. Candidates are over-generated in rounds; after each, one
-    pure pass over all of them (`keep_queries`) says who still lacks queries.
+    suits this expert: no instruction that a small model could echo. A query counts only if it is
+    clearly likelier after its own persona than after those most like it. Candidates are written in
+    rounds; after each, one pure pass over all (`keep_queries`) says who still lacks queries.
 
     Where queries.jsonl is there, it is used as it is, whoever wrote it.
     """
@@ -206,25 +205,26 @@ class QueryWriter:
             text = clean_query(c.text, self.texts[c.persona]) if c.complete else None
             if text:
                 cleaned[at] = c.persona, text
-        likeliest, scored = self.find_likeliest(list(cleaned.values()))
-        for at, name in zip(cleaned, likeliest):
-            candidates[at] = replace(candidates[at], likeliest=name)
+        suited, scored = self.find_suited(list(cleaned.values()))
+        for at, name in zip(cleaned, suited):
+            candidates[at] = replace(candidates[at], suits=name)
         return candidates, add_costs([written, scored]) | {"scoring_flops": scored["flops"]}
 
-    def find_likeliest(self, asked: Sequence[tuple[str, str]]) -> tuple[list[str], dict]:
-        """For each (persona, query) the persona itself, or the first of its rivals after which the
-        query is likelier; and what it cost. A query that is beaten is not scored any further."""
+    def find_suited(self, asked: Sequence[tuple[str, str]]) -> tuple[list[str], dict]:
+        """For each (persona, query) the persona itself if the query is likelier under it by LEAD
+        than under every rival, else the first that comes closer, the last one asked; and the cost.
+        """
         own, cost = self.score(asked)
-        costs, likeliest = [cost], [persona for persona, _ in asked]
+        costs, suited = [cost], [persona for persona, _ in asked]
         for place in range(min(RIVALS, len(self.turns) - 1)):
-            left = [i for i, (persona, _) in enumerate(asked) if likeliest[i] == persona]
+            left = [i for i, (persona, _) in enumerate(asked) if suited[i] == persona]
             rivals = [(self.rivals[asked[i][0]][place], asked[i][1]) for i in left]
             scores, cost = self.score(rivals)
             costs.append(cost)
             for i, (rival, _), score in zip(left, rivals, scores):
-                if score > own[i]:
-                    likeliest[i] = rival
-        return likeliest, add_costs(costs)
+                if own[i] - score < LEAD:
+                    suited[i] = rival
+        return suited, add_costs(costs)
 
     def score(self, asked: Sequence[tuple[str, str]]) -> tuple[list[float], dict]:
         """log P(query | the persona's opened user turn) of (persona, query) pairs."""
@@ -290,8 +290,9 @@ def assign_openings(likelihoods: Tensor) -> list[list[int]]:
 
 
 def choose_rivals(likelihoods: Tensor, chosen: Sequence[Sequence[int]]) -> list[list[int]]:
-    """For each persona the RIVALS others after which its own openings are likeliest: of 83
-    candidates that these 5 of 11 did not beat, the other 6 beat 3."""
+    """For each persona the RIVALS others after which its own openings are likeliest. (Of 144 well-
+    formed candidates of 12 personas 0.56 could be identified, see `measure_queries`; of those ahead
+    of all others 0.73, of 3 rivals 0.63, of 3 rivals by 1 nat 0.78.)"""
     rivals = []
     for k, openings in enumerate(chosen):
         strength = likelihoods[:-1, openings].mean(1)
@@ -302,8 +303,7 @@ def choose_rivals(likelihoods: Tensor, chosen: Sequence[Sequence[int]]) -> list[
 
 def longest_opening(tokenizer: Tokenizer) -> int:
     """Tokens of the longest opening."""
-    return max(len(tokenizer.encode(words))
-               for words in (*OPENINGS, *LONG_OPENINGS, *CONTRAST_OPENINGS))
+    return max(map(len, map(tokenizer.encode, OPENINGS + LONG_OPENINGS + CONTRAST_OPENINGS)))
 
 
 def opening(number: int, own: Sequence[str]) -> tuple[str, str]:
@@ -331,7 +331,7 @@ def query_likelihoods(net: Transformer, tokenizer: Tokenizer,
 def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
                  wanted: int) -> list[Query]:
     """The pure pass of stage 1: keep the first `wanted` well-formed candidates of each persona that
-    are likeliest under it and no near-duplicate of one kept before, across personas."""
+    suit it best and are no near-duplicate of one kept before, across personas."""
     kept: list[Query] = []
     seen: list[set[str]] = []
     for persona in personas:
@@ -339,7 +339,7 @@ def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
         for candidate in candidates:
             if index == wanted:
                 break
-            if candidate.persona != persona.name or candidate.likeliest != persona.name:
+            if candidate.persona != persona.name or candidate.suits != persona.name:
                 continue
             text = clean_query(candidate.text, persona.text) if candidate.complete else None
             words = set(words_of(text or ""))
@@ -368,8 +368,8 @@ def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     guesses = torch.tensor(scores).view(len(some), len(contexts)).argmax(1).tolist()
     hits = sum(personas[guess].name == q.persona for guess, q in zip(guesses, some))
     return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),
-            "well_formed": sum(c.likeliest is not None for c in candidates),
-            "fits_its_persona": sum(c.likeliest == c.persona for c in candidates),
+            "well_formed": sum(c.suits is not None for c in candidates),
+            "fits_its_persona": sum(c.suits == c.persona for c in candidates),
             "kept": len(queries), "measured": len(some), "identifiable": hits,
             "interval": interval(hits, len(some)), "chance": 1 / len(personas), **cost,
             "scoring_flops": cost["flops"], "seconds": round(time.perf_counter() - begun, 3),

@@ -33,7 +33,7 @@ def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     candidates = queries * OVERSAMPLE * ROUNDS
     answer = ANSWER * (1 - math.exp(-settings["max_new_tokens"] / ANSWER))
     written = candidates * CANDIDATE + 2 * queries * answer
-    scored = candidates * WELL_FORMED * (1 + min(RIVALS, personas - 1)) * QUERY
+    scored = candidates * WELL_FORMED * (1 + 0.8 * min(RIVALS, personas - 1)) * QUERY
     scored += min(queries, 96) * personas * QUERY
     pairs = queries + TEST_PAIRS
     judged = pairs * (2 * (answer + TEMPLATE) + 4 * (QUERY + TEMPLATE))  # which query?

@@ -75,8 +75,8 @@ def quality_lines(quality: dict, wanted: int, kept: Counter, personas: int) -> l
     """What stage 1 delivered."""
     lines = [f"queries kept: {quality['kept']} (wanted {wanted} for each of {personas} personas), "
              f"from {quality['candidates']} candidates: {quality['complete']} complete, "
-             f"{quality['well_formed']} well-formed, {quality['fits_its_persona']} likeliest under "
-             "their own persona",
+             f"{quality['well_formed']} well-formed, {quality['fits_its_persona']} clearly "
+             "likeliest under their own persona",
              f"identifiable in words that stage 1 did not use: "
              f"{share(quality['identifiable'], quality['measured'])} (chance "
              f"{quality['chance']:.2f})"]

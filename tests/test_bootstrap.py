@@ -41,9 +41,9 @@ def run(tmp_path: Path) -> Iterator[RunFolder]:
 
 
 def candidate(persona: str, text: str, complete: bool = True, **fields: object) -> Candidate:
-    """A candidate that is likeliest under its own persona, unless `fields` says otherwise."""
+    """A candidate that suits its own persona, unless `fields` says otherwise."""
     return Candidate(**{"persona": persona, "round": 0, "kind": "plain", "text": text,
-                        "complete": complete, "likeliest": persona} | fields)
+                        "complete": complete, "suits": persona} | fields)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_keep_queries_drops_what_is_not_a_query() -> None:
     a, b = PERSONAS
     found = [candidate(a.name, "How do tides work in a bay?", complete=False),
              candidate(a.name, "Too short."),
-             candidate(a.name, "Which acids dissolve a gold ring?", likeliest=b.name),
+             candidate(a.name, "Which acids dissolve a gold ring?", suits=b.name),
              candidate(a.name, "You are a careful chemist who explains things?"),
              candidate(a.name, "Why does iron rust in water?")]
     assert texts(keep_queries(found, [a, b], 3)) == [(a.name, 0, "Why does iron rust in water?")]
@@ -170,14 +170,14 @@ def test_openings_go_to_the_persona_that_lifts_them() -> None:
 
 
 def test_rivals_are_those_most_like_a_persona() -> None:
-    """The others after which its own openings are likeliest, best first, five at most, never
+    """The others after which its own openings are likeliest, best first, three at most, never
     itself and never the conversation without a persona."""
     found = torch.full((9, 4), -5.0)
     found[:8, 0] = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0])
     found[8] = 0.0  # the conversation without a persona, likeliest of all
     chosen = [[0]] + [[1, 2]] * 7
     rivals = choose_rivals(found, chosen)
-    assert rivals[0] == [1, 2, 3, 4, 5] and len(rivals) == 8
+    assert rivals[0] == [1, 2, 3] and len(rivals) == 8
     assert all(len(r) == len(set(r)) == RIVALS and k not in r for k, r in enumerate(rivals))
     found[7, 0] = -0.5
     assert choose_rivals(found, chosen)[0][0] == 7
@@ -301,7 +301,7 @@ def test_a_row_does_not_depend_on_how_many_follow(written: Path, tmp_path: Path,
 def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring under all personas would make stage 1's cost grow with their square: with nine of
-    them each cleaned candidate is read under its own, then under its rivals until one beats it."""
+    them each is read under its own, then under its rivals until one comes close."""
     nine = [Persona(f"p{i}", f"You are number {i} of nine, and you know about {word}.")
             for i, word in enumerate("tides bread iron birds rain wood stars fire salt".split())]
     asked: list[tuple[str, str]] = []
@@ -323,13 +323,14 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         own, *rivals = [persona for persona, query in asked if query == text]
         assert own == row.persona and rivals == writer.rivals[own][:len(rivals)]
         scores, _ = real(writer, [(persona, text) for persona in (own, *rivals)])
-        ahead = [rival for rival, score in zip(rivals, scores[1:]) if score > scores[0]]
-        if row.likeliest == own:
+        ahead = [rival for rival, score in zip(rivals, scores[1:])
+                 if scores[0] - score < bootstrap.LEAD]
+        if row.suits == own:
             assert len(rivals) == RIVALS and not ahead
         else:
-            assert rivals[-1:] == ahead == [row.likeliest]  # the last that it was scored under
-    assert {r.likeliest == r.persona for r in cleaned} == {True, False}
-    assert all(r.likeliest is None for r in rows if r not in cleaned)
+            assert rivals[-1:] == ahead == [row.suits]  # the last that it was scored under
+    assert {r.suits == r.persona for r in cleaned} == {True, False}
+    assert all(r.suits is None for r in rows if r not in cleaned)
     assert 0 < cost["scoring_flops"] < cost["flops"]
     opened = run.latest()["openings"]  # the openings are read once, under every persona
     assert opened["prompts"] == 10 * len(OPENINGS) and opened["scoring_flops"] == opened["flops"]
