@@ -14,7 +14,7 @@ from test_model import assert_parity, random_ids
 from torch import Tensor
 
 from model import load
-from support.checkpoint import fingerprint
+from support.checkpoint import EMBEDDING, HEAD, fingerprint
 from support.hub import InputError
 
 TinyFactory = Callable[..., Path]
@@ -80,15 +80,20 @@ def test_wrong_tensor_is_an_error_that_names_it(family: str, change: Callable, n
     assert named in str(caught.value)
 
 
-def test_tied_checkpoint_may_carry_a_copy_of_the_head(tiny_checkpoint: TinyFactory,
-                                                      tmp_path: Path) -> None:
-    """Some tied checkpoints store lm_head too, and old ones rotary buffers: neither is an error."""
-    folder = copy_folder(tiny_checkpoint("qwen2", tie_word_embeddings=True), tmp_path / "c")
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "granite"])
+def test_head_in_a_tied_checkpoint(family: str, tiny_checkpoint: TinyFactory,
+                                   tmp_path: Path) -> None:
+    """Some tied checkpoints store lm_head too, a copy, and old ones rotary buffers: neither is an
+    error. Another head than the embedding is used, as by transformers since version 5."""
+    folder = copy_folder(tiny_checkpoint(family, tie_word_embeddings=True), tmp_path / "c")
     before = load(folder)(random_ids(1, 6))
     rewrite_tensors(folder, lambda t: t.update({
-        "lm_head.weight": t["model.embed_tokens.weight"].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    assert torch.equal(load(folder)(random_ids(1, 6)), before)
+        HEAD: t[EMBEDDING].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    net = load(folder)
+    assert net.lm_head is net.embed_tokens and torch.equal(net(random_ids(1, 6)), before)
+    rewrite_tensors(folder, lambda t: t.update({HEAD: t[EMBEDDING].flip(0)}))
+    assert_parity(folder)
+    assert load(folder, layers=1).lm_head.shape == net.lm_head.shape
 
 
 def test_index_with_a_missing_shard(sharded: Path, tmp_path: Path) -> None:
