@@ -19,10 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import copy_folder
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -311,6 +314,41 @@ def test_interrupted_download_is_not_taken_for_a_model(tmp_path: Path) -> None:
     assert resolve_alone("someone/sharded", tmp_path).stdout.strip() == str(snapshot)
     (snapshot / "tokenizer.json").unlink()  # somebody fetched the weights alone
     assert "tokenizer.json" in one_error_line(resolve_alone("someone/sharded", tmp_path))
+
+
+SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"]
+SHARDS = {"a": "model-00001-of-00002.safetensors", "b": "pytorch_model-[2].safetensors"}
+REPOSITORIES = {  # what stands beside the weights -> the weights that are needed
+    "single": (["consolidated.safetensors", "checkpoint-500/model.safetensors",
+                "onnx/model.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"],
+               ["model.safetensors"]),
+    "sharded": (["consolidated.safetensors", "consolidated-00001-of-00002.safetensors",
+                 "model-extra.safetensors", "original/model-00001-of-00002.safetensors"],
+                [*SHARDS.values()]),
+    "both": ([*SHARDS.values()], ["model.safetensors"])}
+
+
+@pytest.mark.parametrize("kind", REPOSITORIES)
+def test_only_what_is_needed_is_fetched(kind: str, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repositories often hold the weights twice, in other formats and folders: twice the download.
+    transformers takes model.safetensors, else what the index names."""
+    beside, needed = REPOSITORIES[kind]
+    fetched = set()
+
+    def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        for file in filter_repo_objects([*SMALL, *beside, *needed], allow_patterns=allow_patterns):
+            fetched.add(file)
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"weight_map": SHARDS}) if file.endswith("index.json") else "{}"
+            (tmp_path / file).write_text(text)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("someone/model") == tmp_path
+    assert {file for file in fetched if file.endswith(".safetensors")} == set(needed)
 
 
 # --------------------------------------------------------------------------------------------------
