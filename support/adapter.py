@@ -25,8 +25,8 @@ from support.hub import ADAPTER_FILES, InputError, base_source, check_file, read
 ADAPTER_FILE, PEFT_FILE, GATE_FILE, PRISM_FILE = ADAPTER_FILES
 # (layer, stacked projection) -> A [p * r, d] and, for each of its p projections, B [o_i, r]
 Weights = dict[tuple[int, str], tuple[Tensor, list[Tensor]]]
-# Settings of a PEFT adapter that make it more than a LoRA, and the values that do not; of use_* only
-# use_rslora is known. The ways to initialise that are missing here change the base's own weights.
+# Settings of a PEFT adapter that make it more than a LoRA, and the values that do not (of use_*,
+# only use_rslora is known). The initialisations that are missing change the base's own weights.
 PEFT_NEUTRAL = {"peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, []),
                 "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
                 **dict.fromkeys(("lora_bias", "fan_in_fan_out", "layer_replication", "kasa_config",

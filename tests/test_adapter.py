@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from generate import router
 from model import Transformer, load
 from prism import PRISM
-from support import hub
 from support.adapter import read_settings
 from support.checkpoint import fingerprint
 from support.config import FAMILIES
@@ -158,8 +157,9 @@ ELSEWHERE = {  # and what is written into adapter_config.json afterwards
     "no-scale": {"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"q_proj": 0}},
     "backwards": {"target_modules": ["q_proj", "k_proj"], "lora_alpha": -5.5},
 }
-LATER = {"subset": {"layers_to_transform": [1]}, "all": {"target_modules": ["q_proj", "mlp.up_proj"]},
-         "patterns": {"exclude_modules": ["q_proj"]}, "backwards": {"target_modules": r".*\d.*k_proj"}}
+LATER = {"all": {"target_modules": ["q_proj", "mlp.up_proj"]},
+         "subset": {"layers_to_transform": [1]}, "patterns": {"exclude_modules": ["q_proj"]},
+         "backwards": {"target_modules": r".*\d.*k_proj"}}
 
 
 @pytest.mark.parametrize("family, kind", [*(("llama", kind) for kind in ELSEWHERE),
@@ -264,15 +264,6 @@ def test_a_broken_adapter_from_elsewhere(change: Callable, net: Transformer, sav
         PRISM.load(saved, net)
 
 
-def test_adapter_config_names_the_adapted_layers(saved: Path) -> None:
-    """PEFT's config targets the seven projections, on layers 1..L-1 only, with our scale."""
-    config = peft.LoraConfig.from_pretrained(saved)
-    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-                                          "up_proj", "down_proj"}
-    assert config.layers_to_transform == list(range(1, LAYERS))
-    assert (config.r, config.lora_alpha, config.use_rslora) == (4, 8.0, False)
-
-
 def test_another_base_is_refused(saved: Path, tmp_path: Path) -> None:
     """Same shape, other weights: the fingerprint differs and loading is an InputError."""
     other = load(tiny_llama(tmp_path / "other", seed=9, layers=LAYERS), dtype=torch.float32)
@@ -291,18 +282,10 @@ def test_same_base_in_another_place_or_precision(saved: Path, folder: Path,
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "gate.safetensors", "prism.json"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
-def test_damaged_files_are_named(saved: Path, net: Transformer, name: str,
-                                 damage: str) -> None:
-    """A missing, empty, truncated or overwritten file is an InputError that names the file."""
-    path = saved / name
-    data = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes({"empty": b"", "truncated": data[:len(data) // 2],
-                          "garbage": b"\xff" * 100}[damage])
-    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+def test_missing_files_are_named(saved: Path, net: Transformer, name: str) -> None:
+    """A missing file is an InputError that names it."""
+    (saved / name).unlink()
+    with pytest.raises(InputError, match=name):
         PRISM.load(saved, net)
 
 
@@ -327,33 +310,8 @@ def test_missing_unexpected_and_misshapen_tensors(saved: Path, net: Transformer)
 
 @pytest.mark.parametrize("field", ["rank", "alpha", "gate_layer", "gate_pool", "threshold",
                                    "base_fingerprint"])
-def test_prism_json_with_missing_or_wrong_fields(saved: Path, net: Transformer,
-                                                 field: str) -> None:
-    """A field that is missing or of the wrong type is named in the InputError."""
-    path = saved / "prism.json"
-    good = json.loads(path.read_text())
-    for wrong in ({n: v for n, v in good.items() if n != field}, good | {field: [1]}):
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match=field):
-            PRISM.load(saved, net)
-
-
-def test_no_adapter_folder(net: Transformer, tmp_path: Path) -> None:
-    """A folder that is not there, and one without an adapter, are InputErrors that name it."""
-    for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(InputError, match=folder.name):
-            PRISM.load(folder, net)
-
-
-def test_base_source_of_the_default_model(smollm32: Transformer, tmp_path: Path) -> None:
-    """An adapter for the default model records its name, where it came from and its weights."""
-    smollm32.name, name = hub.DEFAULT_MODEL, smollm32.name
-    try:
-        PRISM(smollm32, rank=1).save(tmp_path)
-    finally:
-        smollm32.name = name
-    found = json.loads((tmp_path / "prism.json").read_text())
-    assert found["base_model"] == hub.DEFAULT_MODEL
-    assert found["base_source"] == hub.base_source(smollm32.folder, hub.DEFAULT_MODEL)
-    assert found["base_source"] in ("hub", "gguf-q4_1")
-    assert found["base_fingerprint"] == fingerprint(smollm32.folder)
+def test_prism_json_without_a_field(saved: Path, net: Transformer, field: str) -> None:
+    """A field that is missing is named in the InputError."""
+    edit_json(saved / "prism.json", lambda p: p.pop(field))
+    with pytest.raises(InputError, match=field):
+        PRISM.load(saved, net)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Callable
 
@@ -116,42 +115,6 @@ def test_index_naming_a_tensor_the_shard_lacks(sharded: Path, tmp_path: Path) ->
 
     edit_json(folder / "model.safetensors.index.json", lie)
     with pytest.raises(InputError, match="model.norm.weight"):
-        load(folder)
-
-
-@pytest.mark.parametrize("escape", ["../outside.safetensors", "/outside.safetensors", "..",
-                                    "sub/inside.safetensors", 3])
-def test_index_pointing_outside_the_folder(escape: object, sharded: Path, tmp_path: Path) -> None:
-    """A weight map may not lead out of the checkpoint folder, even to a file that exists."""
-    folder = copy_folder(sharded, tmp_path / "c")
-    shutil.copy(next(folder.glob("model-*.safetensors")), tmp_path / "outside.safetensors")
-    edit_json(folder / "model.safetensors.index.json",
-              lambda index: index["weight_map"].update({"model.norm.weight": escape}))
-    with pytest.raises(InputError, match="index.json"):
-        load(folder)
-
-
-@pytest.mark.parametrize("damage", ["no-weights", "truncated-weights", "broken-index",
-                                    "index-without-map", "config-not-json", "config-a-list"])
-def test_damaged_checkpoint_is_an_input_error(damage: str, sharded: Path,
-                                              tiny_checkpoint: TinyFactory,
-                                              tmp_path: Path) -> None:
-    """Whatever is wrong with the files, one error of the kind that ends in status 2, with a
-    path in it."""
-    source = sharded if "index" in damage else tiny_checkpoint("llama")
-    folder = copy_folder(source, tmp_path / "c")
-    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if damage == "no-weights":
-        weights.unlink()
-    elif damage == "truncated-weights":
-        weights.write_bytes(weights.read_bytes()[:-5000])
-    elif damage == "broken-index":
-        index.write_text('{"weight_map": {')
-    elif damage == "index-without-map":
-        index.write_text("{}")
-    else:
-        (folder / "config.json").write_text("[1]" if damage == "config-a-list" else "{")
-    with pytest.raises(InputError, match=str(tmp_path)):
         load(folder)
 
 

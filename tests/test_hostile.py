@@ -192,8 +192,8 @@ def test_hostile_adapter_weights(name: str, folder: Path, adapter: Path, tmp_pat
         "cut": raw(lambda d: d[:-1]), "length": raw(lambda d: struct.pack("<Q", 2**63) + d[8:]),
         "beyond": offsets(at, lambda a, b: [a + 10**12, b + 10**12]),
         "integers": tensor(at, lambda t: t.long()),
-        "fp8": tensor(at, lambda t: t.to(torch.float8_e4m3fn)), "half": tensor(at, lambda t: t[:1] * 1),
-        "NaN": tensor(at, lambda t: t * float("nan")),
+        "fp8": tensor(at, lambda t: t.to(torch.float8_e4m3fn)),
+        "half": tensor(at, lambda t: t[:1] * 1), "NaN": tensor(at, lambda t: t * float("nan")),
         "infinite": tensor(at, lambda t: t.fill_(float("inf")))}
     for what, damage in cases.items():
         copy = copy_folder(adapter, tmp_path / what)
