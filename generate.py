@@ -18,9 +18,9 @@ from engine import SLOTS, Engine, Output, Request, Sampling, derive_seed
 from model import Transformer, load
 from prism import PRISM, Router
 from support.adapter import read_settings
-from support.config import token_ids
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
+from support.fields import Fields
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter)
 from support.runs import cost_of, split_chunks
@@ -51,7 +51,7 @@ def stop_tokens(net: Transformer, tokenizer: Tokenizer) -> set[int]:
     ids = set(net.config.eos_token_ids) | tokenizer.end_of_turn_ids
     path = tokenizer.folder / "generation_config.json"
     if path.exists():
-        ids |= set(token_ids(read_json(path), "eos_token_id", str(path)))
+        ids |= set(Fields(read_json(path), str(path)).integers("eos_token_id", 0, 2**22))
     return ids
 
 

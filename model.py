@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import GatedLoRALinear
 from support.attention import additive_mask, attend
-from support.checkpoint import (NORM_PLACES, check_names, check_shapes, checkpoint_files,
-                                copy_weights, destinations)
+from support.checkpoint import (EMBEDDING, HEAD, NORM_PLACES, check_names, check_shapes,
+                                checkpoint_files, copy_weights, destinations, is_copy)
 from support.config import Config
 from support.cpu import linear, rms_norm
 from support.hub import read_json, resolve
@@ -406,14 +406,21 @@ def load(name: str | Path, device: torch.device | str = "cpu",
     """
     folder = resolve(name)
     config = Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    found = checkpoint_files(folder)
+    tied, holds_head = config.tie_word_embeddings, HEAD in found
+    config = replace(config, tie_word_embeddings=tied and not holds_head)
     with torch.device("meta"):  # shapes only: everything is checked before memory is asked for
         net = Transformer(config)
     places = destinations(net, config)
-    files = check_names(folder, places, checkpoint_files(folder), config.tie_word_embeddings)
+    files = check_names(folder, places, found)
     check_shapes(places, files)
     if layers is not None:
-        config = replace(config, num_layers=layers, tie_word_embeddings=True)
-        net.layers, net.lm_head = net.layers[:layers], net.embed_tokens
+        config = replace(config, num_layers=layers)
+        net.layers = net.layers[:layers]
+    # A tied model's head of its own is used, as by transformers; most of them are copies.
+    if layers is not None or (tied and holds_head and is_copy(files, EMBEDDING, HEAD)):
+        config = replace(config, tie_word_embeddings=True)
+        net.lm_head = net.embed_tokens
     net.config = config = replace(config, dtype=dtype or config.dtype)
     allocate(net, device)
     copy_weights(destinations(net, config), files)

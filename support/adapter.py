@@ -19,25 +19,24 @@ from torch import Tensor
 
 from support.checkpoint import fingerprint, part_widths, parts
 from support.config import Config
+from support.fields import Fields
 from support.hub import ADAPTER_FILES, InputError, base_source, check_file, read_json, write_file
 
 ADAPTER_FILE, PEFT_FILE, GATE_FILE, PRISM_FILE = ADAPTER_FILES
 # (layer, stacked projection) -> A [p * r, d] and, for each of its p projections, B [o_i, r]
 Weights = dict[tuple[int, str], tuple[Tensor, list[Tensor]]]
-# Settings of a PEFT adapter that change what it computes, and the values that do not. Those ways to
-# initialise that are missing here change the base's own weights.
+# Settings of a PEFT adapter that make it more than a LoRA, and the values that do not (of use_*,
+# only use_rslora is known). The initialisations that are missing change the base's own weights.
 PEFT_NEUTRAL = {"peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, []),
                 "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
-                **{name: (None, False, [], {}) for name in (
-                    "use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "use_qalora",
-                    "trainable_token_indices", "alora_invocation_tokens", "target_parameters",
-                    "use_bdlora", "arrow_config", "kasa_config", "velora_config",
-                    "monteclora_config")}}
-# Fields of prism.json and their types; those of the gate are all null if there is none.
-FIELDS = {"base_model": (str, type(None)), "base_source": (str, type(None)),
-          "base_fingerprint": (str, type(None)), "rank": int, "alpha": (int, float)}
-GATE_FIELDS = {"gate_layer": int, "gate_pool": str, "threshold": (int, float)}
-RANGES = {"rank": (1, 10**4), "alpha": (1e-9, 1e9), "gate_layer": (0, 10**4), "threshold": (0, 1)}
+                **dict.fromkeys(("lora_bias", "fan_in_fan_out", "layer_replication", "kasa_config",
+                                 "trainable_token_indices", "alora_invocation_tokens",
+                                 "target_parameters", "arrow_config", "velora_config",
+                                 "monteclora_config"), (None, False, [], {}))}
+LARGEST_RANK, LARGEST_ALPHA = 10**4, 1e9
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BASE_FIELDS = ("base_model", "base_source", "base_fingerprint")
+GATE_FIELDS = ("gate_layer", "gate_pool", "threshold")  # all null where there is no gate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,27 +179,27 @@ def write_settings(folder: Path, settings: dict) -> None:
 def read_settings(folder: Path) -> dict:
     """prism.json of an adapter folder, its fields checked for presence, type and range; of PEFT's
     own folder what corresponds to it. Without a gate, the gate's fields are None."""
-    path = folder / PRISM_FILE
     if not folder.is_dir():
         raise InputError(f"{folder}: no such adapter folder")
     if only_peft(folder):
-        config = read_json(folder / PEFT_FILE)
-        return {"base_model": config.get("base_model_name_or_path"), "base_fingerprint": None,
-                "base_source": None, "rank": config.get("r"), "alpha": config.get("lora_alpha"),
+        peft = read_peft_settings(folder)
+        return {"base_model": peft["base_model_name_or_path"], "base_fingerprint": None,
+                "base_source": None, "rank": peft["r"], "alpha": peft["lora_alpha"],
                 **dict.fromkeys(GATE_FIELDS)}
-    raw = read_json(path)
-    gateless = all(name in raw and raw[name] is None for name in GATE_FIELDS)
-    types = FIELDS if gateless else FIELDS | GATE_FIELDS
-    for name, kind in types.items():
-        if name not in raw or not isinstance(raw[name], kind) or isinstance(raw[name], bool):
-            raise InputError(f"{path}: field {name!r} is missing or has the wrong type")
-        low, high = RANGES.get(name, (None, None))
-        if low is not None and not low <= raw[name] <= high:  # also refuses NaN
-            raise InputError(f"{path}: {name} is {str(raw[name])[:40]}, it must be in [{low:g}, "
-                             f"{high:g}]")
-    if not gateless and raw["gate_pool"] not in ("last", "mean"):
-        raise InputError(f"{path}: gate_pool is {raw['gate_pool']!r:.40}, neither last nor mean")
-    return raw
+    fields = Fields(read_json(folder / PRISM_FILE), str(folder / PRISM_FILE))
+    for name in (*BASE_FIELDS, *GATE_FIELDS):
+        if name not in fields.values:
+            fields.refuse(name, "is missing")
+    for name in BASE_FIELDS:
+        fields.text(name, None)
+    fields.integer("rank", 1, LARGEST_RANK)
+    fields.number("alpha", 1 / LARGEST_ALPHA, LARGEST_ALPHA)
+    if any(fields.values[name] is not None for name in GATE_FIELDS):
+        fields.integer("gate_layer", 0, 2**10)
+        fields.number("threshold", 0, 1)
+        if fields.text("gate_pool") not in ("last", "mean"):
+            fields.refuse("gate_pool", "is neither last nor mean")
+    return fields.values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,19 +212,105 @@ def only_peft(folder: Path) -> bool:
             and not (folder / GATE_FILE).exists())
 
 
+def read_peft_settings(folder: Path) -> dict:
+    """adapter_config.json of PEFT's own folder, checked for presence, type and range, its regular
+    expressions compiled, with PEFT's defaults for what is missing.
+
+    Raises:
+        InputError: a value that makes no sense, or makes the adapter more than a LoRA, by name.
+    """
+    fields = Fields(read_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
+    for name, value in fields.values.items():
+        neutral = PEFT_NEUTRAL.get(name)
+        if name.startswith("use_") and name != "use_rslora":
+            neutral = (None, False)
+        if neutral is not None and value not in neutral:
+            fields.refuse(name, "is not supported")
+    if not fields.values.get("target_modules"):
+        fields.refuse("target_modules", "names no module")
+    by_expression = isinstance(fields.values["target_modules"], str)
+    if by_expression and fields.values.get("layers_to_transform") is not None:
+        fields.refuse("layers_to_transform", "means nothing beside an expression as target_modules")
+    following = fields.texts("layers_pattern") or "[^.]*"
+    following = [following] if isinstance(following, str) else following
+    alphas = fields.numbers("alpha_pattern", -LARGEST_ALPHA, LARGEST_ALPHA)
+    return {
+        "base_model_name_or_path": fields.text("base_model_name_or_path", None),
+        "r": fields.integer("r", 1, LARGEST_RANK, default=8),
+        "lora_alpha": fields.number("lora_alpha", -LARGEST_ALPHA, LARGEST_ALPHA, default=8),
+        "use_rslora": fields.flag("use_rslora"),
+        "ranks": by_end(fields, "rank_pattern", fields.numbers("rank_pattern", 1, LARGEST_RANK,
+                                                               int)),
+        "alphas": by_end(fields, "alpha_pattern", alphas),
+        "targets": modules(fields, "target_modules"),
+        "excluded": modules(fields, "exclude_modules"),
+        "layers": fields.integers("layers_to_transform", 0, 2**10),
+        "layer_after": [compiled(fields, "layers_pattern", rf"(?:^|.*?\.){p}\.(?P<n>\d+)\.")
+                        for p in following]}
+
+
+def compiled(fields: Fields, name: str, expression: str) -> re.Pattern:
+    """A regular expression that stands in a setting; InputError if it is none."""
+    try:
+        return re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        fields.refuse(name, f"holds a broken regular expression ({error})")
+
+
+def by_end(fields: Fields, name: str, values: dict[str, float]) -> dict[re.Pattern, float]:
+    """A setting by module: an expression fits the end of a name, from a dot on, or all of it, and
+    may be anchored (^model...)."""
+    return {compiled(fields, name, rf"(.*\.)?({p})$"): value for p, value in values.items()}
+
+
+def modules(fields: Fields, name: str) -> re.Pattern | list[str]:
+    """A setting that chooses modules: an expression for the whole name, or names."""
+    found = fields.texts(name)
+    if isinstance(found, str):
+        everything = name == "target_modules" and found.lower() == "all-linear"
+        return compiled(fields, name, ".*" if everything else found)
+    return found
+
+
+def chosen(which: re.Pattern | list[str], key: str) -> bool:
+    """Whether `modules` chose a module: in a list, the name's end from a dot on is enough."""
+    if isinstance(which, re.Pattern):
+        return which.fullmatch(key) is not None
+    return any(f".{key}".endswith(f".{name}") for name in which)
+
+
+def is_targeted(settings: dict, key: str) -> bool:
+    """Whether PEFT puts a LoRA on the base's projection `key` (model.layers.0.mlp.up_proj)."""
+    targets = settings["targets"]
+    if chosen(settings["excluded"], key) or not chosen(targets, key):
+        return False
+    if not settings["layers"] or key in targets:  # a full name holds whatever the layers are
+        return True
+    found = [match for after in settings["layer_after"] if (match := after.match(key))]
+    return bool(found) and found[0]["n"] is not None and int(found[0]["n"]) in settings["layers"]
+
+
+def first_match(settings: dict[re.Pattern, float], key: str, default: float) -> float:
+    """The value of the first expression that fits a module's name."""
+    return next((value for p, value in settings.items() if p.match(key)), default)
+
+
 def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
     """Rank, alpha and weights of a LoRA that PEFT trained elsewhere.
 
-    Modules of lower rank than the highest are padded with zeros, missing ones are zeros, and what
-    their scales (alpha / rank, or alpha / sqrt(rank)) differ by goes into B.
+    Modules of lower rank than the highest are padded with zeros, missing ones are zeros, and scales
+    (alpha / rank, or alpha / sqrt(rank)) that differ, or are not above zero, go into B.
     """
-    modules = peft_modules(folder, config)
-    rank = max(len(A) for A, _, _ in modules.values())
-    scale = next(iter(modules.values()))[2]
+    trained = peft_modules(folder, config)
+    rank = max(len(A) for A, _, _ in trained.values())
+    scales = {scale for _, _, scale in trained.values()}
+    common = max(scales)
+    if len(scales) > 1 or common <= 0:
+        common = 1.0
     weights = zero_weights(config, rank, 0)
     for (layer, stack), (A, Bs) in weights.items():
         names = module_names(config, layer)[stack]
-        found = [modules.get(name) for name in names]
+        found = [trained.get(name) for name in names]
         if len(names) < len(Bs) and found[0]:  # fused: each part reads the same A
             a, b, s = found[0]
             found = [(a, part, s) for part in b.split([len(B) for B in Bs])]
@@ -233,50 +318,34 @@ def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
             if module is not None:
                 a, b, s = module
                 A[i * rank:i * rank + len(a)] = a
-                Bs[i][:, :len(a)] = b * (s / scale)
-    return rank, scale * rank, weights
+                Bs[i][:, :len(a)] = b * (s / common)
+    return rank, rank * common, weights
 
 
 def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """PEFT's module name -> A [r, d], B [o, r] and the scale of their product."""
-    settings, path = read_json(folder / PEFT_FILE), folder / ADAPTER_FILE
-    check_peft(settings, folder / PEFT_FILE)
-    widths, found, modules = module_widths(config), read_tensors(path), {}
-    for name in found:
+    """PEFT's module name -> A [r, d], B [o, r] and the scale of their product. Like PEFT, it leaves
+    out tensors of modules that the settings do not target."""
+    settings, path = read_peft_settings(folder), folder / ADAPTER_FILE
+    widths, tensors, found = module_widths(config), read_tensors(path), {}
+    for name in tensors:
         module, _, half = name.rpartition(".lora_")
         if module not in widths or half not in ("A.weight", "B.weight"):
             raise InputError(f"{path}: {name} is not a LoRA of one of the base's projections")
-        A = found.get(f"{module}.lora_A.weight")
-        B = found.get(f"{module}.lora_B.weight")
-        d, o = widths[module]
-        if A is None or B is None or A.shape[1:] != (d,) or B.shape != (o, len(A)):
+        key = module.removeprefix("base_model.model.")
+        if not is_targeted(settings, key):
+            continue
+        A = tensors.get(f"{module}.lora_A.weight")
+        B = tensors.get(f"{module}.lora_B.weight")
+        (d, o), r = widths[module], first_match(settings["ranks"], key, settings["r"])
+        if A is None or B is None or A.shape != (r, d) or B.shape != (o, r):
             shapes = [None if t is None else list(t.shape) for t in (A, B)]
             raise InputError(f"{path}: the A and B of {module} are {shapes[0]} and {shapes[1]}, "
-                             f"expected [r, {d}] and [{o}, r]")
-        modules[module] = A, B, peft_scale(settings, module, len(A))
-    if not modules:
-        raise InputError(f"{path}: no LoRA in it")
-    return modules
-
-
-def check_peft(settings: dict, path: Path) -> None:
-    """Raise InputError on settings that make an adapter more than a LoRA, by name."""
-    for name, neutral in PEFT_NEUTRAL.items():
-        if settings.get(name, neutral[0]) not in neutral:
-            raise InputError(f"{path}: {name} = {str(settings[name])[:60]} is not supported")
-    alphas = [settings.get("lora_alpha"), *(settings.get("alpha_pattern") or {}).values()]
-    if not all(isinstance(alpha, (int, float)) for alpha in alphas):
-        raise InputError(f"{path}: lora_alpha is not a number")
-
-
-def peft_scale(settings: dict, module: str, rank: int) -> float:
-    """What PEFT multiplies a module's B A x by."""
-    alpha = settings["lora_alpha"]
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+                             f"expected [{r}, {d}] and [{o}, {r}]")
+        alpha = first_match(settings["alphas"], key, settings["lora_alpha"])
+        found[module] = A, B, alpha / (r**0.5 if settings["use_rslora"] else r)
+    if not found:
+        raise InputError(f"{path}: no LoRA in it that {PEFT_FILE} targets")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,12 +359,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file; InputError if it is not a readable one."""
+    """All tensors of a small safetensors file; InputError if it is not a readable one, or holds
+    anything but finite floating-point numbers."""
     check_file(path)
     try:
-        return parse_safetensors(path.read_bytes())
+        found = parse_safetensors(path.read_bytes())
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, tensor in found.items():
+        if tensor.dtype not in FLOATING or not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: {name} is not of 16 to 64 bits floating point, or holds NaN "
+                             "or infinity")
+    return found
 
 
 def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -309,8 +384,7 @@ def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """InputError unless what was read from `path` has exactly the expected names and shapes, and
-    only finite numbers."""
+    """InputError unless what was read from `path` has exactly the expected names and shapes."""
     if found.keys() != expected.keys():
         raise InputError(f"{path}: tensor {min(found.keys() ^ expected.keys())} is missing or "
                          "unexpected")
@@ -318,5 +392,3 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: P
         if found[name].shape != target.shape:
             raise InputError(f"{path}: {name} is {list(found[name].shape)}, expected "
                              f"{list(target.shape)}")
-        if not found[name].is_floating_point() or not bool(found[name].isfinite().all()):
-            raise InputError(f"{path}: {name} is not floating point, or holds NaN or infinity")

@@ -27,6 +27,7 @@ FUSED = {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj
 # Our names of a layer's norms, in the order of Config.norms, which has the checkpoint's
 NORM_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights may be stored in
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
 
 
@@ -132,18 +133,15 @@ def part_widths(config: Config, stack: str) -> tuple[int, ...]:
     return widths if len(parts(config)[stack]) == len(widths) else (sum(widths),)
 
 
-def check_names(folder: Path, expected: Iterable[str], files: dict[str, Path],
-                tied: bool) -> dict[str, Path]:
-    """The files of the tensors that are needed; the two kinds that may be there beside them are
-    left out: rotary buffers of old checkpoints, and of a tied model a copy of the embedding.
+def check_names(folder: Path, expected: Iterable[str], files: dict[str, Path]) -> dict[str, Path]:
+    """The files of the tensors that are needed; old checkpoints may have rotary buffers beside
+    them, which are left out.
 
     Raises:
         InputError: a tensor is missing, or is there and unknown.
     """
     expected, present = set(expected), set(files)
     present -= {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    if tied:
-        present.discard("lm_head.weight")
     for kind, names in (("missing", expected - present), ("unexpected", present - expected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -175,6 +173,13 @@ def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
         with open_tensors(path) as file:
             for name in sorted(n for n, p in files.items() if p == path):
                 yield name, file.get_tensor(name)
+
+
+def is_copy(files: dict[str, Path], one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are the same."""
+    tensors = dict(read_tensors({name: files[name] for name in (one, other)}))
+    a, b = tensors[one], tensors[other]
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def copy_weights(expected: dict[str, Place], files: dict[str, Path]) -> None:

@@ -1,8 +1,9 @@
 """config.json -> `Config`: what the decoder in model.py needs to know of a checkpoint.
 
 Architectures differ in few places, and each of them is a field of `Config`. What a family leaves to
-its name is a row of `FAMILIES`, the only place that knows names of families. Whatever this decoder
-would have to ignore is refused by name: a wrong answer costs more than an error.
+its name is a row of `FAMILIES`, the only place that knows names of families. A field that a
+family's row does not have is one that transformers does not read either; what it would compute and
+this decoder would not is refused by name: a wrong answer costs more than an error.
 """
 
 from __future__ import annotations
@@ -12,22 +13,29 @@ from typing import Callable
 
 import torch
 
+from support.fields import Fields
 from support.hub import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Fields that change the arithmetic, and the values that do not: for families that lack the field.
-NEUTRAL = {"hidden_activation": (None, "silu"), "query_pre_attn_scalar": (None,),
-           "partial_rotary_factor": (None, 1.0), "attention_multiplier": (None,),
+LARGEST = 2**20  # of most sizes, so that an absurd one fails before anything is allocated
+TINY = 1e-12  # the least of what must be above zero
+# Fields that change the arithmetic, and the values that do not. Where a family's row has one, it is
+# computed.
+NEUTRAL = {"is_causal": (True,), "is_encoder_decoder": (None, False),
+           "use_bidirectional_attention": (None, False), "partial_rotary_factor": (None, 1.0),
+           "per_layer_config": (None, {}), "fusion_config": (None, {}),
+           "transformers_weights": (None,), "hidden_activation": (None, "silu"),
+           "query_pre_attn_scalar": (None,), "attention_multiplier": (None,),
            "residual_multiplier": (None,), "embedding_multiplier": (None,),
            "logits_scaling": (None,), "final_logit_softcapping": (None,),
            "attn_logit_softcapping": (None,), "no_rope_layers": (None,),
-           "rope_local_base_freq": (None,), "is_encoder_decoder": (None, False),
-           "use_bidirectional_attention": (None, False)}
+           "rope_local_base_freq": (None,)}
 QUANTIZED = ("quantization_config", "quantization", "compression_config")  # the last: older files
 ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
-# RoPE kinds and the numbers each of them needs beside rope_theta.
+# RoPE kinds and the numbers each of them needs beside rope_theta, or may have.
 ROPE_KINDS = {"default": (), "linear": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 # Where a layer's RMSNorms stand, by their names in the checkpoint: before attention, after it (both
 # before the sum), before the MLP, after it. Mind that one name means two places.
 PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -37,117 +45,70 @@ BOTH_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_la
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading one field
-
-
-def _integer(raw: dict, name: str, where: str, default: int | None = None,
-             high: int = 2**20) -> int:
-    """A positive integer field up to `high`, so that an absurd size fails before any allocation."""
-    value = raw.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-        raise InputError(f"{where}: {name} = {str(value)[:60]!r} is not an integer in [1, {high}]")
-    return value
-
-
-def _number(raw: dict, name: str, where: str, default: float | None = None, low: float = 0.0,
-            high: float = 1e12) -> float:
-    """A finite number above `low`, up to `high`; NaN is neither."""
-    value = raw.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
-        raise InputError(f"{where}: {name} = {str(value)[:60]!r} is not a number in ({low:g}, "
-                         f"{high:g}]")
-    return float(value)
-
-
-def _factor(raw: dict, name: str, where: str, default: float | None) -> float | None:
-    """A positive number, or the default where the field is missing or null."""
-    return default if raw.get(name) is None else _number(raw, name, where)
-
-
-def _flag(raw: dict, name: str, where: str) -> bool:
-    """A true or false; the text "false" would count as true."""
-    value = raw.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"{where}: {name} = {str(value)[:60]!r} is neither true nor false")
-    return bool(value)
-
-
-def token_ids(raw: dict, name: str, where: str) -> list[int]:
-    """A field that holds a token id, a list of them, or nothing."""
-    value = raw.get(name)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise InputError(f"{where}: {name} = {str(value)[:60]!r} is not a token id or a list of "
-                         "them")
-    return ids
-
-
-# --------------------------------------------------------------------------------------------------
 # Which layers have a sliding window, in files that do not list it by layer (`layer_types`), and
 # which layers rotate queries and keys. Every rule gives one true or false a layer.
 
-Rule = Callable[[dict, int, str], list[bool]]
+Rule = Callable[[Fields, int], list[bool]]
 
 
-def no_layer(raw: dict, layers: int, where: str) -> list[bool]:
+def no_layer(fields: Fields, layers: int) -> list[bool]:
     """No layer has a window."""
     return [False] * layers
 
 
-def every_layer(raw: dict, layers: int, where: str) -> list[bool]:
+def every_layer(fields: Fields, layers: int) -> list[bool]:
     """All layers have the window (Mistral, Phi-3)."""
     return [True] * layers
 
 
-def upper_layers(raw: dict, layers: int, where: str) -> list[bool]:
+def upper_layers(fields: Fields, layers: int) -> list[bool]:
     """Layers from max_window_layers on, where use_sliding_window is set (Qwen)."""
-    on = _flag(raw, "use_sliding_window", where)
-    first = _number(raw, "max_window_layers", where, 28, low=-1)
+    on = fields.flag("use_sliding_window")
+    first = fields.integer("max_window_layers", 0, LARGEST)
     return [on and i >= first for i in range(layers)]
 
 
-def unrotated_layers(raw: dict, layers: int, where: str) -> list[bool]:
+def unrotated_layers(fields: Fields, layers: int) -> list[bool]:
     """The layers without positions, where use_sliding_window is set (SmolLM3)."""
-    on = _flag(raw, "use_sliding_window", where)
-    return [on and not rotated for rotated in rotated_layers(raw, layers, where)]
+    on = fields.flag("use_sliding_window")
+    return [on and not rotated for rotated in rotated_layers(fields, layers)]
 
 
-def by_pattern(raw: dict, layers: int, where: str) -> list[bool]:
+def all_but_every(nth: int) -> Rule:
+    """All layers but every n-th (Gemma 2, OLMo-3)."""
+    return lambda fields, layers: [(i + 1) % nth != 0 for i in range(layers)]
+
+
+def by_pattern(fields: Fields, layers: int) -> list[bool]:
     """All but every n-th layer, or as a text spells it: "LLLG" is three local layers, one global
-    one, and so on; there the last layer is always global (EXAONE 4, Gemma, OLMo-3)."""
-    pattern = raw.get("sliding_window_pattern")
+    one, and so on; there the last layer is always global (EXAONE 4, Gemma 3)."""
+    pattern = fields.values["sliding_window_pattern"]
     if isinstance(pattern, str) and pattern and set(pattern) <= set("LG"):
         local = [pattern[i % len(pattern)] == "L" for i in range(layers)]
         return [*local[:-1], False]
-    every = _integer(raw, "sliding_window_pattern", where)
-    return [(i + 1) % every != 0 for i in range(layers)]
+    return all_but_every(fields.integer("sliding_window_pattern", 1, LARGEST))(fields, layers)
 
 
-def rotated_layers(raw: dict, layers: int, where: str) -> list[bool]:
+def rotated_layers(fields: Fields, layers: int) -> list[bool]:
     """Which layers use RoPE: all but SmolLM3's every fourth, or as its list of 0 and 1 says."""
-    flags = raw.get("no_rope_layers")
-    if flags is None:
-        every = _integer(raw, "no_rope_layer_interval", where, default=layers + 1)
-        flags = [(i + 1) % every != 0 for i in range(layers)]
-    if not isinstance(flags, list) or len(flags) < layers or any(
-            flag not in (0, 1) for flag in flags):
-        raise InputError(f"{where}: no_rope_layers = {str(flags)[:60]} is not a 0 or 1 a layer")
+    if fields.values.get("no_rope_layers") is None:
+        every = fields.integer("no_rope_layer_interval", 1, LARGEST, default=layers + 1)
+        return all_but_every(every)(fields, layers)
+    flags = fields.integers("no_rope_layers", 0, 1)
+    if len(flags) < layers:
+        fields.refuse("no_rope_layers", "is not a 0 or 1 a layer")
     return [bool(flag) for flag in flags[:layers]]
 
 
-def windowed_layers(raw: dict, layers: int, where: str, rule: Rule) -> list[int | None]:
+def windowed_layers(fields: Fields, layers: int, rule: Rule) -> list[int | None]:
     """Each layer's window in tokens, None for full attention: by layer_types, else by the rule."""
-    window, types = raw.get("sliding_window"), raw.get("layer_types")
-    if window is not None:
-        window = _integer(raw, "sliding_window", where, high=2**30)
-    _flag(raw, "use_sliding_window", where)
+    window = fields.integer("sliding_window", 1, 2**30, default=None)
+    types = fields.values.get("layer_types")
     if types is None:
-        local = [False] * layers if window is None else rule(raw, layers, where)
+        local = [False] * layers if window is None else rule(fields, layers)
     elif not isinstance(types, list) or len(types) != layers or any(
             t not in ("full_attention", "sliding_attention") for t in types):
-        raise InputError(f"{where}: layer_types = {str(types)[:60]} is not supported")
+        fields.refuse("layer_types", "is not supported")
     else:
         local = [t == "sliding_attention" for t in types]
     return [window if yes else None for yes in local]
@@ -161,51 +122,69 @@ def windowed_layers(raw: dict, layers: int, where: str, rule: Rule) -> list[int 
 class Family:
     """What the name of a family stands for, beside what its config.json says.
 
-    `defaults` are the fields that config.json may leave out, as transformers reads it then; a field
-    of NEUTRAL that stands here is computed for this family.
+    `defaults` are the fields that it reads beside those of `COMMON`, and what transformers takes
+    where config.json leaves one out.
     """
 
-    defaults: dict = field(default_factory=dict)
+    defaults: dict
     norms: tuple[str | None, ...] = PRE_NORM
     qk_norm: str | None = None  # RMSNorm of queries and keys: over each "head", or over "all"
     qkv_bias: bool = False  # q, k and v have a bias, o has none, and no field says so
     fused: bool = False  # the checkpoint has q, k, v in one tensor, and gate and up in one
     norm_offset: float = 0.0  # RMSNorm multiplies by this + weight
     embedding_by_width: bool = False  # embeddings are multiplied by sqrt(hidden_size)
-    activation_field: str = "hidden_act"
     windowed: Rule = no_layer  # the layers with a window where no layer_types are given
     nope_beside_windows: bool = False  # in a model with windows, layers without one do not rotate
-    local_theta: str | None = None  # layers with a window have a RoPE of their own, of this theta
-    misnamed_rope: tuple[str, ...] = ()  # RoPE kinds that mean something else in these files
+    local_theta: float | None = None  # layers with a window have a RoPE of their own; its default
+    rope_kinds: tuple[str, ...] = tuple(ROPE_KINDS)
 
 
-_GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256,
-          "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096}
+# Fields that every family reads. None: required, or what follows from the other fields.
+COMMON = {
+    "vocab_size": None, "hidden_size": None, "intermediate_size": None, "num_hidden_layers": None,
+    "num_attention_heads": None, "num_key_value_heads": None, "head_dim": None,
+    "max_position_embeddings": 2048, "original_max_position_embeddings": None,
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+    "rope_theta": 1e4, "rope_parameters": None, "rope_scaling": None, "dtype": None,
+    "torch_dtype": None, "eos_token_id": None}
+_BIAS = {"attention_bias": False}
+_BIASES = _BIAS | {"mlp_bias": False}
+_WINDOW = {"sliding_window": 4096, "layer_types": None}
+_QWEN = _WINDOW | {"use_sliding_window": False, "max_window_layers": 28, "num_key_value_heads": 32,
+                   "max_position_embeddings": 32768}
+_OLMO = _BIAS | {"rms_norm_eps": 1e-5}
+_GEMMA = _BIAS | _WINDOW | {
+    "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh",
+    "final_logit_softcapping": None}
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(windowed=every_layer),
-    "qwen2": Family(qkv_bias=True, windowed=upper_layers),
-    "qwen3": Family(qk_norm="head", windowed=upper_layers),
-    "smollm3": Family({"tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layers": None,
-                       "no_rope_layer_interval": 4}, windowed=unrotated_layers),
-    "olmo2": Family({"rms_norm_eps": 1e-5}, POST_NORM, qk_norm="all"),
-    "granite": Family({"embedding_multiplier": 1.0, "attention_multiplier": 1.0,
-                       "residual_multiplier": 1.0, "logits_scaling": 1.0}),
-    "phi3": Family({"rms_norm_eps": 1e-5}, fused=True, windowed=every_layer,
-                   misnamed_rope=("yarn",)),  # it is longrope there
+    "llama": Family(_BIASES),
+    "mistral": Family(_WINDOW | {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
+                      windowed=every_layer),
+    "qwen2": Family(_QWEN, qkv_bias=True, windowed=upper_layers),
+    "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", windowed=upper_layers),
+    "smollm3": Family(_BIASES | _WINDOW | {
+        "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None,
+        "no_rope_layer_interval": 4, "tie_word_embeddings": True, "num_key_value_heads": 4,
+        "rope_theta": 2e6, "max_position_embeddings": 32768}, windowed=unrotated_layers),
+    "olmo2": Family(_OLMO, POST_NORM, qk_norm="all"),
+    "granite": Family(_BIASES | {"embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+                                 "residual_multiplier": 1.0, "logits_scaling": 1.0}),
+    "phi3": Family({"rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 4096},
+                   fused=True, windowed=every_layer, rope_kinds=("default",)),
     "gemma2": Family(_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-                               "sliding_window_pattern": 2},
+                               "max_position_embeddings": 8192},
                      BOTH_NORMS, norm_offset=1.0, embedding_by_width=True,
-                     activation_field="hidden_activation", windowed=by_pattern),
-    "gemma3_text": Family(_GEMMA | {"final_logit_softcapping": None, "sliding_window_pattern": 6,
-                                    "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+                     windowed=all_but_every(2)),
+    "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": 6, "rope_theta": 1e6,
+                                    "rope_local_base_freq": None,
+                                    "max_position_embeddings": 2**17},
                           BOTH_NORMS, qk_norm="head", norm_offset=1.0, embedding_by_width=True,
-                          activation_field="hidden_activation", windowed=by_pattern,
-                          local_theta="rope_local_base_freq"),
-    "olmo3": Family({"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096,
-                     "sliding_window_pattern": 4}, POST_NORM, qk_norm="all", windowed=by_pattern,
-                    local_theta="rope_theta"),  # without rope_scaling, which is for long contexts
-    "exaone4": Family({"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
+                          windowed=by_pattern, local_theta=1e4),
+    "olmo3": Family(_OLMO | _WINDOW | {"rope_theta": 5e5}, POST_NORM, qk_norm="all",
+                    windowed=all_but_every(4), local_theta=5e5),
+    "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": 4,
+                                 "num_key_value_heads": 32},
                       POST_NORM, qk_norm="head", windowed=by_pattern, nope_beside_windows=True),
 }
 
@@ -264,29 +243,27 @@ class Config:
                 have to ignore, by name.
         """
         family = _family(raw, where)
-        raw = family.defaults | raw
-        layers = _integer(raw, "num_hidden_layers", where, high=2**10)
-        windows = windowed_layers(raw, layers, where, family.windowed)
-        rotated = rotated_layers(raw, layers, where)
-        if family.nope_beside_windows and raw.get("sliding_window") is not None:
+        known = COMMON | family.defaults
+        fields = Fields({name: raw.get(name, known[name]) for name in known}, where)
+        layers = fields.integer("num_hidden_layers", 1, 2**10)
+        windows = windowed_layers(fields, layers, family.windowed)
+        rotated = rotated_layers(fields, layers)
+        if family.nope_beside_windows and fields.values["sliding_window"] is not None:
             rotated = [window is not None for window in windows]
-        rope, local_rope = _ropes(raw, family, where)
-        bias = _flag(raw, "attention_bias", where)
+        rope, local_rope = _ropes(fields, family)
+        bias = fields.flag("attention_bias")
         return cls(
-            model_type=raw["model_type"],
-            vocab_size=_integer(raw, "vocab_size", where, high=2**22),
-            intermediate_size=_integer(raw, "intermediate_size", where),
-            max_position_embeddings=_integer(raw, "max_position_embeddings", where, default=2048,
-                                             high=2**30),
-            rms_norm_eps=_number(raw, "rms_norm_eps", where, 1e-6, high=1.0),
-            num_layers=layers, windows=windows, rotated=rotated, rope=rope, local_rope=local_rope,
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
-            qkv_bias=bias or family.qkv_bias, o_bias=bias and not family.qkv_bias,
-            mlp_bias=_flag(raw, "mlp_bias", where), fused=family.fused, norms=family.norms,
-            qk_norm=family.qk_norm, norm_offset=family.norm_offset,
-            activation=_activation(raw, family, where), dtype=_dtype(raw, where),
-            eos_token_ids=token_ids(raw, "eos_token_id", where),
-            **_heads(raw, where), **_scales(raw, family, where))
+            model_type=raw["model_type"], vocab_size=fields.integer("vocab_size", 1, 2**22),
+            intermediate_size=fields.integer("intermediate_size", 1, LARGEST),
+            max_position_embeddings=fields.integer("max_position_embeddings", 1, 2**30),
+            rms_norm_eps=fields.number("rms_norm_eps", 0, 1), num_layers=layers, windows=windows,
+            rotated=rotated, rope=rope, local_rope=local_rope,
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            qkv_bias=bias or family.qkv_bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"),
+            fused=family.fused, norms=family.norms, qk_norm=family.qk_norm,
+            norm_offset=family.norm_offset, activation=_activation(fields), dtype=_dtype(fields),
+            eos_token_ids=fields.integers("eos_token_id", 0, 2**22),
+            **_heads(fields), **_scales(fields, family))
 
     @property
     def projections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -299,11 +276,11 @@ class Config:
 
 def _family(raw: dict, where: str) -> Family:
     """The row of FAMILIES that is meant; raises on what cannot be computed here, by name."""
-    kind = raw.get("model_type")
+    kind, fields = raw.get("model_type"), Fields(raw, where)
     for name, value in raw.items():
         if "experts" in name and value:
-            raise InputError(f"{where}: {name} = {str(value)[:60]}: mixture-of-experts models "
-                             f"(model_type {kind!r}) are not supported")
+            fields.refuse(name, f"makes it a mixture-of-experts model (model_type {kind!r}), which "
+                                "is not supported")
         if name in QUANTIZED and value:
             method = value.get("quant_method") if isinstance(value, dict) else None
             by = f" by {method}" if method else ""
@@ -315,50 +292,54 @@ def _family(raw: dict, where: str) -> Family:
     family = FAMILIES[kind]
     for name, neutral in NEUTRAL.items():
         if name in raw and raw[name] not in neutral and name not in family.defaults:
-            raise InputError(f"{where}: {name} = {str(raw[name])[:60]} is not supported")
+            fields.refuse(name, "is not supported")
     return family
 
 
-def _heads(raw: dict, where: str) -> dict[str, int]:
+def _heads(fields: Fields) -> dict[str, int]:
     """The width of the hidden states, and the heads that they are read with."""
-    hidden = _integer(raw, "hidden_size", where)
-    heads = _integer(raw, "num_attention_heads", where)
-    kv_heads = _integer(raw, "num_key_value_heads", where, default=heads)
-    head_dim = _integer(raw, "head_dim", where, default=max(hidden // heads, 1))
+    hidden = fields.integer("hidden_size", 1, LARGEST)
+    heads = fields.integer("num_attention_heads", 1, LARGEST)
+    kv_heads = fields.integer("num_key_value_heads", 1, LARGEST, default=heads)
+    head_dim = fields.integer("head_dim", 1, LARGEST, default=max(hidden // heads, 1))
     if heads % kv_heads or head_dim % 2:
-        raise InputError(f"{where}: {heads} query heads cannot share {kv_heads} key/value heads "
-                         f"of width {head_dim}")
+        raise InputError(f"{fields.where}: {heads} query heads cannot share {kv_heads} key/value "
+                         f"heads of width {head_dim}")
     return {"hidden_size": hidden, "num_heads": heads, "num_kv_heads": kv_heads,
             "head_dim": head_dim}
 
 
-def _scales(raw: dict, family: Family, where: str) -> dict[str, float | None]:
+def _scales(fields: Fields, family: Family) -> dict[str, float | None]:
     """The factors and caps that some families have."""
-    embedding = raw["hidden_size"]**0.5 if family.embedding_by_width else 1.0
-    divisor = _factor(raw, "query_pre_attn_scalar", where, None)
+    def factor(name: str, default: float | None) -> float | None:
+        return fields.number(name, TINY, 1e12, default)
+
+    embedding = fields.values["hidden_size"]**0.5 if family.embedding_by_width else 1.0
+    divisor = factor("query_pre_attn_scalar", None)
     attention = None if divisor is None else divisor**-0.5
-    return {"embedding_scale": _factor(raw, "embedding_multiplier", where, embedding),
-            "attention_scale": _factor(raw, "attention_multiplier", where, attention),
-            "attention_cap": _factor(raw, "attn_logit_softcapping", where, None),
-            "final_cap": _factor(raw, "final_logit_softcapping", where, None),
-            "residual_scale": _factor(raw, "residual_multiplier", where, 1.0),
-            "logits_divisor": _factor(raw, "logits_scaling", where, 1.0)}
+    return {"embedding_scale": factor("embedding_multiplier", embedding),
+            "attention_scale": factor("attention_multiplier", attention),
+            "attention_cap": factor("attn_logit_softcapping", None),
+            "final_cap": factor("final_logit_softcapping", None),
+            "residual_scale": factor("residual_multiplier", 1.0),
+            "logits_divisor": factor("logits_scaling", 1.0)}
 
 
-def _activation(raw: dict, family: Family, where: str) -> str:
-    """What bends the MLP's gate."""
-    name = str(raw.get(family.activation_field) or "silu")
+def _activation(fields: Fields) -> str:
+    """What bends the MLP's gate; Gemma calls it otherwise than the others."""
+    field_name = "hidden_activation" if "hidden_activation" in fields.values else "hidden_act"
+    name = fields.text(field_name)
     if name not in ACTIVATION_NAMES:
-        raise InputError(f"{where}: {family.activation_field} = {name[:60]} is not supported")
+        fields.refuse(field_name, "is not supported")
     return ACTIVATION_NAMES[name]
 
 
-def _dtype(raw: dict, where: str) -> torch.dtype:
+def _dtype(fields: Fields) -> torch.dtype:
     """What the checkpoint is stored in; fp32 where nothing says so."""
-    name = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
-    name = "float32" if name is None else str(name).removeprefix("torch.")
+    name = fields.text("dtype", None) or fields.text("torch_dtype", "float32")
+    name = name.removeprefix("torch.")
     if name not in DTYPES:
-        raise InputError(f"{where}: dtype {name!r} is not one of {', '.join(DTYPES)}")
+        raise InputError(f"{fields.where}: dtype {name[:60]!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -366,50 +347,48 @@ def _dtype(raw: dict, where: str) -> torch.dtype:
 # Rotary settings
 
 
-def _ropes(raw: dict, family: Family, where: str) -> tuple[dict, dict | None]:
+def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
     """The rotary setting, from either spelling, and that of the layers with a window if the family
-    has two; a top-level rope_scaling is then the other layers'."""
-    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: {name} = {str(value)[:60]!r} is not an object")
+    has two; a top-level rope_scaling is then the other layers'.
+
+    Where both spellings stand in one file, transformers takes the older one, rope_scaling.
+    """
+    old, new = fields.object("rope_scaling"), fields.object("rope_parameters")
+    theta = fields.number("rope_theta", 0, 1e12)
     by_layer_type = any(isinstance(value, dict) for value in new.values())
     if family.local_theta is None:
         if by_layer_type:
-            raise InputError(f"{where}: rope_parameters by layer type are not supported")
-        return _rope(raw, family, where, {"rope_theta": 10000.0, **old}, new), None
+            fields.refuse("rope_parameters", "(by layer type) is not supported")
+        rope = dict(old or new)
+        if fields.values["original_max_position_embeddings"] is not None:
+            name = "original_max_position_embeddings"
+            rope[name] = fields.values[name]
+        return _rope(rope, theta, fields, family), None
     if new and not by_layer_type:
-        raise InputError(f"{where}: rope_parameters have no full_attention and sliding_attention")
-    full = _rope(raw, family, where, old, new.get("full_attention") or {})
-    local = _rope(raw | {"rope_theta": raw[family.local_theta]}, family, where, {},
-                  new.get("sliding_attention") or {})
-    return full, local
+        fields.refuse("rope_parameters", "has no full_attention and sliding_attention")
+    by_type = Fields(new, f"{fields.where}: rope_parameters")
+    full = _rope(by_type.object("full_attention") | old, theta, fields, family)
+    theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
+    return full, _rope(by_type.object("sliding_attention"), theta, fields, family)
 
 
-def _rope(raw: dict, family: Family, where: str, old: dict, new: dict) -> dict:
-    """The rotary setting as one dict: `new` before the top-level rope_theta before `old`; raises on
-    a kind we do not compute."""
-    if not isinstance(new, dict):
-        raise InputError(f"{where}: rope_parameters of a layer type are not an object")
-    rope = {**old, **new}
-    if "rope_theta" not in new and raw.get("rope_theta") is not None:
-        rope["rope_theta"] = raw["rope_theta"]
-    kind = rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    if not isinstance(kind, str) or kind not in ROPE_KINDS or kind in family.misnamed_rope:
-        raise InputError(f"{where}: rope_type {kind!r} is not supported "
-                         f"(supported: {', '.join(ROPE_KINDS)})")
-    at = f"{where}: rope_type {kind}"
+def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
+    """What rope.py reads of a rotary setting; raises on a kind we do not compute."""
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if not isinstance(kind, str) or kind not in family.rope_kinds:
+        raise InputError(f"{fields.where}: rope_type {str(kind)[:60]!r} is not supported "
+                         f"(supported: {', '.join(family.rope_kinds)})")
+    rope = Fields({"rope_theta": theta} | given, f"{fields.where}: rope_type {kind}")
+    rope.number("partial_rotary_factor", 1, 1, default=1)
+    found = {"rope_type": kind, "rope_theta": rope.number("rope_theta", 1 + TINY, 1e12)}
     for name in ROPE_KINDS[kind]:
-        _number(rope, name, at)
-    _number(rope, "rope_theta", at, low=1.0)
-    for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-        if rope.get(name) is not None:
-            _number(rope, name, at, low=-1e-9)
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise InputError(f"{at}: low_freq_factor is not below high_freq_factor")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{where}: partial_rotary_factor is not supported")
-    trained = raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
-    rope.setdefault("original_max_position_embeddings", trained or 2048)
-    _number(rope, "original_max_position_embeddings", at)
-    return rope
+        found[name] = rope.number(name, TINY, 1e12)
+    if kind == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
+        rope.refuse("low_freq_factor", "is not below high_freq_factor")
+    if kind == "yarn":
+        found |= {name: rope.number(name, 0, 1e12, default=None) for name in YARN_OPTIONS}
+        found["truncate"] = rope.flag("truncate", default=True)
+    if kind != "default":
+        found["original_max_position_embeddings"] = rope.integer(
+            "original_max_position_embeddings", 1, 2**30, fields.values["max_position_embeddings"])
+    return found

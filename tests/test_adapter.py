@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from generate import router
 from model import Transformer, load
 from prism import PRISM
-from support import hub
 from support.adapter import read_settings
 from support.checkpoint import fingerprint
 from support.config import FAMILIES
@@ -137,49 +136,105 @@ def test_fused_adapter_that_is_not_block_diagonal(tiny_checkpoint: Callable[...,
         PRISM.load(tmp_path, net)
 
 
-ELSEWHERE = {
+Q1, SELF = "model.layers.1.self_attn.q_proj", "self_attn"
+ELSEWHERE = {  # and what is written into adapter_config.json afterwards
     "all": {"target_modules": "all-linear"},
     "subset": {"target_modules": ["q_proj", "v_proj", "up_proj"], "layers_to_transform": [1, 3]},
+    "one-layer": {"target_modules": ["self_attn.q_proj"], "layers_to_transform": 2,
+                  "layers_pattern": ["h", "layers"]},
+    "full-name": {"target_modules": [Q1, "v_proj"], "layers_to_transform": [0],
+                  "layers_pattern": "layers"},
+    "expression": {"target_modules": r".*\.[02]\.self_attn\.(q|o)_proj",
+                   "exclude_modules": r"model\.layers\.0.*o_proj"},
+    "excluded": {"target_modules": "ALL-linear", "exclude_modules": ["2.mlp.up_proj", SELF]},
     "rslora": {"target_modules": ["o_proj", "k_proj", "down_proj"], "use_rslora": True},
     "patterns": {"target_modules": ["q_proj", "k_proj", "gate_proj"], "rank_pattern": {"k_proj": 2},
                  "alpha_pattern": {"layers.1.self_attn.q_proj": 9, "gate_proj": 1}},
+    "anchored": {"target_modules": ["q_proj", "k_proj", "v_proj"],
+                 "rank_pattern": {r"^model\.layers\.[01]\.self_attn\.q_proj": 5, "^q_proj": 9},
+                 "alpha_pattern": {r"^model\.layers\.0\.": 50, "^model.layers.0.*k_proj$": 64,
+                                   "(q|v)_proj": 20, "v_proj": 1}},
+    "no-scale": {"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"q_proj": 0}},
+    "backwards": {"target_modules": ["q_proj", "k_proj"], "lora_alpha": -5.5},
 }
+LATER = {"all": {"target_modules": ["q_proj", "mlp.up_proj"]},
+         "subset": {"layers_to_transform": [1]}, "patterns": {"exclude_modules": ["q_proj"]},
+         "backwards": {"target_modules": r".*\d.*k_proj"}}
 
 
 @pytest.mark.parametrize("family, kind", [*(("llama", kind) for kind in ELSEWHERE),
                                           ("phi3", "all"), ("gemma2", "all"), ("olmo2", "rslora")])
+@torch.no_grad()
 def test_an_adapter_trained_elsewhere(family: str, kind: str,
                                       tiny_checkpoint: Callable[..., Path],
                                       tmp_path: Path) -> None:
     """An adapter of PEFT's would be read wrongly: ranks, alphas, subsets of projections and layers,
     rslora. It has no gate, so every row is gated; saved and loaded again it is the same."""
-    folder = tiny_checkpoint(family)
+    folder, theirs = tiny_checkpoint(family), tmp_path / "theirs"
     net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = peft.get_peft_model(base, peft.LoraConfig(
-        r=3, lora_alpha=7, init_lora_weights=False, task_type="CAUSAL_LM", **ELSEWHERE[kind]))
-    model.save_pretrained(tmp_path / "theirs")
+    peft.get_peft_model(base, peft.LoraConfig(
+        **{"r": 3, "lora_alpha": 7, "init_lora_weights": False, "task_type": "CAUSAL_LM",
+           **ELSEWHERE[kind]})).save_pretrained(theirs)
     ids, lengths = random_prompts(net.config.vocab_size, 4, 16)
-    with torch.no_grad():
-        theirs = model.eval()(ids).logits
-        prism = PRISM.load(tmp_path / "theirs", net)
-        torch.testing.assert_close(prism(ids, 4), theirs, rtol=0, atol=1e-4)
-        assert float((theirs - net(ids)).abs().max()) > 0.1
-        routed = prism.prefill(ids, lengths, "auto")
-        torch.testing.assert_close(net.head(routed.hidden), theirs[torch.arange(4), lengths - 1],
-                                   rtol=0, atol=1e-4)
-        assert routed.k == 4
-        prism.save(tmp_path / "ours")
-        again = PRISM.load(tmp_path / "ours", net)
-        assert torch.equal(again(ids, 4), prism(ids, 4)) and again.gate is None
-    assert all(router(tmp_path / name)([]) for name in ("theirs", "ours"))
-    assert read_settings(tmp_path / "theirs")["base_model"] == str(folder)
+    for changes in ({}, LATER.get(kind, {}) if family == "llama" else {}):
+        edit_json(theirs / "adapter_config.json", lambda c: c.update(changes))
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        wanted = peft.PeftModel.from_pretrained(base, theirs).eval()(ids).logits
+        prism = PRISM.load(theirs, net)
+        torch.testing.assert_close(prism(ids, 4), wanted, rtol=0, atol=1e-4)
+        assert float((wanted - net(ids)).abs().max()) > 0.1
+    routed = prism.prefill(ids, lengths, "auto")
+    torch.testing.assert_close(net.head(routed.hidden), wanted[torch.arange(4), lengths - 1],
+                               rtol=0, atol=1e-4)
+    assert routed.k == 4
+    prism.save(tmp_path / "ours")
+    again = PRISM.load(tmp_path / "ours", net)
+    assert torch.equal(again(ids, 4), prism(ids, 4)) and again.gate is None
+    assert all(router(path)([]) for path in (theirs, tmp_path / "ours"))
+    assert read_settings(theirs)["base_model"] == str(folder)
+
+
+@pytest.fixture
+def elsewhere(folder: Path, tmp_path: Path) -> Path:
+    """A folder of PEFT's own for the tiny model."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    peft.get_peft_model(base, peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+PEFT_VALUES = {
+    "r": [0, -1, "4", 1.5, True, [], 10**9, 3],
+    "lora_alpha": ["8", [], True, float("nan"), float("inf"), {}],
+    "alpha_pattern": [["q_proj"], "q_proj", 3, {"q_proj(": 3}, {"q_proj": "3"}, {"q_proj": None},
+                      {"q_proj": float("nan")}, {"(?i)q_proj": 3}, {"a{99999999999}": 3}],
+    "rank_pattern": [["q_proj"], {"[": 2}, {"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": 2}],
+    "target_modules": [3, [3], {}, "q_proj(", None, [], "", ["up_proj"], ".*up_proj"],
+    "exclude_modules": [3, [3], "q_proj(", {"a": 1}, ".*", ["q_proj", "v_proj"]],
+    "layers_to_transform": ["1", [1, "x"], 1.5, -1, [7]],
+    "layers_pattern": [3, [3], "layers("], "use_rslora": ["true", 1, []],
+    "base_model_name_or_path": [3, ["x"], {}], "use_future_variant": [True, {"a": 1}],
+    "modules_to_save": ["lm_head", ["score"]], "peft_type": ["IA3", 3, None], "bias": ["all", 3]}
+
+
+@pytest.mark.parametrize("field, value", [
+    (field, value) for field, values in PEFT_VALUES.items() for value in values],
+    ids=lambda value: str(value)[:24])
+def test_a_setting_of_peft_that_makes_no_sense(field: str, value: object, net: Transformer,
+                                               elsewhere: Path) -> None:
+    """A value of another type, out of range, a broken expression, one that targets nothing or fits
+    no tensor: each is named in one error, where PEFT ends in a traceback or an empty adapter."""
+    edit_json(elsewhere / "adapter_config.json",
+              lambda c: c.update({"layers_to_transform": [0], field: value}))
+    with pytest.raises(InputError, match=f"{field}|adapter_model.safetensors"):
+        PRISM.load(elsewhere, net)
 
 
 @pytest.mark.parametrize("settings, named", [
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias = all"),
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias = "),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = .pissa"),
 ], ids=lambda value: str(value)[:30])
 def test_an_adapter_that_cannot_be_computed(settings: dict, named: str,
                                             tiny_checkpoint: Callable[..., Path],
@@ -209,15 +264,6 @@ def test_a_broken_adapter_from_elsewhere(change: Callable, net: Transformer, sav
         PRISM.load(saved, net)
 
 
-def test_adapter_config_names_the_adapted_layers(saved: Path) -> None:
-    """PEFT's config targets the seven projections, on layers 1..L-1 only, with our scale."""
-    config = peft.LoraConfig.from_pretrained(saved)
-    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-                                          "up_proj", "down_proj"}
-    assert config.layers_to_transform == list(range(1, LAYERS))
-    assert (config.r, config.lora_alpha, config.use_rslora) == (4, 8.0, False)
-
-
 def test_another_base_is_refused(saved: Path, tmp_path: Path) -> None:
     """Same shape, other weights: the fingerprint differs and loading is an InputError."""
     other = load(tiny_llama(tmp_path / "other", seed=9, layers=LAYERS), dtype=torch.float32)
@@ -236,18 +282,10 @@ def test_same_base_in_another_place_or_precision(saved: Path, folder: Path,
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "gate.safetensors", "prism.json"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
-def test_damaged_files_are_named(saved: Path, net: Transformer, name: str,
-                                 damage: str) -> None:
-    """A missing, empty, truncated or overwritten file is an InputError that names the file."""
-    path = saved / name
-    data = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes({"empty": b"", "truncated": data[:len(data) // 2],
-                          "garbage": b"\xff" * 100}[damage])
-    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+def test_missing_files_are_named(saved: Path, net: Transformer, name: str) -> None:
+    """A missing file is an InputError that names it."""
+    (saved / name).unlink()
+    with pytest.raises(InputError, match=name):
         PRISM.load(saved, net)
 
 
@@ -272,33 +310,8 @@ def test_missing_unexpected_and_misshapen_tensors(saved: Path, net: Transformer)
 
 @pytest.mark.parametrize("field", ["rank", "alpha", "gate_layer", "gate_pool", "threshold",
                                    "base_fingerprint"])
-def test_prism_json_with_missing_or_wrong_fields(saved: Path, net: Transformer,
-                                                 field: str) -> None:
-    """A field that is missing or of the wrong type is named in the InputError."""
-    path = saved / "prism.json"
-    good = json.loads(path.read_text())
-    for wrong in ({n: v for n, v in good.items() if n != field}, good | {field: [1]}):
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match=field):
-            PRISM.load(saved, net)
-
-
-def test_no_adapter_folder(net: Transformer, tmp_path: Path) -> None:
-    """A folder that is not there, and one without an adapter, are InputErrors that name it."""
-    for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(InputError, match=folder.name):
-            PRISM.load(folder, net)
-
-
-def test_base_source_of_the_default_model(smollm32: Transformer, tmp_path: Path) -> None:
-    """An adapter for the default model records its name, where it came from and its weights."""
-    smollm32.name, name = hub.DEFAULT_MODEL, smollm32.name
-    try:
-        PRISM(smollm32, rank=1).save(tmp_path)
-    finally:
-        smollm32.name = name
-    found = json.loads((tmp_path / "prism.json").read_text())
-    assert found["base_model"] == hub.DEFAULT_MODEL
-    assert found["base_source"] == hub.base_source(smollm32.folder, hub.DEFAULT_MODEL)
-    assert found["base_source"] in ("hub", "gguf-q4_1")
-    assert found["base_fingerprint"] == fingerprint(smollm32.folder)
+def test_prism_json_without_a_field(saved: Path, net: Transformer, field: str) -> None:
+    """A field that is missing is named in the InputError."""
+    edit_json(saved / "prism.json", lambda p: p.pop(field))
+    with pytest.raises(InputError, match=field):
+        PRISM.load(saved, net)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Callable
 
@@ -14,7 +13,7 @@ from test_model import assert_parity, random_ids
 from torch import Tensor
 
 from model import load
-from support.checkpoint import fingerprint
+from support.checkpoint import EMBEDDING, HEAD, fingerprint
 from support.hub import InputError
 
 TinyFactory = Callable[..., Path]
@@ -80,15 +79,20 @@ def test_wrong_tensor_is_an_error_that_names_it(family: str, change: Callable, n
     assert named in str(caught.value)
 
 
-def test_tied_checkpoint_may_carry_a_copy_of_the_head(tiny_checkpoint: TinyFactory,
-                                                      tmp_path: Path) -> None:
-    """Some tied checkpoints store lm_head too, and old ones rotary buffers: neither is an error."""
-    folder = copy_folder(tiny_checkpoint("qwen2", tie_word_embeddings=True), tmp_path / "c")
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "granite"])
+def test_head_in_a_tied_checkpoint(family: str, tiny_checkpoint: TinyFactory,
+                                   tmp_path: Path) -> None:
+    """Some tied checkpoints store lm_head too, a copy, and old ones rotary buffers: neither is an
+    error. Another head than the embedding is used, as by transformers since version 5."""
+    folder = copy_folder(tiny_checkpoint(family, tie_word_embeddings=True), tmp_path / "c")
     before = load(folder)(random_ids(1, 6))
     rewrite_tensors(folder, lambda t: t.update({
-        "lm_head.weight": t["model.embed_tokens.weight"].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    assert torch.equal(load(folder)(random_ids(1, 6)), before)
+        HEAD: t[EMBEDDING].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    net = load(folder)
+    assert net.lm_head is net.embed_tokens and torch.equal(net(random_ids(1, 6)), before)
+    rewrite_tensors(folder, lambda t: t.update({HEAD: t[EMBEDDING].flip(0)}))
+    assert_parity(folder)
+    assert load(folder, layers=1).lm_head.shape == net.lm_head.shape
 
 
 def test_index_with_a_missing_shard(sharded: Path, tmp_path: Path) -> None:
@@ -111,42 +115,6 @@ def test_index_naming_a_tensor_the_shard_lacks(sharded: Path, tmp_path: Path) ->
 
     edit_json(folder / "model.safetensors.index.json", lie)
     with pytest.raises(InputError, match="model.norm.weight"):
-        load(folder)
-
-
-@pytest.mark.parametrize("escape", ["../outside.safetensors", "/outside.safetensors", "..",
-                                    "sub/inside.safetensors", 3])
-def test_index_pointing_outside_the_folder(escape: object, sharded: Path, tmp_path: Path) -> None:
-    """A weight map may not lead out of the checkpoint folder, even to a file that exists."""
-    folder = copy_folder(sharded, tmp_path / "c")
-    shutil.copy(next(folder.glob("model-*.safetensors")), tmp_path / "outside.safetensors")
-    edit_json(folder / "model.safetensors.index.json",
-              lambda index: index["weight_map"].update({"model.norm.weight": escape}))
-    with pytest.raises(InputError, match="index.json"):
-        load(folder)
-
-
-@pytest.mark.parametrize("damage", ["no-weights", "truncated-weights", "broken-index",
-                                    "index-without-map", "config-not-json", "config-a-list"])
-def test_damaged_checkpoint_is_an_input_error(damage: str, sharded: Path,
-                                              tiny_checkpoint: TinyFactory,
-                                              tmp_path: Path) -> None:
-    """Whatever is wrong with the files, one error of the kind that ends in status 2, with a
-    path in it."""
-    source = sharded if "index" in damage else tiny_checkpoint("llama")
-    folder = copy_folder(source, tmp_path / "c")
-    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if damage == "no-weights":
-        weights.unlink()
-    elif damage == "truncated-weights":
-        weights.write_bytes(weights.read_bytes()[:-5000])
-    elif damage == "broken-index":
-        index.write_text('{"weight_map": {')
-    elif damage == "index-without-map":
-        index.write_text("{}")
-    else:
-        (folder / "config.json").write_text("[1]" if damage == "config-a-list" else "{")
-    with pytest.raises(InputError, match=str(tmp_path)):
         load(folder)
 
 

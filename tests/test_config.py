@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import FAMILY_EXTRAS
-from test_model import to_legacy_spelling
+from conftest import FAMILY_EXTRAS, copy_folder, edit_json
+from test_model import TOLERANCE, assert_parity, assert_same, oracle, random_ids, to_legacy_spelling
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
-from support.config import FAMILIES, Config
+from model import load
+from support.config import COMMON, FAMILIES, NEUTRAL, Config
 from support.hub import InputError, read_json
 
 ROOT = Path(__file__).parent.parent
@@ -61,14 +66,12 @@ def test_unknown_rope_kind_is_refused_by_name(kind: str, legacy: bool,
 @pytest.mark.parametrize("field, value, named", [
     ("model_type", "gpt2", "gpt2"), ("model_type", None, "model_type"),
     ("hidden_act", "gelu", "hidden_act"), ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
-    ("num_attention_heads", 3, "heads"), ("hidden_size", 0, "hidden_size"),
-    ("hidden_size", "64", "hidden_size"), ("vocab_size", None, "vocab_size"),
+    ("num_attention_heads", 3, "heads"), ("vocab_size", None, "vocab_size"),
     ("quantization_config", {"bits": 4}, "quantization_config"),
     ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quantized by gptq"),
     ("quantization", {"group_size": 64, "bits": 4}, "quantized"), ("dtype", "int8", "int8"),
     ("num_local_experts", 4, "num_local_experts.*mixture"),
     ("n_routed_experts", 64, "mixture"), ("no_rope_layers", [1, 0, 1, 1], "no_rope_layers"),
-    ("num_hidden_layers", 10**9, "num_hidden"),
 ], ids=lambda value: str(value)[:20])
 def test_config_that_cannot_be_computed_is_refused(field: str, value: object, named: str,
                                                    tiny_checkpoint: TinyFactory) -> None:
@@ -104,12 +107,196 @@ def test_family_field_that_cannot_be_computed(family: str, field: str, value: ob
         Config.from_json(config)
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_type": "linear", "rope_theta": 500.0},
-    {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0},
-    {"rope_type": "yarn", "rope_theta": 500.0, "factor": "four"},
-], ids=["linear-without-factor", "llama3-without-ramp", "yarn-with-words"])
-def test_rope_setting_without_its_numbers(rope: dict, tiny_checkpoint: TinyFactory) -> None:
-    """A rotary setting that lacks a number would end in a traceback."""
-    with pytest.raises(InputError, match="factor"):
-        Config.from_json(raw(tiny_checkpoint, rope_parameters=rope))
+# --------------------------------------------------------------------------------------------------
+# What happens to every field of transformers' config classes
+
+# Computed: another value that a tiny checkpoint can be built with.
+COMPUTED = {
+    "vocab_size": 300, "hidden_size": 96, "intermediate_size": 112, "num_hidden_layers": 5,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 20, "rms_norm_eps": 0.03,
+    "max_position_embeddings": 512, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "silu",
+    "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
+    "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7,
+    "logits_scaling": 0.5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0,
+    "query_pre_attn_scalar": 30, "sliding_window": 6, "use_sliding_window": True,
+    "max_window_layers": 2, "sliding_window_pattern": 3,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "no_rope_layers": [0, 1, 1, 0, 1], "no_rope_layer_interval": 3, "eos_token_id": [3, 5],
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 900.0, "factor": 8.0,
+                        "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "dtype": "bfloat16"}
+BY_LAYER_TYPE = {"full_attention": {"rope_type": "yarn", "rope_theta": 900.0, "factor": 4.0},
+                 "sliding_attention": {"rope_type": "default", "rope_theta": 70.0}}
+ROPES = {"phi3": {"rope_type": "default", "rope_theta": 900.0}, "gemma3_text": BY_LAYER_TYPE,
+         "olmo3": BY_LAYER_TYPE}
+# Neutral: another value, which changes no logit.
+UNREAD = {
+    "attention_dropout": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5, "initializer_range": 0.5,
+    "use_cache": False, "bos_token_id": 7, "pad_token_id": 9, "chunk_size_feed_forward": 3,
+    "pretraining_tp": 2, "architectures": ["Other"], "problem_type": "regression",
+    "id2label": {"0": "a"}, "label2id": {"a": 0}, "output_attentions": True, "return_dict": True,
+    "output_hidden_states": True, "transformers_version": "4.0.0", "_name_or_path": "other",
+    "_sliding_window_pattern": 2}
+# Refused where no row of the table computes it: a value that changes what transformers computes.
+REFUSED = {"is_encoder_decoder": True, "use_bidirectional_attention": True, "is_causal": False,
+           "per_layer_config": {"1": {"intermediate_size": 48}}, "partial_rotary_factor": 0.5,
+           "transformers_weights": "other.safetensors"}
+EXCEPTIONS = {("gemma3_text", "attn_logit_softcapping"): NEUTRAL,  # transformers reads it nowhere
+              ("phi3", "original_max_position_embeddings"): UNREAD}  # of longrope only
+
+
+def fields_of(family: str) -> set[str]:
+    """The fields that transformers' config class of a family writes."""
+    return set(AutoConfig.for_model(family).to_dict())
+
+
+def computed(family: str) -> dict[str, object]:
+    """The computed fields that a family has, each with another value."""
+    found = COMPUTED | {"rope_parameters": ROPES.get(family, COMPUTED["rope_parameters"])}
+    mine = {name for name in fields_of(family) if (family, name) not in EXCEPTIONS}
+    if family == "mistral":  # transformers makes a Ministral of it where there are layer_types
+        mine.add("layer_types")
+    return {name: value for name, value in found.items() if name in mine}
+
+
+def as_read(folder: Path) -> Config:
+    """Our config of what transformers makes of a config.json: all that it leaves out filled in."""
+    theirs = AutoConfig.from_pretrained(folder).to_dict()
+    return replace(Config.from_json(json.loads(json.dumps(theirs, default=str))), eos_token_ids=[])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_has_a_fate(family: str) -> None:
+    """A field that a new version of transformers brings would be dropped without a look."""
+    fates = [name for table in (COMPUTED, UNREAD, REFUSED) for name in table]
+    assert len(fates) == len(set(fates)) and set(REFUSED) <= NEUTRAL.keys()
+    excepted = {name for kind, name in EXCEPTIONS if kind == family}
+    assert fields_of(family) - set(fates) - excepted == {"model_type"}
+    assert FAMILIES[family].defaults.keys() - COMMON.keys() - set(COMPUTED) == (
+        {"rope_local_base_freq"} if family == "gemma3_text" else set())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computed_fields_equal_transformers(family: str, tiny_checkpoint: TinyFactory,
+                                            tmp_path: Path) -> None:
+    """A field would be ignored, or computed otherwise: each changes our Config, and with all of
+    them changed the logits are transformers'."""
+    changes = computed(family)
+    base = raw(tiny_checkpoint, family)
+    for name in ("layer_types", "no_rope_layers"):  # they hide the rules behind them
+        base.pop(name, None)
+    if "layer_types" in changes:
+        base |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    for name, value in changes.items():
+        value = False if name == "use_sliding_window" else value
+        assert Config.from_json(base | {name: value}) != Config.from_json(base), name
+    del changes["dtype"]
+    types = changes.pop("layer_types", None)
+    if types is not None:
+        changes["layer_types"] = None
+    folder = copy_folder(tiny_checkpoint(family, **changes), tmp_path / "c")
+    assert_parity(folder)
+    edit_json(folder / "config.json", lambda c: c.pop("layer_types", None))
+    assert_parity(folder)
+    if types is not None:
+        edit_json(folder / "config.json",
+                  lambda c: c.update(layer_types=[*types, "full_attention"]))
+        assert_parity(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_that_transformers_does_not_read(family: str, tiny_checkpoint: TinyFactory,
+                                                tmp_path: Path) -> None:
+    """What transformers ignores in a family would be computed: neutral fields, and those that only
+    other families have."""
+    mine = FAMILIES[family].defaults.keys() | COMMON.keys() | NEUTRAL.keys()
+    others = {name: value for name, value in COMPUTED.items() if name not in mine}
+    changes = UNREAD | others
+    folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
+    ids, before = random_ids(2, 24), Config.from_json(raw(tiny_checkpoint, family))
+    theirs = oracle(folder, ids)
+    edit_json(folder / "config.json", lambda c: c.update(changes))
+    assert Config.from_json(read_json(folder / "config.json")) == before
+    assert (oracle(folder, ids) - theirs).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("field, value", REFUSED.items())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_that_would_change_the_arithmetic_are_refused(
+        family: str, field: str, value: object, tiny_checkpoint: TinyFactory) -> None:
+    """transformers would compute something else with this field, and we would not notice."""
+    with pytest.raises(InputError, match=field):
+        Config.from_json(raw(tiny_checkpoint, family, **{field: value}))
+
+
+@pytest.mark.parametrize("family, field", [
+    ("llama", "is_causal"), ("olmo3", "is_causal"), ("gemma3_text", "use_bidirectional_attention"),
+    ("phi3", "partial_rotary_factor"), ("llama", "transformers_weights")])
+def test_refused_fields_do_change_transformers(family: str, field: str,
+                                               tiny_checkpoint: TinyFactory,
+                                               tmp_path: Path) -> None:
+    """Otherwise a file would be refused for nothing."""
+    folder, ids = copy_folder(tiny_checkpoint(family), tmp_path / "c"), random_ids(2, 24)
+    before = oracle(folder, ids)
+    edit_json(folder / "config.json", lambda c: c["rope_parameters"].pop(field, None))
+    edit_json(folder / "config.json", lambda c: c.update({field: REFUSED[field]}))
+    try:
+        after = oracle(folder, ids)
+    except OSError as error:
+        assert "other.safetensors" in str(error)
+    else:
+        assert (after - before).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_left_out_or_null(family: str, tiny_checkpoint: TinyFactory,
+                                 tmp_path: Path) -> None:
+    """A field that a file leaves out, or that is null in it, would be read otherwise than
+    transformers' config class fills it in."""
+    folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
+    whole, compared = read_json(folder / "config.json"), 0
+    for name in [*whole, "rope_theta"]:
+        for gone in ([name], [name, "layer_types", "rope_parameters", "no_rope_layers"]):
+            left = {n: v for n, v in whole.items() if n not in gone}
+            for changed in (left, left | {name: None}):
+                (folder / "config.json").write_text(json.dumps(changed))
+                try:
+                    theirs = as_read(folder)
+                    ours = replace(Config.from_json(changed), eos_token_ids=[])
+                except (InputError, ValueError, TypeError, KeyError, AttributeError,
+                        ZeroDivisionError, StrictDataclassError):
+                    continue  # one of the two refuses it
+                assert ours == theirs, (name, changed)
+                compared += 1
+    assert compared > 40
+
+
+LLAMA3 = COMPUTED["rope_parameters"]
+YARN = {"rope_type": "yarn", "factor": 4.0}
+SPELLINGS = [
+    {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 700},
+    {"rope_parameters": None, "rope_scaling": YARN | {"rope_theta": 30.0}, "rope_theta": 700},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 70.0}, "rope_scaling": YARN},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 700.0},
+    {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+    {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64},
+     "original_max_position_embeddings": 32},
+    {"rope_parameters": None, "rope_theta": 700.0},
+    {"rope_parameters": BY_LAYER_TYPE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"full_attention": LLAMA3}, "rope_theta": 700.0}]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: " ".join(spelling))
+@pytest.mark.parametrize("family", ["llama", "smollm3", "gemma3_text", "olmo3"])
+def test_spellings_of_rope(family: str, spelling: dict, tiny_checkpoint: TinyFactory,
+                           tmp_path: Path) -> None:
+    """Of two spellings the wrong one would be taken; or, of OLMo-3's one theta, that of the layers
+    without a window for those with one, which transformers gives its default."""
+    folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
+    edit_json(folder / "config.json", lambda c: c.update(spelling))
+    try:
+        ours = load(folder)
+    except InputError:
+        assert (family in ROPES) != ("full_attention" in (spelling["rope_parameters"] or {}))
+        return
+    assert_same(ours(random_ids(2, 24)), oracle(folder, random_ids(2, 24)))

@@ -191,8 +191,9 @@ def test_hostile_adapter_weights(name: str, folder: Path, adapter: Path, tmp_pat
     cases: dict[str, Damage] = {
         "cut": raw(lambda d: d[:-1]), "length": raw(lambda d: struct.pack("<Q", 2**63) + d[8:]),
         "beyond": offsets(at, lambda a, b: [a + 10**12, b + 10**12]),
-        "integers": tensor(at, lambda t: t.long()), "half": tensor(at, lambda t: t[:1] * 1),
-        "NaN": tensor(at, lambda t: t * float("nan")),
+        "integers": tensor(at, lambda t: t.long()),
+        "fp8": tensor(at, lambda t: t.to(torch.float8_e4m3fn)),
+        "half": tensor(at, lambda t: t[:1] * 1), "NaN": tensor(at, lambda t: t * float("nan")),
         "infinite": tensor(at, lambda t: t.fill_(float("inf")))}
     for what, damage in cases.items():
         copy = copy_folder(adapter, tmp_path / what)
@@ -316,7 +317,6 @@ CONFIG = [*((f, v) for f in SIZES for v in BAD_NUMBERS if (f, v) != (
                                "beta_fast": "x"}),
           ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0,
                                "attention_factor": "x"}),
-          *(("layer_types", v) for v in (3, "full", ["x"] * 3, [[]] * 3, [1, 2, 3], [], {})),
           *((f, v) for f in ("tie_word_embeddings", "attention_bias", "mlp_bias")
             for v in ("false", 1, [], {})),
           *(("eos_token_id", v) for v in ("2", [2, "x"], 1.5, True, {}, [[2]])),
@@ -338,7 +338,8 @@ def test_hostile_config(field: str, value: object, folder: Path, tmp_path: Path,
 
 @pytest.mark.parametrize(("field", "value"), [
     ("sliding_window", v) for v in ("x", -1, 0, 1.5, [], True)] + [
-    ("max_window_layers", "x"), ("use_sliding_window", "false"), ("layer_types", [[], 1])])
+    ("max_window_layers", "x"), ("use_sliding_window", "false"), *(
+        ("layer_types", v) for v in (3, "full", ["x"] * 4, [[]] * 4, [1, 2, 3, 4], [], {}))])
 def test_hostile_windows(field: str, value: object, tiny_checkpoint: Callable[..., Path],
                          tmp_path: Path, capsys: Capture) -> None:
     """The same for what says how far a layer looks."""

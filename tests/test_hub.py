@@ -19,10 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import copy_folder
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -230,35 +233,19 @@ def test_cache_folder_that_cannot_be_made_is_one_error(wheel: Path, tmp_path: Pa
 # The order of resolve
 
 
-def test_folder_wins_over_everything(tmp_path: Path) -> None:
-    """Issue: a folder comes first, even one that is called like the default model."""
-    fake_snapshot(tmp_path, DEFAULT_MODEL)
-    fake_checkpoint(embedded_in(tmp_path))
-    fake_checkpoint(tmp_path / DEFAULT_MODEL)
-    done = resolve_alone(DEFAULT_MODEL, tmp_path)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, DEFAULT_MODEL, "")
-
-
-def test_hugging_face_cache_wins_over_the_embedded_model(tmp_path: Path) -> None:
-    """Issue: second comes the Hugging Face cache, so weights never change silently."""
+def test_order_of_resolve(tmp_path: Path) -> None:
+    """Weights would change silently when a network appears: a folder comes first, even one called
+    like the default model, then the Hugging Face cache, of any model, then the embedded model."""
+    embedded = fake_checkpoint(embedded_in(tmp_path))
     snapshot = fake_snapshot(tmp_path, DEFAULT_MODEL)
-    fake_checkpoint(embedded_in(tmp_path))
-    done = resolve_alone(DEFAULT_MODEL, tmp_path)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(snapshot), "")
-
-
-def test_embedded_model_built_earlier_wins_over_the_hub(tmp_path: Path) -> None:
-    """Issue: third comes the embedded model built earlier, even where a network has appeared."""
-    folder = fake_checkpoint(embedded_in(tmp_path))
-    done = resolve_alone(DEFAULT_MODEL, tmp_path, HF_HUB_OFFLINE="0")
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(folder), "")
-
-
-def test_other_model_in_the_hugging_face_cache(tmp_path: Path) -> None:
-    """The cache works for any model, offline."""
-    snapshot = fake_snapshot(tmp_path, "someone/some-model")
-    done = resolve_alone("someone/some-model", tmp_path)
-    assert (done.returncode, done.stdout.strip()) == (0, str(snapshot))
+    other = fake_snapshot(tmp_path, "someone/some-model")
+    folder = fake_checkpoint(tmp_path / DEFAULT_MODEL)
+    for found, there in ((DEFAULT_MODEL, folder), (snapshot, snapshot), (embedded, None)):
+        done = resolve_alone(DEFAULT_MODEL, tmp_path, HF_HUB_OFFLINE="1" if there else "0")
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(found), "")
+        if there is not None:
+            shutil.rmtree(there)
+    assert resolve_alone("someone/some-model", tmp_path).stdout.strip() == str(other)
 
 
 def test_unknown_model_offline_names_the_ways_out(tmp_path: Path) -> None:
@@ -311,6 +298,41 @@ def test_interrupted_download_is_not_taken_for_a_model(tmp_path: Path) -> None:
     assert resolve_alone("someone/sharded", tmp_path).stdout.strip() == str(snapshot)
     (snapshot / "tokenizer.json").unlink()  # somebody fetched the weights alone
     assert "tokenizer.json" in one_error_line(resolve_alone("someone/sharded", tmp_path))
+
+
+SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"]
+SHARDS = {"a": "model-00001-of-00002.safetensors", "b": "pytorch_model-[2].safetensors"}
+REPOSITORIES = {  # what stands beside the weights -> the weights that are needed
+    "single": (["consolidated.safetensors", "checkpoint-500/model.safetensors",
+                "onnx/model.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"],
+               ["model.safetensors"]),
+    "sharded": (["consolidated.safetensors", "consolidated-00001-of-00002.safetensors",
+                 "model-extra.safetensors", "original/model-00001-of-00002.safetensors"],
+                [*SHARDS.values()]),
+    "both": ([*SHARDS.values()], ["model.safetensors"])}
+
+
+@pytest.mark.parametrize("kind", REPOSITORIES)
+def test_only_what_is_needed_is_fetched(kind: str, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repositories often hold the weights twice, in other formats and folders: twice the download.
+    transformers takes model.safetensors, else what the index names."""
+    beside, needed = REPOSITORIES[kind]
+    fetched = set()
+
+    def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        for file in filter_repo_objects([*SMALL, *beside, *needed], allow_patterns=allow_patterns):
+            fetched.add(file)
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"weight_map": SHARDS}) if file.endswith("index.json") else "{}"
+            (tmp_path / file).write_text(text)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("someone/model") == tmp_path
+    assert {file for file in fetched if file.endswith(".safetensors")} == set(needed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,15 +504,6 @@ def test_exit_status_of_success_and_of_a_bug(capsys: pytest.CaptureFixture) -> N
     assert capsys.readouterr().err == ""
     with pytest.raises(KeyError):
         exit_status(raising(KeyError("bug")))
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", '{"a": ' + "[" * 100_000])
-def test_read_json_refuses_anything_but_an_object(text: str, tmp_path: Path) -> None:
-    """A file that is not a JSON object is an InputError with its path."""
-    path = tmp_path / "c.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match="c.json"):
-        read_json(path)
 
 
 def test_smollm_folder_is_named_by_its_source(smollm_folder: Path) -> None:

@@ -91,14 +91,12 @@ def test_family_logits_equal_transformers(family: str, tied: bool,
 
 
 @pytest.mark.parametrize("family, overrides", [
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("qwen3", {"attention_bias": True}),
     ("llama", {"num_key_value_heads": 4}),
     ("mistral", {"num_key_value_heads": 1, "head_dim": 24}),
-], ids=["llama-biases", "qwen3-biases", "llama-mha", "mistral-mqa-wide-heads"])
+], ids=["llama-mha", "mistral-mqa-wide-heads"])
 def test_family_variants_equal_transformers(family: str, overrides: dict,
                                             tiny_checkpoint: TinyFactory) -> None:
-    """Biases, one key head, as many as query heads, or a head_dim of its own would go wrong."""
+    """One key head, as many as query heads, or a head_dim of its own would go wrong."""
     assert_parity(tiny_checkpoint(family, **overrides))
 
 
@@ -177,22 +175,6 @@ def test_padding_never_reaches_real_tokens(tiny_checkpoint: TinyFactory) -> None
     assert not torch.equal(a, b)  # the padding did change
     for row, length in enumerate(LENGTHS):
         assert torch.equal(a[row, :length], b[row, :length])
-
-
-# Per family: fields an older config.json lacks, and how the checkpoint must be built to match.
-LEFT_OUT = {"smollm3": ("tie_word_embeddings", "no_rope_layers", "no_rope_layer_interval",
-                        "rope_parameters", "layer_types"),
-            "gemma2": ("tie_word_embeddings", "head_dim", "query_pre_attn_scalar", "layer_types",
-                       "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation",
-                       "rope_parameters"),
-            "gemma3_text": ("tie_word_embeddings", "layer_types", "rope_parameters",
-                            "_sliding_window_pattern", "attn_logit_softcapping"),
-            "olmo3": ("layer_types", "rope_parameters", "tie_word_embeddings"),
-            "exaone4": ("layer_types", "sliding_window_pattern", "rope_parameters")}
-LEFT_OUT_BUILT = {"smollm3": {"tie_word_embeddings": True},
-                  "gemma2": {"tie_word_embeddings": True, "head_dim": 256},
-                  "gemma3_text": {"tie_word_embeddings": True, "num_hidden_layers": 7,
-                                  "layer_types": None}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,20 +297,6 @@ def test_gemma3_fields_before_layer_types(tiny_checkpoint: TinyFactory, tmp_path
     assert (load(folder)(ids) - before).abs().max() > 100 * TOLERANCE  # layer 3 has a window now
 
 
-def test_olmo3_as_released(tiny_checkpoint: TinyFactory, tmp_path: Path) -> None:
-    """OLMo-3's files have one rope_theta and a rope_scaling at the top level, which would be taken
-    for all layers; it is that of the layers without a window."""
-    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64,
-            "attention_factor": 1.2, "beta_fast": 32, "beta_slow": 1}
-    folder = copy_folder(tiny_checkpoint("olmo3"), tmp_path / "c")
-    edit_json(folder / "config.json", lambda c: (c.pop("rope_parameters"), c.update(
-        rope_theta=500000, rope_scaling=yarn)))
-    assert_parity(folder)
-    config = load(folder).config
-    assert (config.rope["rope_type"], config.local_rope["rope_type"]) == ("yarn", "default")
-    assert config.windows == [8, 8, 8, None]
-
-
 @pytest.mark.parametrize("fields, rotated", [
     ({"sliding_window": None, "layer_types": ["full_attention"] * 4}, [True] * 4),
     ({"sliding_window_pattern": "LLLG"}, [True, True, True, False]),
@@ -347,16 +315,6 @@ def test_exaone4_as_released(fields: dict, rotated: list[bool], tiny_checkpoint:
     else:
         assert_parity(folder)
     assert load(folder).config.rotated == rotated
-
-
-def test_window_field_without_use_sliding_window_is_off(tiny_checkpoint: TinyFactory,
-                                                        tmp_path: Path) -> None:
-    """Qwen2.5 ships sliding_window beside use_sliding_window = false: full attention."""
-    folder = copy_folder(tiny_checkpoint("qwen2"), tmp_path / "c")
-    edit_json(folder / "config.json", lambda c: (without_layer_types(c), c.update(
-        use_sliding_window=False, sliding_window=8, max_window_layers=0)))
-    assert load(folder).config.windows == [None] * 4
-    assert_parity(folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,16 +381,6 @@ def test_loading_freezes_and_casts(tiny_checkpoint: TinyFactory) -> None:
     at = 64  # rows of q come first: 4 heads of 16
     stacked = half.layers[1].self_attn.qkv_proj.weight[at:at + len(q)]
     assert torch.equal(stacked, q.to(torch.bfloat16))
-
-
-def test_fields_left_out_are_read_as_transformers_reads_them(tiny_checkpoint: TinyFactory,
-                                                             tmp_path: Path) -> None:
-    """Older files leave out what their family's config class knows: tied embeddings, say."""
-    for family, gone in LEFT_OUT.items():
-        folder = copy_folder(tiny_checkpoint(family, **LEFT_OUT_BUILT.get(family, {})),
-                             tmp_path / family)
-        edit_json(folder / "config.json", lambda config: [config.pop(n, None) for n in gone])
-        assert_parity(folder)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""Values out of JSON files that others wrote, checked for type and range where they are read."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from support.hub import InputError
+
+REQUIRED = object()  # stands for a default where there is none
+
+
+class Fields:
+    """A JSON object, and what errors call it.
+
+    Every method reads one field and raises InputError, with its name, if the value is of another
+    type or out of range (NaN and infinity are in no range). A null counts as missing: it gives the
+    default, or an error where there is none.
+    """
+
+    def __init__(self, values: dict, where: str):
+        self.values, self.where = values, where
+
+    def refuse(self, name: str, why: str) -> NoReturn:
+        """Raise the InputError about a field."""
+        shown = str(self.values.get(name))[:60]
+        raise InputError(f"{self.where}: {name} = {shown!r} {why}")
+
+    def number(self, name: str, low: float, high: float, default: Any = REQUIRED,
+               kind: type = float) -> float:
+        """A number in [low, high]; a bool is none, an integer counts as a float."""
+        value = self.values.get(name)
+        if value is None and default is not REQUIRED:
+            return default
+        if not is_number(value, low, high, kind):
+            what = "an integer" if kind is int else "a number"
+            self.refuse(name, f"is not {what} in [{low:g}, {high:g}]")
+        return value
+
+    def integer(self, name: str, low: int, high: int, default: Any = REQUIRED) -> int:
+        """An integer in [low, high]."""
+        return self.number(name, low, high, default, int)
+
+    def integers(self, name: str, low: int, high: int) -> list[int]:
+        """A list of integers in [low, high], which may be written as one of them, or be missing."""
+        value = self.values.get(name)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(is_number(item, low, high, int) for item in found):
+            self.refuse(name, f"is not a list of integers in [{low:g}, {high:g}]")
+        return found
+
+    def numbers(self, name: str, low: float, high: float, kind: type = float) -> dict[str, float]:
+        """An object whose values are numbers in [low, high]; empty if missing."""
+        found = self.object(name)
+        if not all(is_number(value, low, high, kind) for value in found.values()):
+            self.refuse(name, f"holds something but numbers in [{low:g}, {high:g}]")
+        return found
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """A true or false; the text "false" would count as true."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.refuse(name, "is neither true nor false")
+        return default if value is None else value
+
+    def text(self, name: str, default: Any = REQUIRED) -> str:
+        """A text."""
+        value = self.values.get(name)
+        if value is None and default is not REQUIRED:
+            return default
+        if not isinstance(value, str):
+            self.refuse(name, "is not a text")
+        return value
+
+    def texts(self, name: str) -> str | list[str]:
+        """A text or a list of them; an empty list if missing."""
+        value = self.values.get(name)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        return self.text(name, [])
+
+    def object(self, name: str) -> dict:
+        """An object of its own; empty if missing."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(name, "is not an object")
+        return value or {}
+
+
+def is_number(value: object, low: float, high: float, kind: type = float) -> bool:
+    """Whether a value from a JSON file is a number of this kind in [low, high]."""
+    kinds = int if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
