@@ -40,7 +40,7 @@ QUERY_SAMPLING = {"temperature": 0.8, "max_new_tokens": 96}
 ANSWER_TEMPERATURE = 0.7
 OVERSAMPLE, ROUNDS = 3, 4  # candidates per lacking query in a round of stage 1; most rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # of its own, for each persona
-RIVALS, LEAD = 3, 1.0  # others under which a query is scored; nats by which its own must lead
+RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its own must lead
 HELD_OUT = 5  # one query in so many is held out from stage 5
 MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
 IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
@@ -292,7 +292,7 @@ def assign_openings(likelihoods: Tensor) -> list[list[int]]:
 def choose_rivals(likelihoods: Tensor, chosen: Sequence[Sequence[int]]) -> list[list[int]]:
     """For each persona the RIVALS others after which its own openings are likeliest. (Of 144 well-
     formed candidates of 12 personas 0.56 could be identified, see `measure_queries`; of those ahead
-    of all others 0.73, of 3 rivals 0.63, of 3 rivals by 1 nat 0.78.)"""
+    of all others 0.73, of 3 rivals 0.63, of 3 rivals by 1.5 nats 0.85.)"""
     rivals = []
     for k, openings in enumerate(chosen):
         strength = likelihoods[:-1, openings].mean(1)
