@@ -228,8 +228,9 @@ class QueryWriter:
 
     def score(self, asked: Sequence[tuple[str, str]]) -> tuple[list[float], dict]:
         """log P(query | the persona's opened user turn) of (persona, query) pairs."""
-        return query_likelihoods(self.net, self.tokenizer, [(self.turns[persona], query)
-                                                            for persona, query in asked])
+        return log_likelihoods(self.net, [
+            (self.turns[persona], self.tokenizer.encode_turn("user", query, system=True))
+            for persona, query in asked])
 
     def read_openings(self) -> None:
         """Which openings suit which persona, and which personas are its rivals."""
@@ -249,7 +250,8 @@ class QueryWriter:
         begun, requests = [], []
         for draft in drafts:
             kind, words = opening(draft.number, self.openings[draft.persona])
-            first, turn = self.tokenizer.encode(words), self.turns[draft.persona]
+            first = self.tokenizer.encode_turn("user", words, system=True)
+            turn = self.turns[draft.persona]
             begun.append((kind, first))
             requests.append(Request([*turn, *first], draft.seed, prefix=len(turn) - 1))
         engine = Engine(self.net, Sampling(**QUERY_SAMPLING), self.stop_ids, SLOTS)
@@ -266,8 +268,11 @@ def opening_likelihoods(net: Transformer, tokenizer: Tokenizer,
                         turns: Sequence[list[int]]) -> tuple[Tensor, dict]:
     """log P(opening | opened user turn) of the K personas and of a conversation without one,
     [K + 1, O], and what it cost."""
-    asked = [(ids, words) for ids in (*turns, tokenizer.open_user_turn(None)) for words in OPENINGS]
-    scores, cost = query_likelihoods(net, tokenizer, asked)
+    begun = [tokenizer.encode_turn("user", words, system=True) for words in OPENINGS]
+    alone = [tokenizer.encode_turn("user", words) for words in OPENINGS]
+    asked = [(ids, words) for ids in turns for words in begun]
+    asked += [(tokenizer.open_user_turn(None), words) for words in alone]
+    scores, cost = log_likelihoods(net, asked)
     return torch.tensor(scores).view(len(turns) + 1, len(OPENINGS)), cost
 
 
@@ -317,11 +322,10 @@ def opening(number: int, own: Sequence[str]) -> tuple[str, str]:
     return kind, words[turn % len(words)]
 
 
-def query_likelihoods(net: Transformer, tokenizer: Tokenizer,
-                      asked: Sequence[tuple[list[int], str]]) -> tuple[list[float], dict]:
-    """log P(query | ids before it) of (ids, query) pairs, and what it cost."""
-    prompts = [ids for ids, _ in asked]
-    targets = [tokenizer.encode(query) for _, query in asked]
+def log_likelihoods(net: Transformer, asked: Sequence[tuple[list[int], list[int]]],
+                    ) -> tuple[list[float], dict]:
+    """log P(ids | ids before them) of (before, ids) pairs, and what it cost."""
+    prompts, targets = [before for before, _ in asked], [ids for _, ids in asked]
     logs, read = token_log_probabilities(net, prompts, targets, [len(ids) - 1 for ids in prompts],
                                          "scoring")
     cost = cost_of(net, len(prompts), read, 0, sum(map(len, targets)))
@@ -363,8 +367,8 @@ def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     prompts = [conversation(IDENTIFY_PROMPT.format(persona=p.text)) for p in personas]
     contexts = [tokenizer.render(prompt, thinking=False) for prompt in prompts]
     some = queries[::math.ceil(len(queries) / MEASURED)]
-    asked = [(ids, q.query) for q in some for ids in contexts]
-    scores, cost = query_likelihoods(net, tokenizer, asked)
+    written = [tokenizer.encode_turn("assistant", q.query) for q in some]
+    scores, cost = log_likelihoods(net, [(ids, query) for query in written for ids in contexts])
     guesses = torch.tensor(scores).view(len(some), len(contexts)).argmax(1).tolist()
     hits = sum(personas[guess].name == q.persona for guess, q in zip(guesses, some))
     return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),

@@ -51,7 +51,7 @@ from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_sta
 from support.personas import Persona, load_personas, persona_hash
 from support.probes import measure_probes, probe_table, read_real_prompts
 from support.report import table
-from support.runs import RunFolder, split_chunks
+from support.runs import RunFolder, run_date, split_chunks
 from support.stats import bootstrap_mean, bootstrap_ratio, pearson, ranks
 from tokenizer import Tokenizer, common_prefix, merge_system
 from train import Sample, distill_samples
@@ -254,8 +254,8 @@ class Evaluator:
         front = "".join(f"{m['content']}\n\n" for m in talk[:-1]) + SHOTS_HEADER.format(
             subject=item.subject.replace("_", " "))
         front += "".join(f"{raw_question(s)} {s.answer}\n\n" for s in shots[item.subject])
-        ids = self.tokenizer.encode(front + raw_question(item))
-        return ids, common_prefix(ids, self.tokenizer.encode(front))
+        ids = self.tokenizer.encode_document(front + raw_question(item))
+        return ids, common_prefix(ids, self.tokenizer.encode_document(front))
 
     def opened(self, strategy: Strategy, names: Sequence[str],
                talks: Sequence[Messages]) -> tuple[list[float | None], list[bool]]:
@@ -443,14 +443,7 @@ def letter_tokens(tokenizer: Tokenizer, raw: bool) -> list[int]:
     def last(letter: str) -> int:
         if raw:
             return tokenizer.encode(f"Answer: {letter}")[-1]
-        talk = [{"role": "user", "content": "x"}]
-        before = tokenizer.render(talk, thinking=False)
-        after = tokenizer.render([*talk, {"role": "assistant", "content": letter}],
-                                 add_generation_prompt=False, thinking=False)
-        # Some templates put more in front of an assistant's text than the header (a think block).
-        in_place = after[len(before):len(before) + 1] if after[:len(before)] == before else []
-        said = tokenizer.decode(in_place, skip_special_tokens=False).strip()
-        return in_place[0] if said == letter else tokenizer.encode(letter)[0]
+        return tokenizer.encode_turn("assistant", letter)[0]
 
     tokens = [last(letter) for letter in LETTERS]
     if len(set(tokens)) < len(tokens):
@@ -1090,7 +1083,8 @@ def load_models(args: argparse.Namespace) -> tuple[Transformer, Tokenizer, PRISM
             if kind == "adapter":
                 gate = folder / GATE_FILE  # PEFT's own folders have none: always open
                 names["gate"] = f"{base} {scale} {sha256(gate) if gate.is_file() else 'open'}"
-    return net, Tokenizer(net.folder), loaded["adapter"], loaded["sft"], names
+    tokenizer = Tokenizer(net.folder, run_date(args.adapter))
+    return net, tokenizer, loaded["adapter"], loaded["sft"], names
 
 
 def weights_name(net: Transformer) -> str:
@@ -1187,7 +1181,7 @@ def load_judge(args: argparse.Namespace, net: Transformer, tokenizer: Tokenizer,
     if not args.judge_model or "mt_bench" not in args.tasks:
         return net, tokenizer, names["base"]
     model = load(args.judge_model, net.device, net.dtype)
-    return model, Tokenizer(model.folder), weights_name(model)
+    return model, Tokenizer(model.folder, tokenizer.now), weights_name(model)
 
 
 def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies: list[Strategy],

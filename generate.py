@@ -23,7 +23,7 @@ from support.distributed import progress_bar
 from support.fields import Fields
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter)
-from support.runs import cost_of, split_chunks
+from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer, check_messages
 
 # --explain: 256-colour backgrounds and the KL (nats) from which each is used
@@ -66,7 +66,7 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
             begins with them.
         bar: what a progress bar calls this work.
     """
-    said, requests = tokenizer.encode(lead), []
+    said, requests = tokenizer.encode_turn("assistant", lead) if lead else [], []
     for messages, seed in zip(conversations, seeds):
         ids, shared = tokenizer.render_shared(messages, thinking=not lead)
         requests.append(Request([*ids, *said], seed, prefix=shared))
@@ -154,7 +154,7 @@ def router(adapter: str | Path, device: str = "auto",
     if read_settings(adapter)["gate_layer"] is None:
         return lambda messages: True  # trained elsewhere, without a gate: always on
     gate = Router.of_adapter(adapter, where, choose_dtype(dtype, where))
-    tokenizer = Tokenizer(gate.net.folder)
+    tokenizer = Tokenizer(gate.net.folder, run_date(adapter))
 
     def route(messages: list[dict]) -> bool:
         inputs = gate_inputs(gate.gate_pool, tokenizer, [messages], gate.net.device)
@@ -247,7 +247,7 @@ def load_model(model: str | None, adapter: str | None, device: str,
     if name is None:
         name = read_settings(folder)["base_model"] or DEFAULT_MODEL
     net = load(name, where, choose_dtype(dtype, where))
-    return PRISM.load(folder, net), Tokenizer(net.folder)
+    return PRISM.load(folder, net), Tokenizer(net.folder, run_date(folder))
 
 
 def route_label(completion: Completion) -> str:

@@ -100,7 +100,7 @@ class LetterJudge:
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer):
         self.net, self.tokenizer = net, tokenizer
-        self.letters = [tokenizer.encode(word)[0] for word in ("A", "B", "TIE")]
+        self.letters = [tokenizer.encode_turn("assistant", word)[0] for word in ("A", "B", "TIE")]
         if len(set(self.letters)) < 3:
             raise InputError("this tokenizer has no distinct first tokens for A, B and TIE; "
                              "use --judge likelihood")
@@ -204,9 +204,10 @@ class LikelihoodJudge:
             inverse = [self.tokenizer.render([{"role": "user", "content": wording.format(
                 answer=answer)}], thinking=False) for wording in INVERSE_PROMPTS]
             prompts += inverse
-            targets += [self.tokenizer.encode(query)] * len(inverse)
+            targets += [self.tokenizer.encode_turn("assistant", query)] * len(inverse)
             shared += [common_prefix(*inverse)] * len(inverse)
-            said = self.tokenizer.encode(answer) + ([] if end is None else [end])
+            said = self.tokenizer.encode_turn("assistant", answer, thinking=True)
+            said = said + ([] if end is None else [end])
             for text in dict.fromkeys(("", context)):
                 ids, common = self.tokenizer.render_shared(conversation(query, text))
                 prompts.append(ids)

@@ -20,15 +20,15 @@ from typing import Sequence
 from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from support.hub import InputError, read_json, read_text
+from support.hub import InputError, read_text
+from support.vocabulary import optional_json, read_tokenizer
 
 THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 MOST_STEPS = 10**6  # numbers that a template may count through, characters it may ask for at once
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 class _Generation(Extension):
@@ -82,55 +82,103 @@ class Tokenizer:
     Args:
         folder: holds tokenizer.json and, for `render`, a chat template (chat_template.jinja or the
             field of tokenizer_config.json).
+        now: the date for templates that write one; a run keeps that of its beginning.
 
     Raises:
         InputError: tokenizer.json is missing or broken.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        path = self.folder / "tokenizer.json"
-        text = read_text(path)
-        try:
-            self._rendered = FastTokenizer.from_str(text)
-            self._plain = FastTokenizer.from_str(text)
-        except Exception as error:  # the Rust library raises bare Exception for a bad file
-            raise InputError(f"{path}: not a tokenizer ({error})") from None
-        for one in (self._rendered, self._plain):
-            one.no_truncation()
-            one.no_padding()
-        self._plain.encode_special_tokens = True  # control tokens in text are plain characters
-        config_path = self.folder / "tokenizer_config.json"
-        self.config = read_json(config_path) if config_path.exists() else {}
-        # bos_token and its like, as the template is given them
-        self.names = {n: self._content(n) for n in SPECIAL_NAMES}
-        config_path = self.folder / "config.json"
-        embeddings = read_json(config_path).get("vocab_size") if config_path.exists() else None
+    def __init__(self, folder: str | Path, now: datetime | None = None):
+        self.folder, self.now = Path(folder), now or datetime.now()
+        # One for renderings; one for plain text, in which control tokens are plain characters.
+        self._rendered, self.config, self.names = read_tokenizer(self.folder)
+        self._plain = FastTokenizer.from_str(self._rendered.to_str())
+        self._plain.encode_special_tokens = True
+        sizes = optional_json(self.folder / "config.json")
+        embeddings = sizes.get("vocab_size")
         self.embeddings = embeddings if isinstance(embeddings, int) else None
         self.vocab_size = self._rendered.get_vocab_size()
-        added = self._rendered.get_added_tokens_decoder()
-        # DeepSeek-R1 marks turns by tokens that it does not call special. Nor does it call those of
-        # a think block so, and these stay text: the template has to find them in a history.
-        marks = self._plain_talk()
-        self.special_ids = {t.content: i for i, t in added.items() if t.special or (
-            t.content.strip() and t.content in marks and t.content not in (THINK, END_THINK))}
+        self.special_ids = self._control_tokens()
         self._plain.add_special_tokens([AddedToken(s, normalized=False) for s in self.special_ids])
-        # Forged control tokens pass through the template as placeholders, which are added tokens
-        # themselves; render() then swaps their ids for the plain spelling's. A random part keeps
-        # anybody from spelling a placeholder.
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        spellings = "|".join(map(re.escape, longest_first))
+        self._spelled = re.compile(spellings) if spellings else None
+        self._control_counts: dict[tuple, int] = {}  # see `_encode`
+        self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
+        self._add_placeholders()
+
+    def _control_tokens(self) -> dict[str, int]:
+        """Control token -> id. DeepSeek-R1 marks turns by tokens that it does not call special, nor
+        those of a think block; these stay text: the template has to find them in a history."""
+        marks, found = self._plain_talk(), {}
+        for number, token in self._rendered.get_added_tokens_decoder().items():
+            text = token.content
+            marks_turn = text.strip() and text in marks and text not in (THINK, END_THINK)
+            if token.special or marks_turn:
+                found[text] = number
+        return found
+
+    def _add_placeholders(self) -> None:
+        """Forged control tokens pass through the template as placeholders, which are added tokens
+        themselves; `_plain_ids` then swaps their ids for the plain spelling's. A random part keeps
+        anybody from spelling a placeholder."""
         nonce = secrets.token_hex(8)
         self._forged = {s: f"\ue000{nonce}:{i}\ue001" for i, s in enumerate(self.special_ids)}
         self._rendered.add_special_tokens(
-            [AddedToken(p, normalized=False) for p in self._forged.values()])
-        self._forged_ids = {self._rendered.token_to_id(p): self.encode(s)
-                            for s, p in self._forged.items()}
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self._spelled = (re.compile("|".join(map(re.escape, longest_first))) if longest_first
-                         else None)
+            [AddedToken(placeholder, normalized=False) for placeholder in self._forged.values()])
+        self._forged_ids = {}
+        for spelled, placeholder in self._forged.items():
+            self._forged_ids[self._rendered.token_to_id(placeholder)] = self.encode(spelled)
 
     def encode(self, text: str) -> list[int]:
-        """Plain text -> ids: no BOS is added and no control token can come out."""
-        return self._known(self._plain.encode(text, add_special_tokens=False).ids)
+        """Plain text -> ids, as in the middle of a text: no BOS is added, no control token can come
+        out, and no space stands before the first word, where sentencepiece would put one."""
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        lead = self._plain.encode("\n", add_special_tokens=False).ids
+        if self._adds_space:
+            whole = self._plain.encode(f"\n{text}", add_special_tokens=False).ids
+            ids = whole[len(lead):] if whole[:len(lead)] == lead else ids
+        return self._known(ids)
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether a text's first word is encoded as if a space stood before it."""
+        word = self._plain.encode("x", add_special_tokens=False).ids
+        return self._plain.encode("\nx", add_special_tokens=False).ids[-len(word):] != word
+
+    def encode_document(self, text: str) -> list[int]:
+        """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
+        word, whole = (self._plain.encode("x", add_special_tokens=added).ids
+                       for added in (False, True))
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        return self._known([*whole[:whole.index(word[0])], *ids])
+
+    def encode_turn(self, role: str, text: str, system: bool = False,
+                    thinking: bool = False) -> list[int]:
+        """The ids of a text where it stands: at the beginning of a user's or an assistant's turn,
+        behind what `open_user_turn` or `render` gives. The place decides how a first word is
+        encoded.
+
+        Args:
+            role: "user" or "assistant".
+            system: a system message comes before the user's text.
+            thinking: of an assistant's turn, as in `render`.
+        """
+        place = role, system, thinking
+        if place not in self._places:
+            self._places[place] = self._place(*place)
+        before, ids = self._places[place]
+        whole = self._rendered.encode(before + self._defuse(text), add_special_tokens=False).ids
+        if whole[:len(ids)] != ids:  # the text grows together with what is before it
+            return self.encode(text)
+        return self._known(self._plain_ids(whole[len(ids):]))
+
+    def _place(self, role: str, system: bool, thinking: bool) -> tuple[str, list[int]]:
+        """What stands before a text in a short conversation, as text and as ids."""
+        if role == "user":
+            return self._opened("x" if system else None)
+        before = self._text([{"role": "user", "content": "x"}], True, thinking)
+        return before, self._rendered.encode(before, add_special_tokens=False).ids
 
     def _known(self, ids: list[int]) -> list[int]:
         """InputError if the model has no embedding for an id; else the ids.
@@ -166,7 +214,8 @@ class Tokenizer:
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(
             value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        # Pinned: a run that goes on after midnight reads the same prompts.
+        environment.globals["strftime_now"] = lambda form: self.now.strftime(form)
         try:
             return environment.from_string(source)
         except (TemplateError, RecursionError, MemoryError) as error:
@@ -180,7 +229,7 @@ class Tokenizer:
         try:
             text = template.render(messages=messages, tools=None, documents=None,
                                    add_generation_prompt=add_generation_prompt,
-                                   **{n: t for n, t in self.names.items() if t is not None},
+                                   **self.names,
                                    **({} if thinking else {"enable_thinking": False}))
         except Exception as error:  # whatever a template does wrong is the template's fault
             raise InputError(f"{self.folder}: the chat template fails on this conversation "
@@ -197,15 +246,6 @@ class Tokenizer:
         except InputError:
             return ""
 
-    def _content(self, name: str) -> str | None:
-        """A special token's text; older files write it as an object."""
-        token = self.config.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{self.folder / 'tokenizer_config.json'}: {name} is "
-                             f"{str(token)[:60]}, not text")
-        return text
-
     @cached_property
     def has_system_role(self) -> bool:
         """Whether a system message shows up in the rendering; some templates drop it silently."""
@@ -217,9 +257,13 @@ class Tokenizer:
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
-        """The control token that the template puts right after an assistant's text."""
-        return self._control_after([{"role": "user", "content": "x"},
-                                    {"role": "assistant", "content": PROBE}], False)
+        """The control token that the template puts right after an assistant's text; by some
+        templates only before the next message."""
+        talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+        found = self._control_after(talk, False)
+        if found is None:
+            found = self._control_after([*talk, {"role": "user", "content": "x"}], False)
+        return found
 
     @cached_property
     def end_of_user_id(self) -> int | None:
@@ -236,7 +280,7 @@ class Tokenizer:
     @cached_property
     def end_of_turn_ids(self) -> set[int]:
         """The template's end of turn and the tokenizer's eos token."""
-        eos = self.special_ids.get(self.names["eos_token"])
+        eos = self.special_ids.get(self.names.get("eos_token"))
         return {eos, self.end_of_turn_id} - {None}
 
     @cached_property
@@ -268,8 +312,7 @@ class Tokenizer:
         """
         if return_user_mask:
             return self.render_with_user_mask(messages, add_generation_prompt, thinking)
-        text = self._text(self._safe(messages), add_generation_prompt, thinking)
-        encoding = self._rendered.encode(text, add_special_tokens=False)
+        _, encoding = self._encode(self._safe(messages), add_generation_prompt, thinking)
         return self._known(self._plain_ids(encoding.ids))
 
     def render_with_user_mask(self, messages: list[dict], add_generation_prompt: bool = True,
@@ -277,8 +320,7 @@ class Tokenizer:
         """`render`, and for every id whether it belongs to the text of the last user message: what
         a gate that pools by mean reads."""
         safe = self._safe(messages)
-        text = self._text(safe, add_generation_prompt, thinking)
-        encoding = self._rendered.encode(text, add_special_tokens=False)
+        text, encoding = self._encode(safe, add_generation_prompt, thinking)
         start, end = self._last_user_span(safe, text, add_generation_prompt, thinking)
         ids, mask = [], []
         for token, (first, last) in zip(encoding.ids, encoding.offsets):
@@ -294,6 +336,28 @@ class Tokenizer:
         if messages[0]["role"] == "system" and not self.has_system_role:
             messages = merge_system(messages)
         return [{**m, "content": self._defuse(m["content"])} for m in messages]
+
+    def _encode(self, messages: list[dict], *how: bool) -> tuple[str, Encoding]:
+        """A safe conversation as rendered text, and as ids with placeholders.
+
+        Raises:
+            InputError: more control tokens than the same conversation has with harmless text, so
+                the template has put one together from pieces of a message.
+        """
+        text = self._text(messages, *how)
+        encoding = self._rendered.encode(text, add_special_tokens=False)
+        shape = *((m["role"], bool(m["content"].strip())) for m in messages), *how
+        if shape not in self._control_counts:
+            harmless = [{**m, "content": "x" if m["content"].strip() else ""} for m in messages]
+            self._control_counts[shape] = self._count_control(self._text(harmless, *how))
+        if self._count_control(text) > self._control_counts[shape]:
+            raise InputError(f"{self.folder}: the chat template makes a control token out of a "
+                             "message's text; take its odd pieces out of the text")
+        return text, encoding
+
+    def _count_control(self, text: str) -> int:
+        """How many control tokens a rendered text has."""
+        return len(self._spelled.findall(text)) if self._spelled else 0
 
     def _plain_ids(self, ids: list[int]) -> list[int]:
         """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""
@@ -313,17 +377,19 @@ class Tokenizer:
 
         A model that continues them writes what a user would type (Magpie, arXiv 2406.08464).
         """
-        messages = [] if system is None else [{"role": "system",
-                                               "content": self._defuse(system)}]
-        messages.append({"role": "user", "content": PROBE})
-        if system is not None and not self.has_system_role:
-            messages = merge_system(messages)
-        text = self._text(messages, add_generation_prompt=False)
+        _, ids = self._opened(system)
+        return self._known(self._plain_ids(ids))
+
+    def _opened(self, system: str | None) -> tuple[str, list[int]]:
+        """The same, as text and as ids with placeholders."""
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages = self._safe([*messages, {"role": "user", "content": PROBE}])
+        text, encoding = self._encode(messages, False)
         # Encoded with a user text in place: "\n\n" at the end of a text is another token than
         # before a word.
-        encoding, end = self._rendered.encode(text, add_special_tokens=False), text.rindex(PROBE)
+        end = text.rindex(PROBE)
         kept = [token for token, (_, last) in zip(encoding.ids, encoding.offsets) if last <= end]
-        return self._known(self._plain_ids(kept))
+        return text[:end], kept
 
     def _defuse(self, text: str) -> str:
         """Replace every spelled-out control token by its placeholder."""
@@ -351,8 +417,8 @@ def check_messages(messages: list[dict]) -> list[dict]:
     """Copy a conversation.
 
     Raises:
-        InputError: it is not a non-empty list of {"role": str, "content": str} in valid Unicode, or
-            a role is not a plain word (it goes into the template as it is).
+        InputError: it is not a non-empty list of {"role": str, "content": str} and nothing else, in
+            valid Unicode, or a role is not a plain word (it goes into the template as it is).
     """
     if not isinstance(messages, list) or not messages:
         raise InputError("a conversation is a non-empty list of messages")
@@ -362,6 +428,10 @@ def check_messages(messages: list[dict]) -> list[dict]:
             raise InputError('every message needs a "role" and a "content", both text')
         if not re.fullmatch(r"[A-Za-z_-]{1,32}", m["role"]):
             raise InputError(f"{m['role'][:40]!r} is not a role")
+        unknown = set(m) - {"role", "content"}
+        if unknown:
+            raise InputError(f"a message has the field {min(unknown)!r}; only role and content are "
+                             "read here")
         if any("\ud800" <= c <= "\udfff" for c in m["content"]):
             raise InputError("a message contains half of a surrogate pair, which is not text")
     return list(messages)

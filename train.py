@@ -38,7 +38,7 @@ from support.memory import RECOMPUTE_ABOVE, activation_bytes, dry_run
 from support.personas import Persona
 from support.report import summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
-                          save_training_state, split_chunks)
+                          run_date, save_training_state, split_chunks)
 from support.settings import (CLIP, FIRST_STAGE, GATE_BATCH, GATE_DEPTH, GATE_FOLDS, GATE_OPTIMIZER,
                               GATE_STEPS, TRAIN_TOKENS, WARMUP, WEIGHT_DECAY, check,
                               check_judge, choose_personas, parser, run_settings)
@@ -99,7 +99,7 @@ def verify(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Seq
     judging = net, tokenizer
     if args.judge_model:
         folder = resolve(args.judge_model)
-        judging = load(folder, net.device, net.dtype), Tokenizer(folder)
+        judging = load(folder, net.device, net.dtype), Tokenizer(folder, tokenizer.now)
     with main_first():
         judge = pick_judge(run, net, tokenizer, judging, pairs, args)
     return write_verdicts(run, judge, personas, pairs)
@@ -428,6 +428,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         if run.complete:
             say(f"{run.path}: complete already; --overwrite runs it again, --from STAGE a part")
             return 0
+        tokenizer.now = run_date(run.path)
         if rank() == 0:
             announce(prism, settings, args.out)
         status = run_stages(run, prism, tokenizer, personas, args)

@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 from support.distributed import exchange, main_first, rank, world
+from support.fields import Fields
 from support.hub import InputError, check_file, read_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
@@ -220,6 +222,8 @@ class RunFolder:
             about["redo"] = redo
         about["made_from"] = {stage: found for stage, found in about.get("made_from", {}).items()
                               if STAGES.index(stage) < first}
+        if first == 0 or "date" not in about:
+            about["date"] = datetime.now().isoformat(timespec="seconds")
         about["settings"] = settings
         about["versions"] = {"python": platform.python_version(), "torch": torch.__version__,
                              "processes": world(), "threads": torch.get_num_threads()}
@@ -282,6 +286,19 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         self._write_metrics([m for m in self.metrics()
                              if WITHIN.get(m["stage"], m["stage"]) not in stages])
+
+
+def run_date(folder: Path | None) -> datetime | None:
+    """When the run in a folder began, which a template that writes a date is given for all of its
+    prompts, whatever day it is; None if there is no run."""
+    path = folder / "run.json" if folder else None
+    if path is None or not path.exists():
+        return None
+    text = Fields(read_json(path), str(path)).text("date", None)
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        raise InputError(f"{path}: date = {text[:40]!r} is no date") from None
 
 
 def check_types(row: object, types: dict[str, type]) -> None:
