@@ -147,8 +147,8 @@ def test_output_is_yielded_as_soon_as_it_is_finished(net: Transformer) -> None:
 
 
 def test_answers_and_prompts_at_the_end_of_the_context(tiny_checkpoint: Callable) -> None:
-    """A prompt that nearly fills the context gets what is left, and stops by length; one that does
-    not fit, or is empty, is named before anything is answered."""
+    """A prompt that nearly fills the context would not get what is left; or one that does not fit,
+    or is empty, would not be named before anything is answered."""
     small = load(tiny_checkpoint("llama", max_position_embeddings=32))
     prompts = prompts_of([31, 29, 5])
     outputs = run(Engine(small, GREEDY, set(), 3), [Request(p) for p in prompts])

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, random_prompts, randomize_adapter, tiny_llama
+from tiny import VOCAB, random_prompts, randomize_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -176,15 +176,16 @@ def test_mixed_prefill_orders_rows_and_cache(net: Transformer, gate_layer: int) 
     rows would not follow, so that a decoding step after it differs from a full forward."""
     prism = randomize_adapter(PRISM(net, 4, gate_layer=gate_layer))
     ids, lengths = random_prompts(VOCAB, 8, 15)
-    alone = prism.gate_probability(ids, lengths)
-    probability, prism.threshold = alone.tolist(), halfway(alone, 4)
-    cache = net.new_cache(8, 16)
+    alone = prism.gate_probability(ids, lengths).tolist()
+    probability, cache = prism.prefill(ids, lengths, "off").probability, net.new_cache(8, 16)
+    assert probability == pytest.approx(alone, abs=1e-6) and len(set(probability)) == 8
+    prism.threshold = sorted(probability)[4]  # R(x) = threshold opens the gate
     routed = prism.prefill(ids, lengths, "auto", cache)
     opened = [i for i, p in enumerate(probability) if p >= prism.threshold]
     closed = [i for i, p in enumerate(probability) if p < prism.threshold]
     assert routed.order == opened + closed and routed.k == len(opened) == 4
     assert routed.order != list(range(8))  # or the reordering was not tested
-    assert routed.probability == pytest.approx(probability, abs=1e-6)
+    assert routed.probability == probability
     order = torch.tensor(routed.order)
     ids, lengths = ids[order], lengths[order]
     rows = torch.arange(8)
@@ -200,17 +201,6 @@ def test_mixed_prefill_orders_rows_and_cache(net: Transformer, gate_layer: int) 
     full = prism(longer, routed.k)
     torch.testing.assert_close(net.head(net.norm(x[:, 0])), full[rows, lengths],
                                rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_threshold_is_inclusive(prism: PRISM) -> None:
-    """R(x) = threshold would not open the gate, or R(x) just below it would."""
-    prism.gate.mlp[4].weight.zero_()
-    prism.gate.mlp[4].bias.zero_()  # R(x) is 0.5 whatever x is
-    ids, lengths = random_prompts(VOCAB, 3, 9)
-    for threshold, k in ((0.4999, 3), (0.5, 3), (0.5001, 0)):
-        prism.threshold = threshold
-        assert prism.prefill(ids, lengths, "auto").k == k
 
 
 @torch.no_grad()
@@ -312,18 +302,6 @@ def test_distill_loss_is_forward_kl(net: Transformer) -> None:
     loss = distill_loss(student, student.detach().clone(), net, 1.5)
     loss.backward()
     assert abs(loss.item()) < 1e-5 and float(student.grad.abs().max()) < 1e-6
-
-
-def test_distill_loss_gradcheck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The written gradient would not agree with numerical differentiation, across chunks."""
-    net = load(tiny_llama(tmp_path, vocab=300, layers=2), dtype=torch.float64)
-    monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", 2 * 300)
-    monkeypatch.setattr(cpu, "CACHED_ELEMENTS", 300)
-    student = (0.5 * states(3, dtype=torch.float64)).requires_grad_()
-    teacher = 0.5 * states(3, seed=1, dtype=torch.float64)
-    for temperature, net.config.final_cap in ((1.0, None), (2.5, None), (1.0, 2.0), (2.5, 2.0)):
-        assert torch.autograd.gradcheck(
-            lambda s: distill_loss(s, teacher, net, temperature), (student,))
 
 
 def test_distill_loss_under_bf16(folder: Path) -> None:

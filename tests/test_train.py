@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_runs import run_and_die
 from tiny import one_thread, randomize_adapter, tiny_llama
-from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, command, contents, error_of,
-    finished, personas, rows_of, run_train, timeless, verdict, write_rows)
+from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, contents, error_of, rows_of,
+                      run_train, timeless, verdict, write_rows)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +33,6 @@ from tokenizer import Tokenizer
 from train import (Sample, distill_samples, gate_features, held_out_kl, hold_out, learning_rate,
                    micro_batches, out_of_fold, sample_loss, train_gate, train_lora)
 
-__all__ = ["command", "finished", "personas"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -257,7 +254,7 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
     net = load(folder, dtype=torch.bfloat16)
     before = {n: t.clone() for n, t in net.state_dict().items()}
     prism = PRISM(net, rank=4)
-    a, b = (getattr(prism.adapter[2]["down_proj"], name) for name in "AB")
+    a = prism.adapter[2]["down_proj"].A
     old = a.detach().clone()
     run = RunFolder(tmp_path)
     with one_thread():
@@ -265,18 +262,11 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
                    torch.tensor([1.0, 0.0, 0.0]), 0)
         samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
         train_lora(run, prism, samples, settings(lr=1e-5, epochs=1))
-        moved = (a.detach() - old).abs()
-        first = held_out_kl(prism, samples)
-        (tmp_path / "checkpoint.safetensors").unlink(missing_ok=True)
-        train_lora(run, prism, samples, settings(epochs=6, lr=5e-3))
-        last = held_out_kl(prism, samples)
     run.close()
-    assert all(p.dtype == torch.float32 for p in prism.adapter.parameters())
+    moved = (a.detach() - old).abs()
+    assert a.dtype == torch.float32
     assert 0 < float(moved.max()) < 1e-4 and float((moved > 0).float().mean()) > 0.9
-    assert float(b[0].abs().max()) > 0 and last < 0.9 * first
-    after = net.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -504,22 +494,6 @@ def test_a_flipped_verdict_takes_effect(finished: Path, command: list[str], tmp_
     won = sum(v["target"] for v in rows_of(finished, "verdicts.jsonl"))
     assert rows_of(out, "metrics.jsonl")[-1]["prompts"] == won + 1
     assert f"distill / retain: {won + 1} / " in after["report.md"].decode()
-
-
-def test_from_a_stage_redoes_it_and_those_after(finished: Path, command: list[str],
-                                                tmp_path: Path) -> None:
-    """--from verdicts would touch stages 1 or 2, or the others would not come out as before when
-    the process is killed in between and the same command given again."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
-    before, redo = stamps(out, *DATA), [*command, "--from", "verdicts"]
-    status = run_and_die(redo, out, 6, "after")
-    assert os.WIFSIGNALED(status) and len(rows_of(out, "verdicts.jsonl")) == 32
-    assert not (out / "gate.safetensors").exists() and not (out / "prism.json").exists()
-    half = rows_of(out, "metrics.jsonl")[-1]
-    assert run_train(*redo, "--out", out) == 0
-    assert half in rows_of(out, "metrics.jsonl")  # what the first attempt did was not done again
-    assert stamps(out, *DATA[:3]) == before[:3] and stamps(out, *DATA[3:]) != before[3:]
-    assert timeless(out) == timeless(finished)
 
 
 def test_nothing_to_distil(finished: Path, command: list[str], tmp_path: Path,
