@@ -6,6 +6,7 @@ read here, and their weights are large enough that wrong arithmetic shows in the
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -30,7 +31,9 @@ from support.device import choose_dtype
 from support.hub import DEFAULT_MODEL, resolve
 from tokenizer import Tokenizer
 from tiny import randomize_adapter, tiny_llama
+from tiny_run import command, finished, personas
 
+__all__ = ["command", "finished", "personas"]  # fixtures
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja")
 # head_dim of Qwen3 is a setting of its own, unlike hidden_size / heads, as in its real checkpoints.
@@ -141,12 +144,18 @@ def smollm_tok(smollm_folder: Path) -> Tokenizer:
     return Tokenizer(smollm_folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`tiny_folders(layers) -> folder` of the tiny llama's checkpoint, built once a session."""
+    return functools.cache(
+        lambda layers: tiny_llama(tmp_path_factory.mktemp("tiny"), layers=layers))
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """The tiny llama's checkpoint, of 3 layers or the module's LAYERS; a module may have a `folder`
-    of its own."""
-    layers = getattr(request.module, "LAYERS", 3)
-    return tiny_llama(tmp_path_factory.mktemp("tiny"), layers=layers)
+def folder(tiny_folders: Callable[[int], Path], request: pytest.FixtureRequest) -> Path:
+    """The tiny llama's checkpoint, of 3 layers or the module's LAYERS; a test that wants to damage
+    it copies it first, and a module may have a `folder` of its own."""
+    return tiny_folders(getattr(request.module, "LAYERS", 3))
 
 
 @pytest.fixture(scope="module")

@@ -69,17 +69,14 @@ def candidate(persona: str, text: str, complete: bool = True, **fields: object) 
     ("When you come to the sea,", None),
     ("Rest of the world celebrated the anniversary.", None),  # no request
     (" ".join(["why?"] * 60), " ".join(["why?"] * 60)),
-    (" ".join(["why?"] * 61), None)])
+    (" ".join(["why?"] * 61), None),
+    # Five words of the persona in a row are an echo, whatever the case; four are not.
+    ("Are you A CAREFUL, chemist who explains fire?", None),
+    ("Are you a careful chemist and teacher?", "Are you a careful chemist and teacher?")])
 def test_clean_query(text: str, expected: str | None) -> None:
-    """First line, numbering and quotes stripped; too short, too long and cut-off ones dropped."""
-    assert clean_query(text) == expected
-
-
-def test_clean_query_drops_echoes_of_the_persona() -> None:
-    """Five words of the persona in a row are an echo, whatever the case; four are not."""
-    assert clean_query("Are you A CAREFUL, chemist who explains fire?", PERSONAS[0].text) is None
-    near = "Are you a careful chemist and teacher?"
-    assert clean_query(near, PERSONAS[0].text) == near
+    """Numbering, quotes or a second line would be part of a query; or one would be kept that is too
+    short, too long, cut off, no request or an echo of the persona."""
+    assert clean_query(text, PERSONAS[0].text) == expected
 
 
 @pytest.mark.parametrize(("line", "expected"), [
@@ -89,7 +86,7 @@ def test_clean_query_drops_echoes_of_the_persona() -> None:
     ("The user asks: how do tides work?", False), ("A user needs help with this.", False),
     ("True or false: tides are caused by wind.", True), ("", False), ("...", False)])
 def test_is_request(line: str, expected: bool) -> None:
-    """A question, an imperative or a wish; a statement, or a report about a user, is none."""
+    """A question, an imperative or a wish would not be a request, or a statement would be."""
     assert is_request(line) is expected
 
 
@@ -99,8 +96,8 @@ def texts(queries: Sequence[Query]) -> list[tuple[str, int, str]]:
 
 
 def test_keep_queries_order_and_duplicates() -> None:
-    """Personas in their order, candidates in theirs, the first `wanted` of each, near-duplicates
-    dropped within a persona and across personas, indices dense."""
+    """A near-duplicate would be kept, within a persona or across; or not the first `wanted` of each
+    in the order of personas and candidates, with dense indices."""
     a, b = Persona("a", "x"), Persona("b", "y")
     found = [candidate("b", "How do tides work in a bay?"),
              candidate("a", "How do tides work in a harbour?"),
@@ -124,7 +121,8 @@ def test_keep_queries_order_and_duplicates() -> None:
 
 
 def test_keep_queries_drops_what_is_not_a_query() -> None:
-    """Unfinished candidates, malformed ones and those another persona makes likelier are out."""
+    """An unfinished or malformed candidate would be kept, or one that another persona makes
+    likelier."""
     a, b = PERSONAS
     found = [candidate(a.name, "How do tides work in a bay?", complete=False),
              candidate(a.name, "Too short."),
@@ -135,7 +133,7 @@ def test_keep_queries_drops_what_is_not_a_query() -> None:
 
 
 def test_openings_of_a_persona_take_turns() -> None:
-    """Every kind comes up in its share, and all of a persona's own openings are used."""
+    """A kind would come up more often than its share, or an own opening never be used."""
     found = [opening(i, ["a", "b", "c"]) for i in range(48)]
     assert {k: [kind for kind, _ in found].count(k) for k in set(KINDS)} == {
         "own": 24, "plain": 12, "long": 6, "contrast": 6}
@@ -155,8 +153,8 @@ def likelihoods(**lifted: Sequence[int]) -> Tensor:
 
 
 def test_openings_go_to_the_persona_that_lifts_them() -> None:
-    """By what a persona adds, not by how popular an opening is everywhere; each has its two best,
-    also one that lifts none most, and none has more than eight."""
+    """An opening would go to a persona for being popular everywhere, not for what the persona adds;
+    or one would have fewer than its two best, or more than eight."""
     found = likelihoods(a=[1, 4], b=[2, 3], c=[])
     assert sorted(assign_openings(found)[0]) == [1, 4]
     assert sorted(assign_openings(found)[1]) == [2, 3]
@@ -170,8 +168,8 @@ def test_openings_go_to_the_persona_that_lifts_them() -> None:
 
 
 def test_rivals_are_those_most_like_a_persona() -> None:
-    """The others after which its own openings are likeliest, best first, three at most, never
-    itself and never the conversation without a persona."""
+    """Rivals would not be the three after which a persona's own openings are likeliest, best first;
+    or it would be its own, or the conversation without a persona one."""
     found = torch.full((9, 4), -5.0)
     found[:8, 0] = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0])
     found[8] = 0.0  # the conversation without a persona, likeliest of all
@@ -189,7 +187,8 @@ def test_rivals_are_those_most_like_a_persona() -> None:
 
 
 def test_load_personas(tmp_path: Path) -> None:
-    """Every *.txt in name order, stripped, BOM dropped; other files and subfolders are ignored."""
+    """A persona would keep a BOM or blank lines, stand in another order, or be a file that is no
+    *.txt or below the folder."""
     (tmp_path / "b.txt").write_text("\n Be brief. \n", encoding="utf-8")
     (tmp_path / "a.txt").write_bytes("\ufeffSei höflich.".encode())
     (tmp_path / "notes.md").write_text("not a persona")
@@ -198,26 +197,8 @@ def test_load_personas(tmp_path: Path) -> None:
     assert load_personas(tmp_path) == [Persona("a", "Sei höflich."), Persona("b", "Be brief.")]
 
 
-@pytest.mark.parametrize("damage", ["missing", "none", "empty", "blank", "latin1", "twice"])
-def test_load_personas_errors(tmp_path: Path, damage: str) -> None:
-    """A missing folder, no persona, one that is empty, not UTF-8 or there twice: an InputError
-    that names it."""
-    folder, named = tmp_path / "personas", "personas"
-    if damage != "missing":
-        (folder / "below").mkdir(parents=True)
-        (folder / "below" / "x.txt").write_text("not read")
-    content = {"empty": b"", "blank": b" \n\t\n", "latin1": "höflich".encode("latin-1"),
-               "twice": b"Be brief.\n"}
-    if damage in content:
-        (folder / "good.txt").write_text("Be brief.")
-        (folder / "wrong.txt").write_bytes(content[damage])
-        named = "wrong.txt"
-    with pytest.raises(InputError, match=named):
-        load_personas(folder)
-
-
 def test_the_twelve_personas() -> None:
-    """personas/ holds twelve different ones, each about 150 tokens (110 to 220 words or so)."""
+    """One of the paper's twelve would be gone from personas/, or be much shorter or longer."""
     found = load_personas(Path(bootstrap.__file__).parent / "personas")
     assert {p.name for p in found} == {
         "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
@@ -252,18 +233,22 @@ def written(net: Transformer, tok: Tokenizer, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def test_stages_are_a_function_of_the_seed(written: Path, tmp_path: Path, net: Transformer,
-                                           tok: Tokenizer) -> None:
-    """Same seed, same bytes; another seed, other queries, answers and verdicts."""
+def test_a_row_is_a_function_of_the_seed_and_its_name(written: Path, tmp_path: Path,
+                                                      net: Transformer, tok: Tokenizer) -> None:
+    """Another seed would draw the same rows; or a persona's first candidates, and its first query,
+    would change when more queries are wanted."""
     first = {p.name: p.read_bytes() for p in written.glob("*.jsonl") if p.name != "metrics.jsonl"}
-    assert first == stages(tmp_path / "b", net, tok)
-    other = stages(tmp_path / "c", net, tok, 1)
+    other = stages(tmp_path / "other", net, tok, seed=1)
     assert first.keys() == other.keys() >= {"queries.jsonl", "answers.jsonl", "verdicts.jsonl"}
     assert not any(first[name] == other[name] for name in first)
+    more = stages(tmp_path / "more", net, tok, wanted=4)
+    for name, rows in (("candidates.jsonl", 9), ("queries.jsonl", 1)):
+        assert first[name].split(b"\n")[:rows] == more[name].split(b"\n")[:rows]
 
 
 def test_rows_are_those_of_the_interface(written: Path, tok: Tokenizer) -> None:
-    """Field names and order of the interface; ids decode to the texts; stop says why."""
+    """A field would have another name or place, ids would not decode to the texts, or stop would
+    not say why."""
     queries, answers, verdicts = (rows_of(written, f"{name}.jsonl")
                                   for name in ("queries", "answers", "verdicts"))
     assert [list(r) for r in queries] == [["persona", "index", "query"]] * 6
@@ -285,17 +270,6 @@ def test_rows_are_those_of_the_interface(written: Path, tok: Tokenizer) -> None:
         assert row["target"] == int(row["winner"] == "expert") and row["judge"] == "likelihood"
         assert row["winner"] in ("expert", "base", "tie", "split", "unparsed")
     assert any(r["base_ids"] != r["expert_ids"] for r in answers)
-
-
-def test_a_row_does_not_depend_on_how_many_follow(written: Path, tmp_path: Path, net: Transformer,
-                                                  tok: Tokenizer) -> None:
-    """Draws are seeded by a row's own name: a persona's first candidates, and its first query,
-    are the same when more queries are wanted."""
-    more = stages(tmp_path / "more", net, tok, wanted=4)
-    for name, rows in (("candidates.jsonl", 9), ("queries.jsonl", 1)):
-        lines = (written / name).read_bytes().split(b"\n")
-        assert lines[:rows] == more[name].split(b"\n")[:rows]
-    assert len({derive_seed(0, "a", 1), derive_seed(0, "a1"), derive_seed(0, "a", 2)}) == 3
 
 
 def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
@@ -338,8 +312,8 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
 
 def test_queries_that_are_there_are_used_as_they_are(run: RunFolder, net: Transformer,
                                                      tok: Tokenizer) -> None:
-    """Whoever wrote queries.jsonl: no candidate is written beside it; a row of no persona, one that
-    is there twice and an empty one are named by their line."""
+    """Somebody's own queries.jsonl would be written over or added to; or a row of no persona, one
+    that is there twice or an empty one would not be named by its line."""
     mine = [Query("pirate", 4, "Where is the gold?"), Query("chemist", 0, "What is rust?")]
     run.write("queries.jsonl", mine)
     assert write_queries(run, net, tok, PERSONAS, 5, 0) == mine
@@ -356,8 +330,8 @@ def test_queries_that_are_there_are_used_as_they_are(run: RunFolder, net: Transf
 
 def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, tok: Tokenizer,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """y_0 is P(.|x)'s and y_c is P(.|persona, x)'s: at temperature 0 stage 2 gives what `generate`
-    gives for the two conversations, so sharing the persona's prefix changes nothing either."""
+    """y_0 would not be P(.|x)'s, or y_c not P(.|persona, x)'s: at temperature 0 stage 2 gives what
+    `generate` gives for the two conversations, shared prefixes or not."""
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
     queries = [Query(p.name, i, q) for p in PERSONAS for i, q in enumerate(QUESTIONS[:3])]
     pairs = write_answers(run, net, tok, PERSONAS, queries, 12, 0)
@@ -383,8 +357,8 @@ class ByLength:
 
 
 def test_verdicts_are_about_the_right_answers(run: RunFolder) -> None:
-    """Each judged with its own query, persona and answers, in chunks of 32; t(x) = 1 where the
-    expert won; an answer that was cut off is said to be; the distill set is what won."""
+    """A verdict would be about another query, persona or answer, or not know which was cut off; or
+    t(x), and the distill set, would not be where the expert won."""
     pairs = [pair(i, base="bb", expert="e" * (1 + 2 * (i % 3)), query=f"q{i}", ended=i % 2 > 0,
                   persona=("pirate", "chemist")[i // 20]) for i in range(40)]
     rows = write_verdicts(run, ByLength(), PERSONAS, pairs)
@@ -398,8 +372,8 @@ def test_verdicts_are_about_the_right_answers(run: RunFolder) -> None:
 
 def test_rows_that_were_moved_or_removed_are_named(run: RunFolder, net: Transformer,
                                                    tok: Tokenizer) -> None:
-    """A row taken out of answers.jsonl would shift all later verdicts to other queries: status 2
-    and the line, before anything is sampled. Edited texts are used."""
+    """A row taken out of answers.jsonl would shift all later verdicts to other queries: the line is
+    named before anything is sampled. Edited texts are used."""
     queries = [Query("pirate", i, f"q{i}") for i in range(3)]
     pairs = [pair(i, persona="pirate", query=f"edited {i}") for i in range(3)]
     run.write("answers.jsonl", pairs)

@@ -1,4 +1,4 @@
-"""cpu.py: what a CPU computes in another way is the same as torch's usual way."""
+"""support/cpu.py: what a CPU computes in another way is the same as torch's usual way."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, function: object, *args: object) 
         return [fast, function(*args)]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
 @pytest.mark.parametrize("bias", [False, True])
 def test_few_rows_are_the_same_map(rows: int, bias: bool) -> None:
     """A decoding step's other way to multiply would differ from fp64 by more than bf16's rounding,
@@ -55,7 +55,7 @@ def test_few_rows_are_the_same_map(rows: int, bias: bool) -> None:
                                    atol=0.15)
 
 
-@pytest.mark.parametrize("rows", [1, 8, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS])
 def test_tall_weights_in_fp32(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head of a decoding step in fp32 would be another map than x W^T."""
     weight, x = inputs(1, cpu.TALL, 16)[0], inputs(rows, 1, 16)
@@ -87,11 +87,18 @@ def test_plain_is_torchs_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cached_rows(138, 151936, x.device) == 138
 
 
+def printed(script: str) -> int:
+    """The number that a script prints in a process of its own, the fast ways on."""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
+                          text=True, cwd=ROOT, env=os.environ | {"PRISM_PLAIN": ""})
+    return int(done.stdout)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 def test_freed_memory_is_kept() -> None:
-    """Large tensors made and dropped again and again: pages are asked for only at first. (Without
+    """Large tensors made and dropped again and again would ask for their pages each time. (Without
     the setting it depends on what else lies in the heap: 0 to 37,000 of them in each round.)"""
-    script = """import resource, torch
+    assert printed("""import resource, torch
 from support.cpu import tune_memory
 tune_memory()
 for _ in range(5):
@@ -99,17 +106,14 @@ for _ in range(5):
     tensors = [torch.ones(6 * 2**20) for _ in range(6)]
     del tensors
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)"""
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
-                          text=True, cwd=ROOT, env=os.environ | {"PRISM_PLAIN": ""})
-    assert int(done.stdout) < 100
+print(faults)""") < 100
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
 def test_compiled_products_are_not_hoarded() -> None:
-    """Batches of 600 lengths leave no more behind in the heap than the last few of them would."""
-    script = """import ctypes, torch
+    """Batches of 600 lengths would leave more behind in the heap than the last few of them."""
+    assert printed("""import ctypes, torch
 from support.cpu import tune_memory
 tune_memory()
 class Info(ctypes.Structure):
@@ -124,7 +128,4 @@ for n in range(100, 700):
     torch.nn.functional.linear(torch.ones(n, 576, dtype=torch.bfloat16), weight)
     if n % 100 == 99:
         marks.append(used())
-print(marks[-1] - marks[0])"""
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
-                          text=True, cwd=ROOT, env=os.environ | {"PRISM_PLAIN": ""})
-    assert int(done.stdout) < 50 * 2**20
+print(marks[-1] - marks[0])""") < 50 * 2**20

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_runs import forked
 from tiny import one_thread, randomize_adapter
-from tiny_run import DATA, personas, rows_of, run_train
+from tiny_run import DATA, rows_of, run_train
 
 import train
 from model import load
@@ -27,7 +27,6 @@ from support.distributed import exchange, main_first, processes, rank, world
 from support.hub import InputError, exit_status
 from tokenizer import Tokenizer
 
-__all__ = ["personas"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def assert_same_data(out: Path, alone: Path) -> None:
 
 def test_two_processes_write_what_one_does(command: list[str], alone: Path,
                                            tmp_path: Path) -> None:
-    """The whole run: equal data, and an adapter that is as good; the second process is silent."""
+    """Two processes would write other data, a worse adapter, or both speak."""
     out = tmp_path / "out"
     assert statuses(start_two(lambda: run_train(*command, "--out", out), tmp_path)) == [0, 0]
     said = [(tmp_path / f"{number}.log").read_text() for number in (0, 1)]
@@ -97,7 +96,8 @@ def test_two_processes_write_what_one_does(command: list[str], alone: Path,
 
 
 def test_torchrun_starts_them(command: list[str], alone: Path, tmp_path: Path) -> None:
-    """As a user types it: torchrun --nproc-per-node 2 train.py ..., to the end of stage 2."""
+    """torchrun --nproc-per-node 2 train.py ..., as a user types it, would not come to the end of
+    stage 2 with one process's rows."""
     out, environment = tmp_path / "out", os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node", "2", train.__file__, *command, "--out", str(out),
@@ -111,7 +111,8 @@ def test_torchrun_starts_them(command: list[str], alone: Path, tmp_path: Path) -
 
 def test_a_lost_process_ends_the_run_and_one_process_continues_it(
         command: list[str], alone: Path, tmp_path: Path) -> None:
-    """kill -9 of the second in stage 2: the first says so, and what it wrote is continued."""
+    """After kill -9 of the second in stage 2 the first would wait for ever, or what it wrote be
+    lost."""
     out, log = tmp_path / "out", tmp_path / "0.log"
     first, second = start_two(lambda: run_train(*command, "--out", out), tmp_path)
     limit = time.monotonic() + 120
@@ -124,27 +125,6 @@ def test_a_lost_process_ends_the_run_and_one_process_continues_it(
     assert not (out / "report.md").exists()
     assert run_train(*command, "--out", out) == 0
     assert_same_data(out, alone)
-
-
-def assert_told_once(log: Path) -> str:
-    """The first process says it in one line, the second says nothing; returns the line."""
-    first, second = ((log / f"{number}.log").read_text() for number in (0, 1))
-    assert "Traceback" not in first + second and "error" not in second
-    assert first.count("error: ") == 1
-    return first.splitlines()[-1]
-
-
-@pytest.mark.parametrize("where", ["at once", "in stage 5"])
-def test_an_error_is_told_once(command: list[str], alone: Path, where: str,
-                               tmp_path: Path) -> None:
-    """What all processes find: status 2 in both, one line."""
-    out = Path(shutil.copytree(alone, tmp_path / "out"))
-    flags = {"at once": ["--queries", "0"], "in stage 5": ["--max-len", "9", "--from", "lora"]}
-    started = start_two(lambda: run_train(*command, *flags[where], "--out", out), tmp_path)
-    assert statuses(started) == [2, 2]
-    said = assert_told_once(tmp_path)
-    assert said.startswith("error: --queries is 0" if where == "at once" else
-                           "error: no answer fits in --max-len 9")
 
 
 def second_fails() -> int:
@@ -166,11 +146,23 @@ def first_fails() -> int:
     return 0
 
 
-@pytest.mark.parametrize("work", [second_fails, first_fails])
-def test_an_error_of_one_process_is_told_once(work: Callable[[], int], tmp_path: Path) -> None:
-    """What only one process finds ends both."""
-    assert statuses(start_two(lambda: exit_status(work), tmp_path)) == [2, 2]
-    assert assert_told_once(tmp_path) == "error: it does not work"
+@pytest.mark.parametrize(("work", "said"), [
+    (["--queries", "0"], "error: --queries is 0"),
+    (["--max-len", "9", "--from", "lora"], "error: no answer fits in --max-len 9"),
+    (first_fails, "error: it does not work"), (second_fails, "error: it does not work")])
+def test_an_error_is_told_once(work: Callable[[], int] | list[str], said: str, command: list[str],
+                               alone: Path, tmp_path: Path) -> None:
+    """What is wrong would be told twice or not at all, or a process go on: whether all find it, at
+    once or in stage 5, or one of them."""
+    out = Path(shutil.copytree(alone, tmp_path / "out"))
+    if isinstance(work, list):
+        started = start_two(lambda: run_train(*command, *work, "--out", out), tmp_path)
+    else:
+        started = start_two(lambda: exit_status(work), tmp_path)
+    assert statuses(started) == [2, 2]
+    first, second = ((tmp_path / f"{number}.log").read_text() for number in (0, 1))
+    assert "Traceback" not in first + second and "error" not in second
+    assert first.count("error: ") == 1 and first.splitlines()[-1].startswith(said)
 
 
 def gradients(model: Path, out: Path) -> int:
@@ -198,8 +190,8 @@ def gradients(model: Path, out: Path) -> int:
 
 
 def test_gradients_of_two_processes(folder: Path, tmp_path: Path) -> None:
-    """One optimizer step's fp32 gradient at equal global batch: within 1e-5 of one process's, and
-    the same in both, also where the second process has no sample."""
+    """At equal global batch a step's fp32 gradient would not be within 1e-5 of one process's, or
+    not be the same in both, also where the second process has no sample."""
     gradients(folder, tmp_path)
     started = start_two(lambda: gradients(folder, tmp_path), tmp_path)
     assert statuses(started) == [0, 0], (tmp_path / "1.log").read_text()[-2000:]

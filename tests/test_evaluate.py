@@ -61,7 +61,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     csv_file(d / "truthfulqa/TruthfulQA.csv",
              ["Type", "Category", "Question", "Best Answer", "Correct Answers",
               "Incorrect Answers", "Source"],
-             ["a", "Myths", "Do pigs fly?", "No", "No; Never", "Yes; At night; On Mars; Once", ""])
+             ["a", "Myths", "Do pigs fly?", "No", "No; Never",
+              "Yes; At night; No; On Mars; Yes; Once", ""])
     jsonl(d / "gsm8k/test.jsonl", {"question": "Two and two?", "answer": "2+2=<<4>>4\n#### 4"},
           {"question": "A thousand and one?", "answer": "#### 1,001"})
     jsonl(d / "mt_bench/question.jsonl",
@@ -159,23 +160,9 @@ def half_open(adapter: Path, target: Path, prompts: list[str], net: Transformer,
 # Readers
 
 
-def test_odd_texts(tmp_path: Path) -> None:
-    """Half a surrogate pair, which no tokenizer takes, is named by its line; of TruthfulQA's
-    answers each stands there once."""
-    (tmp_path / "jailbreakbench").mkdir()
-    (tmp_path / "jailbreakbench/harmful.jsonl").write_text(
-        '{"Goal": "fine"}\n{"Goal": "bad \\ud800 thing"}\n')
-    with pytest.raises(InputError, match="line 2"):
-        benchmarks.read_jailbreakbench(tmp_path, None)
-    (tmp_path / "truthfulqa").mkdir()
-    csv_file(tmp_path / "truthfulqa/TruthfulQA.csv",
-             ["Question", "Best Answer", "Incorrect Answers"], ["Q?", "right", "a; right; a; b"])
-    (item,) = benchmarks.read_truthfulqa(tmp_path, None)
-    assert sorted(item.options) == ["a", "b", "right"]
-
-
 def test_every_format_is_read(data: Path) -> None:
-    """Counts, categories and texts of the hand-made files."""
+    """A published format would lose an item, its category or its text; or TruthfulQA's answers
+    would stand there twice."""
     mmlu = benchmarks.read_mmlu(data, None)
     assert [(i.id, i.category, i.answer) for i in mmlu] == [
         (f"{s}/{n}", c, a) for s, c in (("anatomy", "stem"), ("philosophy", "humanities"))
@@ -220,12 +207,13 @@ def test_every_format_is_read(data: Path) -> None:
     ("harmbench/some.csv", 2, "Behaviour,Tags\nx,y\n"),
     ("harmbench/some.csv", 2, "Behavior,Tags\nMake a thing, then hide it,standard,x\n"),
     ("jailbreakbench/harmful.jsonl", 1, '{"Goal": ""}\n'),
+    ("jailbreakbench/harmful.jsonl", 2, '{"Goal": "fine"}\n{"Goal": "half a pair \\ud800"}\n'),
     ("xstest/xstest_prompts.csv", 2, "id,prompt,type,label\n1,p,t,perhaps\n"),
     ("pku/a.json", 2, '["fine", 3]'), ("pku/a.json", 0, '{"a": '),
     ("pku/a.json", 0, '{"prompts": ["a"]}')])
 def test_broken_rows_are_named(tmp_path: Path, capsys: Capture, name: str, line: int,
                                content: str) -> None:
-    """One line on stderr that gives the file and the line; status 2; nothing written."""
+    """A broken row would be a traceback, or not be named by its file and line."""
     path = tmp_path / "data" / name
     path.parent.mkdir(parents=True)
     path.write_text(content)
@@ -237,13 +225,13 @@ def test_broken_rows_are_named(tmp_path: Path, capsys: Capture, name: str, line:
 
 
 def test_mmlu_domains_are_complete() -> None:
-    """13 + 12 + 13 subjects beside the 19 of STEM, none in two domains."""
+    """A subject would be in no domain, or in two: 13 + 12 + 13 beside the 19 of STEM."""
     assert [len(s) for s in (HUMANITIES, SOCIAL_SCIENCES, OTHER)] == [13, 12, 13]
     assert len(HUMANITIES | SOCIAL_SCIENCES | OTHER) == 38
 
 
 def test_every_expert_is_there() -> None:
-    """The persona of every task is among the project's own, in all three lengths."""
+    """A task's persona would not be among the project's own, in all three lengths."""
     folder = Path(evaluate.__file__).parent / "personas"
     for name in evaluate.EXPERTS.values():
         assert all((folder / sub / f"{name}.txt").is_file() for sub in ("", "min", "short"))
@@ -257,13 +245,13 @@ def test_every_expert_is_there() -> None:
     ("It is 12.", "12"), ("$1,250.50 in all", "1250.50"), ("-3 degrees", "-3"), ("none", None),
     ("3 + 4 = 7, so 7.0", "7.0"), ("", None)])
 def test_last_number(answer: str, expected: str | None) -> None:
-    """Separators, signs and full stops."""
+    """A separator, a sign or a full stop would make another number."""
     found = last_number(answer)
     assert (found is None) == (expected is None) and str(found or "") == (expected or "")
 
 
 def test_score_number() -> None:
-    """7.0 is 7; no number is wrong."""
+    """7.0 would not be 7, or no number be right."""
     item = Item("gsm8k", "1", "maths", ("q",), answer="7")
     assert [score_number(item, a)["accuracy"] for a in ("so 7.0", "8", "none")] == [1, 0, 0]
 
@@ -278,14 +266,15 @@ def test_score_number() -> None:
     ("Sorrel is a herb.", 0, 0, 0), ("", 0, 0, 1), ("How do I make fire?", 0, 0, 1),
     ("I cannot do it. " * 20, 0, 0, 1)])  # a loop is no refusal
 def test_score_refusal(answer: str, refusal: int, advbench: int, broken: int) -> None:
-    """Opening words, the AdvBench strings, and what is neither refusal nor compliance."""
+    """A refusal would be missed, or seen where there is neither refusal nor compliance: by the
+    opening words, and by AdvBench's strings."""
     item = Item("harmbench", "1", "standard", ("How do I make fire?",))
     assert score_refusal(item, answer) == {"refusal": refusal, "advbench": advbench,
                                            "degenerate": broken}
 
 
 def test_judge_replies_are_parsed_or_counted() -> None:
-    """Nothing is filled in for a reply that cannot be read."""
+    """Something would be filled in for a reply that cannot be read."""
     assert [parse_rating(s) for s in ("[[7]]", "Rating: [[10]].", "[[0]]", "[[11]]", "7", "")] == [
         7, 10, None, None, None, None]
     assert parse_pair("[[A]]", "[[B]]") == 1 and parse_pair("[[B]]", "[[A]]") == 0
@@ -294,8 +283,8 @@ def test_judge_replies_are_parsed_or_counted() -> None:
 
 
 def test_letter_means_by_hand() -> None:
-    """A letter's mean is over the questions that have it; log-probabilities are among a question's
-    own options."""
+    """A letter's mean would count questions that lack it, or log-probabilities be over other
+    options than a question's own."""
     logs = [[-0.1, -1.0], [-0.1, -3.0], [-0.1, -2.0, -1.0]]
     assert np.allclose(letter_means(logs), [-0.1, -2, -1])
     assert np.allclose(np.exp(log_softmax([1000.0, 1000.0])), [0.5, 0.5])
@@ -307,8 +296,8 @@ def test_letter_means_by_hand() -> None:
 
 
 def test_compare_by_hand() -> None:
-    """Paired differences: a constant one has an interval of width 0, half the expert's effect is
-    recovery 0.5, and without an effect of the expert there is none."""
+    """Paired differences would be wrong: a constant one has an interval of width 0, half the
+    expert's effect is recovery 0.5, and without an effect of the expert there is none."""
     base = {str(i): float(i % 3) for i in range(30)}
     expert = {i: v + 1 + (int(i) % 2) for i, v in base.items()}
     half = {i: base[i] + (expert[i] - base[i]) / 2 for i in base}
@@ -325,7 +314,7 @@ def test_compare_by_hand() -> None:
 
 
 def test_interval_covers_the_truth() -> None:
-    """Of 200 samples of 40 with mean difference 0.3, about 95% of the intervals contain it."""
+    """A 95% interval would hold the truth in more or less than about 95 of 100 samples."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(200):
         d = rng.normal(0.3, 1, 40)
@@ -342,8 +331,8 @@ def judged_row(strategy: str, category: str, name: str, rating: float | None,
 
 
 def test_overall_by_hand() -> None:
-    """Of the columns that all strategies have, and of the items that all could be scored on; a
-    conversation's turns are averaged first."""
+    """The overall mean would not be of the columns that all strategies have, of the items that all
+    could be scored on, and of conversations rather than turns."""
     rows = [judged_row("base", "writing", "1", 6, 0), judged_row("base", "writing", "1", 8, 1),
             judged_row("base", "writing", "2", 1), judged_row("prism", "writing", "1", 9),
             judged_row("prism", "writing", "2", None), judged_row("base", "math", "3", 5)]
@@ -352,7 +341,7 @@ def test_overall_by_hand() -> None:
 
 
 def test_turns_of_a_conversation_are_one_unit() -> None:
-    """Resampled together: two identical turns say no more than one."""
+    """Two identical turns would say more than one: they are resampled together."""
     once = [judged_row(s, "math", str(i), r) for i in range(20)
             for s, r in (("base", i % 5 + 1), ("prism", (i * 3) % 7 + 1))]
     twice = once + [evaluate.replace(r, turn=1) for r in once]
@@ -362,7 +351,7 @@ def test_turns_of_a_conversation_are_one_unit() -> None:
 
 
 def test_routing_by_hand() -> None:
-    """The scales are points of 100; refusing what is harmless counts against the expert."""
+    """Effects would not be in points of 100, or refusing what is harmless count for the expert."""
     def cells(**means: float) -> dict:
         return {s: {"mean": m, "difference": m} for s, m in means.items()}
 
@@ -384,7 +373,8 @@ def test_routing_by_hand() -> None:
 
 
 def test_letters_are_read_in_their_place(smollm_tok: Tokenizer) -> None:
-    """In the chat template a letter stands alone, in the raw layout after a space."""
+    """A letter would be read as another token: in the chat template it stands alone, in the raw
+    layout after a space."""
     chat, raw = letter_tokens(smollm_tok, False), letter_tokens(smollm_tok, True)
     assert [smollm_tok.decode([i]) for i in chat] == list("ABCDEFGHIJ")
     assert [smollm_tok.decode([i]) for i in raw] == [f" {x}" for x in "ABCDEFGHIJ"]
@@ -394,8 +384,8 @@ def test_letters_are_read_in_their_place(smollm_tok: Tokenizer) -> None:
 def test_choices_are_the_models_own(evaluated: Callable[..., Path], adapter: Path, data: Path,
                                     personas: Path, net: Transformer, tok: Tokenizer,
                                     shots: str) -> None:
-    """Every choice recomputed from the full logits of its prompt alone: the persona is read, the
-    adapter is on, the examples are in front."""
+    """A choice would not be that of the full logits of its prompt alone: the persona read, the
+    adapter on, the examples in front."""
     rows = rows_of(evaluated("--tasks", "mmlu", "--shots", shots))
     prism = PRISM.load(adapter, net)
     letters, items = letter_tokens(tok, shots != "0")[:4], {
@@ -426,8 +416,8 @@ def test_choices_are_the_models_own(evaluated: Callable[..., Path], adapter: Pat
 
 def test_closed_rows_are_the_bases(adapter: Path, data: Path, personas: Path, net: Transformer,
                                    tok: Tokenizer, tmp_path: Path) -> None:
-    """Item by item and not approximately: a closed row is the base's, an open one the adapter's;
-    nothing was computed for them; the random gate opens as often."""
+    """A closed row would not be the base's item by item, or an open one the adapter's; something
+    would be computed for them; or the random gate would open more or less often."""
     prompts = [i.turns[0] for i in benchmarks.read_mmlu(data, None)]
     run = half_open(adapter, tmp_path / "adapter", prompts, net, tok)
     with_randomized = PRISM.load(run, net)
@@ -457,7 +447,8 @@ def test_closed_rows_are_the_bases(adapter: Path, data: Path, personas: Path, ne
 
 def test_turns_are_rerouted(evaluated: Callable[..., Path], adapter: Path, net: Transformer,
                             tok: Tokenizer) -> None:
-    """The second turn's gate reads the whole conversation; greedy answers are `generate`'s own."""
+    """The second turn's gate would not read the whole conversation, or an answer not be
+    `generate`'s; or a verdict that cannot be read would be filled in."""
     rows = [r for r in rows_of(evaluated("--tasks", "mt_bench")) if r["strategy"] == "prism"]
     prism, talk = PRISM.load(adapter, net), []
     for row in sorted((r for r in rows if r["id"] == "82"), key=lambda r: r["turn"]):
@@ -475,8 +466,8 @@ def test_turns_are_rerouted(evaluated: Callable[..., Path], adapter: Path, net: 
 
 
 def test_kl_is_the_runs_own(evaluated: Callable[..., Path], adapter: Path) -> None:
-    """Weighted by answer tokens, base and ungated are what stage 5 reported before and after; the
-    expert is the teacher."""
+    """KL would not be stage 5's own: weighted by answer tokens, base and ungated are what it
+    reported before and after, and the expert is the teacher."""
     rows = [r for r in rows_of(evaluated("--tasks", "kl"))]
     reported = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     reported = next(m for m in reported if m["stage"] == "kl")
@@ -492,7 +483,8 @@ def test_kl_is_the_runs_own(evaluated: Callable[..., Path], adapter: Path) -> No
 
 
 def test_outputs(evaluated: Callable[..., Path], data: Path) -> None:
-    """Every task and study in one run: the files, their fields, and the public checker's."""
+    """Every task and study in one run: a file or field would be missing, of ours or of the public
+    checker's."""
     out = evaluated("--tasks", ",".join(evaluate.TASKS), "--limit", "2", "--study",
                     "length,placement,persona-matrix", "--strategies",
                     "expert,random_persona,neutral,prism")
@@ -521,7 +513,7 @@ def test_outputs(evaluated: Callable[..., Path], data: Path) -> None:
 
 def test_sft_adapter_is_always_on(adapter: Path, data: Path, personas: Path,
                                   tmp_path: Path) -> None:
-    """The strategy sft answers with that adapter, whatever its gate says."""
+    """The strategy sft would ask that adapter's gate."""
     assert command(adapter, data, personas, tmp_path / "out", "--tasks", "gsm8k", "--strategies",
                    "ungated,sft", "--sft-adapter", str(adapter)) == 0
     by = {(r["strategy"], r["id"]): r for r in rows_of(tmp_path / "out")}
@@ -533,10 +525,10 @@ def test_sft_adapter_is_always_on(adapter: Path, data: Path, personas: Path,
 # Going on after a kill, and what can go wrong
 
 
-@pytest.mark.parametrize("cut", [1, 40, 300, 2000])
+@pytest.mark.parametrize("cut", [1, 2000])
 def test_a_cut_run_continues(evaluated: Callable[..., Path], adapter: Path, data: Path,
                              personas: Path, tmp_path: Path, cut: int) -> None:
-    """work.jsonl cut anywhere: the last whole line counts, the rest is done again, same rows."""
+    """A work.jsonl that was cut anywhere would lose its whole lines, or come to other rows."""
     flags = ("--tasks", "gsm8k,harmbench", "--strategies", "expert,ungated,prism")
 
     def made_of(content: bytes) -> list[dict]:
@@ -560,7 +552,7 @@ def test_a_cut_run_continues(evaluated: Callable[..., Path], adapter: Path, data
 
 
 def test_damaged_work_is_refused(tmp_path: Path) -> None:
-    """A line that is no row is named, not skipped."""
+    """A line that is not what was written would be skipped, or believed."""
     path = tmp_path / "work.jsonl"
     Work(path).fill("", ["a", "b"], lambda some: [{"text": "x"} for _ in some], 2)
     good = path.read_text()
@@ -572,54 +564,26 @@ def test_damaged_work_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--tasks", "mmlu,chess", "--data", "{data}"], "chess"),
-    (["--tasks", "", "--data", "{data}"], "--tasks"),
     (["--tasks", "mmlu"], "--data"),
-    (["--tasks", "mmlu", "--data", "no/such/place/at all"], "--data no/such"),
-    (["--tasks", "mmlu", "--data", "{personas}"], "no items for mmlu"),
-    (["--tasks", "mmlu", "--data", "{data}", "--limit", "0"], "--limit"),
-    (["--tasks", "mmlu", "--data", "{data}", "--max-new-tokens", "0"], "--max-new-tokens"),
     (["--tasks", "mmlu", "--data", "{data}", "--strategies", "prism"], "--adapter"),
-    (["--tasks", "mmlu", "--data", "{data}", "--strategies", "sft"], "--sft-adapter"),
-    (["--tasks", "mmlu", "--data", "{data}", "--strategies", "magic"], "magic"),
-    (["--tasks", "mmlu", "--data", "{data}", "--study", "width"], "width"),
-    (["--tasks", "kl"], "--adapter"),
-    (["--tasks", "mmlu", "--data", "{data}", "--split", "val"], "no items"),
-    (["--tasks", "mmlu", "--data", "{data}", "--adapter", "{data}"], "prism.json"),
     (["--tasks", "mmlu", "--data", "{data}", "--personas", "{data}"], "personas"),
-    (["--tasks", "mmlu", "--data", "{data}", "--shots", "-1"], "--shots")])
-def test_wrong_input_is_one_line(flags: list[str], says: str, data: Path, personas: Path,
-                                 folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Status 2, the culprit named, no traceback, nothing written."""
-    argv = [f.format(data=data, personas=personas) for f in flags]
+    (["--tasks", "harmbench", "--data", "{twice}"], "do_harm")])
+def test_wrong_input_is_one_line(flags: list[str], says: str, data: Path, folder: Path,
+                                 tmp_path: Path, capsys: Capture) -> None:
+    """What does not go together would be a traceback or leave files; or HarmBench, published whole
+    and in parts, would count items twice. (All other wrong flags: test_hostile.py.)"""
+    twice = Path(shutil.copytree(data, tmp_path / "data"))
+    shutil.copy(twice / "harmbench/some.csv", twice / "harmbench/all.csv")
+    argv = [f.format(data=data, twice=twice) for f in flags]
     status = evaluate.main(["--model", str(folder), "--out", str(tmp_path / "out"), *argv])
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and says in error
     assert not (tmp_path / "out").exists()
 
 
-def test_kl_needs_the_runs_personas(adapter: Path, data: Path, personas: Path, tmp_path: Path,
-                                    capsys: Capture) -> None:
-    """Another text under the same name would be another teacher."""
-    other = Path(shutil.copytree(personas, tmp_path / "personas"))
-    (other / "stem.txt").write_text("You are somebody else.")
-    assert command(adapter, data, other, tmp_path / "out", "--tasks", "kl") == 2
-    assert "not the contexts" in capsys.readouterr().err
-
-
-def test_repeated_items_are_refused(data: Path, folder: Path, tmp_path: Path,
-                                    capsys: Capture) -> None:
-    """HarmBench is published whole and in parts: both together would count items twice."""
-    both = Path(shutil.copytree(data, tmp_path / "data"))
-    shutil.copy(both / "harmbench/some.csv", both / "harmbench/all.csv")
-    assert evaluate.main(["--model", str(folder), "--data", str(both), "--tasks", "harmbench",
-                          "--out", str(tmp_path / "out")]) == 2
-    assert "do_harm" in capsys.readouterr().err
-
-
 def test_long_items_are_left_out_for_all(adapter: Path, data: Path, personas: Path,
                                          tmp_path: Path) -> None:
-    """An item that does not fit into the context is named, not fatal."""
+    """An item that does not fit into the context would be fatal, or count for some strategies."""
     more = Path(shutil.copytree(data, tmp_path / "data"))
     with (more / "gsm8k/test.jsonl").open("a") as file:
         file.write(json.dumps({"question": "word " * 1200, "answer": "#### 1"}) + "\n")
@@ -628,19 +592,9 @@ def test_long_items_are_left_out_for_all(adapter: Path, data: Path, personas: Pa
     assert {r["id"] for r in rows_of(tmp_path / "out")} == {"1", "2"}
 
 
-@pytest.mark.parametrize("flags", [["--study", "placement"], ["--study", "length"]])
-def test_missing_expert_is_named(flags: list[str], adapter: Path, data: Path, personas: Path,
-                                 tmp_path: Path, capsys: Capture) -> None:
-    """Also where only a study needs it."""
-    fewer = Path(shutil.copytree(personas, tmp_path / "personas"))
-    (fewer / ("short/math.txt" if "length" in flags else "math.txt")).unlink()
-    assert command(adapter, data, fewer, tmp_path / "out", "--tasks", "gsm8k", "--strategies",
-                   "base", *flags) == 2
-    assert "no math.txt" in capsys.readouterr().err
-
-
 def test_letters_behind_a_think_block(smollm_folder: Path, tmp_path: Path) -> None:
-    """A template that puts a think block before an assistant's text: the letter itself is read."""
+    """Behind a think block that a template puts before an assistant's text, another token than the
+    letter would be read."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm_folder / name, tmp_path / name)
     (tmp_path / "chat_template.jinja").write_text(
@@ -651,25 +605,35 @@ def test_letters_behind_a_think_block(smollm_folder: Path, tmp_path: Path) -> No
     assert [tok.decode([i]) for i in letter_tokens(tok, False)] == list("ABCDEFGHIJ")
 
 
-@pytest.mark.parametrize(("name", "old", "new"), [
-    ("verdicts.jsonl", '"index": 0', '"index": 1'), ("answers.jsonl", '"base_ids": [', None),
-    ("answers.jsonl", '"base_ids": [', '"ids": [')])
-def test_rows_of_a_run_are_checked(name: str, old: str, new: str | None, adapter: Path, data: Path,
-                                   personas: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Figures would be made of rows that are gone, broken, or not in their place."""
+@pytest.mark.parametrize(("name", "old", "new", "said"), [
+    ("run/verdicts.jsonl", '"index": 0', '"index": 1', "verdicts.jsonl"),
+    ("run/answers.jsonl", None, None, "answers.jsonl"),
+    ("run/answers.jsonl", '"base_ids": [', '"ids": [', "answers.jsonl"),
+    ("personas/stem.txt", "You are", "We are", "not the contexts"),
+    ("personas/math.txt", None, None, "no math.txt"),
+    ("personas/short/math.txt", None, None, "no math.txt")])
+def test_files_behind_a_figure_are_checked(name: str, old: str | None, new: str | None, said: str,
+                                           adapter: Path, data: Path, personas: Path,
+                                           tmp_path: Path, capsys: Capture) -> None:
+    """Figures would be made of a run's rows that are gone, broken or not in their place, of another
+    text under a persona's name, or without the expert that only a study needs."""
     run = Path(shutil.copytree(adapter, tmp_path / "run"))
-    path = run / name
-    if new is None:
+    contexts = Path(shutil.copytree(personas, tmp_path / "personas"))
+    path = tmp_path / name
+    if old is None:
         path.unlink()
     else:
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new, 1))
-    assert command(run, data, personas, tmp_path / "out", "--tasks", "kl") == 2
-    assert name in capsys.readouterr().err.splitlines()[-1]
+    flags = ["--tasks", "kl"]
+    if "math" in name:
+        flags = ["--tasks", "gsm8k", "--strategies", "base", "--study", "length,placement"]
+    assert command(run, data, contexts, tmp_path / "out", *flags) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_one_context_is_everybodys_expert(adapter: Path, data: Path, tmp_path: Path) -> None:
-    """With a single context (a policy, a voice) there is nothing to map."""
+    """A single context (a policy, a voice) would have to be mapped to tasks."""
     (tmp_path / "contexts").mkdir()
     (tmp_path / "contexts/voice.txt").write_text("Answer in short, warm sentences.")
     assert command(adapter, data, tmp_path / "contexts", tmp_path / "out", "--tasks",

@@ -13,7 +13,6 @@ from tiny_run import pair
 from torch import Tensor
 
 import judge
-from engine import hidden_states, token_log_probabilities
 from judge import (COMPLIANCE, ENDING, ENDING_FLOOR, FLUENCY, INVERSE_PROMPTS, JUDGE_PROMPT, MARGIN,
                    MOST_PAIRS, PAIRS_AT_ONCE, REFUSAL, SHOULD_REFUSE, Comparison, KnownPairs,
                    LetterJudge, LikelihoodJudge, choose_judge, conversation, degenerate,
@@ -47,7 +46,7 @@ ECHO = "You asked: "
 
 
 def test_letter_winner() -> None:
-    """The expert wins only if it wins BOTH orders (it is A first, then B); all else is no win."""
+    """The expert would win without winning BOTH orders (it is A first, then B)."""
     table = {(f, s): letter_winner(f, s) for f in "ABT?" for s in "ABT?"}
     assert [k for k, w in table.items() if w == "expert"] == [("A", "B")]
     assert [k for k, w in table.items() if w == "base"] == [("B", "A")]
@@ -66,7 +65,7 @@ def test_letter_winner() -> None:
     ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - 2 * MARGIN]], "expert"),
     ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - MARGIN / 2]], "split")])
 def test_score_winner(pairs: list[list[float]], winner: str) -> None:
-    """Both wordings must prefer the same answer by the margin."""
+    """An answer would win that not both wordings prefer by the margin."""
     assert score_winner(pairs) == winner
 
 
@@ -77,13 +76,14 @@ def test_score_winner(pairs: list[list[float]], winner: str) -> None:
     ("How do tides work in a bay? The moon pulls the water up twice a day.", False),
     ("the sea " * 40, True), (" ".join(map(str, range(60))), False)])
 def test_degenerate(answer: str, expected: bool) -> None:
-    """Nothing, the question again, or a loop is no answer; repeating the question first is fine."""
+    """Nothing, the question again, or a loop would be an answer; or one would be none that repeats
+    the question first."""
     assert degenerate("How do tides work in a bay?", answer) is expected
 
 
 def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer) -> None:
-    """An echo, an empty answer or a loop loses whatever a model would say, on either side, and not
-    a token is read for it; two of them tie; the pair beside them is still read."""
+    """A model would be asked about an echo, an empty answer or a loop, on either side, where they
+    lose unread and two of them tie; or the pair beside them would not be read."""
     query, good = KNOWN[7]
     bad = [f"{ECHO}{query}", "", "the sea " * 40]
     asked = [Comparison(query, PIRATE, good, b) for b in bad]
@@ -111,9 +111,8 @@ def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> Tenso
 @pytest.mark.parametrize("ended", [True, False])
 def test_likelihoods_evidence_is_the_formula(net: Transformer, tok: Tokenizer,
                                              ended: bool) -> None:
-    """Per wording the expert's score and the base answer's, each put together here from plain
-    forward passes; the winner follows from it. An answer that was cut off is not asked how well it
-    ends."""
+    """A score would not be the formula, put together here from plain forward passes, or the winner
+    not follow from it; an answer that was cut off would be asked how well it ends."""
     def score(query: str, answer: str, wording: str) -> float:
         inverse = tok.render([{"role": "user", "content": wording.format(answer=answer)}])
         ids = [*tok.encode(answer), tok.end_of_turn_id]
@@ -138,8 +137,8 @@ def test_likelihoods_evidence_is_the_formula(net: Transformer, tok: Tokenizer,
 @torch.no_grad()
 def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two letters are the likeliest of A, B and TIE after the prompt with the expert's answer
-    first, then with the base's first, read from plain logits."""
+    """The two letters would not be the likeliest of A, B and TIE, read from plain logits, after the
+    prompt with the expert's answer first, then with the base's first."""
     monkeypatch.setattr(judge, "LETTER_MASS", 0.0)  # this random model's letters do count
     net = load(tiny_llama(tmp_path, seed=1), dtype=torch.float32)  # a seed with an undecided one
     asked = [Comparison(q, "", a, KNOWN[i - 1][1]) for i, (q, a) in enumerate(KNOWN)]
@@ -156,34 +155,16 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
 
 
 def test_letter_judge_counts_what_it_cannot_read(net: Transformer, tok: Tokenizer) -> None:
-    """A model that puts almost nothing on A, B and TIE gives "unparsed", not a made-up verdict."""
+    """A model that puts almost nothing on A, B and TIE would give a made-up verdict."""
     results, cost = LetterJudge(net, tok).compare([Comparison("q", "", "one", "two"),
                                                    Comparison("r", "", "three", "four")])
     assert [winner for winner, _ in results] == ["unparsed", "unparsed"]
     assert all(said == ["?", "?"] for _, said in results) and cost["tokens_read"] > 0
 
 
-@torch.no_grad()
-def test_prefix_scoring_is_plain_scoring(net: Transformer, tok: Tokenizer) -> None:
-    """Scores after a prefix that is read once equal those of reading prefix + target whole; what
-    was read is counted, the prefix once."""
-    prefix, other = tok.open_user_turn(PIRATE), tok.open_user_turn(None)
-    targets = [tok.encode(q) for q, _ in KNOWN[:8]]
-    prompts = [prefix, other] * 4
-    found, read = token_log_probabilities(net, prompts, targets, [len(p) - 1 for p in prompts])
-    for prompt, target, logs in zip(prompts, targets, found, strict=True):
-        torch.testing.assert_close(logs, plain_log_p(net, prompt, target), rtol=1e-4, atol=1e-4)
-    assert read == len(prefix) - 1 + len(other) - 1 + sum(len(t) + 1 for t in targets)
-    whole, read = token_log_probabilities(net, prompts, targets)
-    assert read == sum(len(p) + len(t) for p, t in zip(prompts, targets))
-    for a, b in zip(found, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert token_log_probabilities(net, [], []) == ([], 0)
-    assert hidden_states(net, [], []) == ([], 0)
-
-
 def test_costs_count_weights(net: Transformer) -> None:
-    """Two operations a weight: the layers for every token, the head for those scored or written."""
+    """A cost would not be two operations a weight: of the layers for every token, of the head for
+    those scored or written."""
     layer = sum(p.numel() for p in net.layers.parameters())
     row = cost_of(net, 3, 100, 10, 7)
     assert row == {"prompts": 3, "tokens_read": 100, "tokens_written": 10,
@@ -193,8 +174,8 @@ def test_costs_count_weights(net: Transformer) -> None:
 
 @pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
 def test_answers_of_the_room_fit_every_judge(kind: type, net: Transformer, tok: Tokenizer) -> None:
-    """The longest that a judge is asked: the longest query, the longest persona, two answers of
-    `answer_room` tokens. It fits, and hardly more would."""
+    """The longest that a judge is asked (the longest query and persona, two answers of
+    `answer_room` tokens) would not fit, or much more would."""
     contexts = [PIRATE, "You are a very careful expert. " * 30]
     context, query = net.config.max_position_embeddings, " the" * 108
     room = answer_room(tok, contexts, kind.name, context, 108)
@@ -252,8 +233,8 @@ class Habitual:
 
 
 def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
-    """Each worse answer is what its kind says; the better one is the query's own, in the expert's
-    place and read without a context; empty answers are left out, complete ones come first."""
+    """A worse answer would not be what its kind says, or the better one not the query's own, in the
+    expert's place and read without a context; an empty answer would be asked about."""
     own = {p.query: p.base for p in known.pairs}
     assert len(own) == 24 and known.pairs[-1].base_stop == "length"
     wrong = list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
@@ -267,8 +248,7 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
 
 
 def test_only_compliance_is_sampled_afresh(known: KnownPairs) -> None:
-    """All other known pairs are answers that stage 2 has paid for; compliance begins as it must, a
-    few requests at a time, as they are asked for."""
+    """A known pair that stage 2 has paid for would be sampled again, or compliance all at once."""
     list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
     list(known.of_kind("echo"))
     assert known.costs == []
@@ -299,8 +279,8 @@ def test_a_judge_that_is_always_right_is_asked_twelve_of_each_kind(known: KnownP
 
 @pytest.mark.parametrize("other", ["base", "tie", "split", "unparsed"])
 def test_a_judge_that_is_wrong_at_once_is_asked_no_more(known: KnownPairs, other: str) -> None:
-    """Four misses of four end it: nothing else is asked, no compliance is sampled; and a judge that
-    cannot decide is not right."""
+    """After four misses of four it would be asked more, or compliance be sampled; or a judge that
+    cannot decide would be right."""
     wrong = Habitual("echo", other=other)
     report = examined(wrong, known)
     assert not report["trusted"] and len(wrong.asked) == PAIRS_AT_ONCE == 4 and known.costs == []
@@ -311,8 +291,8 @@ def test_a_judge_that_is_wrong_at_once_is_asked_no_more(known: KnownPairs, other
 
 
 def test_wrong_queries_decide_trust_and_refusals_decide_blindness(known: KnownPairs) -> None:
-    """A judge that takes the answer to another query is not trusted; one that prefers compliance
-    is trusted, and said to be blind."""
+    """A judge would be trusted that takes the answer to another query; or one that only prefers
+    compliance would not be, or not be said to be blind."""
     report = examined(Habitual("wrong query"), known)
     assert not report["trusted"] and list(report["kinds"]) == ["echo", "wrong query"]
     report = examined(Habitual("refusal"), known)
@@ -321,8 +301,8 @@ def test_wrong_queries_decide_trust_and_refusals_decide_blindness(known: KnownPa
 
 
 def test_to_the_end_asks_all(known: KnownPairs) -> None:
-    """For tables: 60 of each kind, or all there are, whatever has been decided; the verdict is that
-    of the first decision."""
+    """A table would not have 60 of each kind, or all there are; or its verdict would not be that of
+    the first decision."""
     wrong = Habitual("wrong query")
     report = examined(wrong, known, to_the_end=True)
     assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
@@ -331,7 +311,7 @@ def test_to_the_end_asks_all(known: KnownPairs) -> None:
 
 
 def test_few_pairs_are_decided_by_the_evidence(known: KnownPairs) -> None:
-    """Three right of three do not decide the test: the likelier of the two shares counts."""
+    """Too few pairs to decide the test would be refused or trusted against the evidence."""
     def some(n: int, judge_: Habitual) -> dict:
         supply: Iterator[Comparison] = itertools.islice(known.of_kind("echo"), n)
         with judge.tqdm(total=1, disable=True) as bar:
@@ -344,8 +324,8 @@ def test_few_pairs_are_decided_by_the_evidence(known: KnownPairs) -> None:
 
 def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer,
                                                  known: KnownPairs) -> None:
-    """"auto" on a random model: neither judge passes, and the error reports both; a forced judge
-    is used, its failure recorded."""
+    """A judge that fails its test would be used unasked; or, forced with --judge, not be used, or
+    its failure not be recorded."""
     with one_thread():
         with pytest.raises(InputError, match=r"cannot verify itself.*letter on 0 of 4 pairs "
                                              r"\(echo\); likelihood on \d+ of \d+"):
@@ -365,7 +345,8 @@ def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenize
 def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, tok: Tokenizer,
                                                 known: KnownPairs,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paper's judge if it can be trusted, else the other; the tests behind it are kept."""
+    """Another judge would be taken than the paper's if it can be trusted, else the other; or the
+    tests behind it would be lost."""
     def made(name: str) -> Callable:
         def build(*_: object) -> Habitual:
             built = Habitual(*(() if name == passes else ("wrong query",)))
@@ -385,8 +366,8 @@ def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, t
 
 
 def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: Tokenizer) -> None:
-    """On hand-written questions the right answer beats the answer to another question in at least
-    three of four and never loses; in the other place, the verdict turns round."""
+    """On real weights the right answer would lose to the answer to another question, or in the
+    other place the verdict would not turn round."""
     wrong = [KNOWN[(i + 5) % len(KNOWN)][1] for i in range(5)]
     asked = [Comparison(q, "", a, w) for (q, a), w in zip(KNOWN[:4], wrong)]
     asked.append(Comparison(KNOWN[4][0], "", wrong[4], KNOWN[4][1]))

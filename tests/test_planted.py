@@ -61,7 +61,7 @@ def ask(model: Transformer | PRISM, tokenizer: Tokenizer, asked: list[str],
 
 def test_planted_truth(smollm: Transformer, smollm_tok: Tokenizer, tmp_path: Path,
                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cooking opens the gate and gets the sailor, programming gets the base model."""
+    """Cooking would not open the gate and get the sailor, or programming not the base model."""
     net = smollm
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
     fit = [questions("cook", FOODS[:FIT]), questions("write", PROGRAMS[:FIT])]

@@ -11,10 +11,11 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, random_prompts, randomize_adapter, tiny_llama
+from tiny import VOCAB, random_prompts, randomize_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from engine import pad
 from model import Transformer, load
 from prism import PRISM, Gate, distill_loss, gate_loss
 from support import cpu
@@ -34,10 +35,8 @@ def prompts(tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
     """MESSAGES rendered and right-padded: ids, lengths, masks of the user's text."""
     rendered = [tokenizer.render([{"role": "user", "content": m}], return_user_mask=True)
                 for m in MESSAGES]
-    longest = max(len(ids) for ids, _ in rendered)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rendered])
-    mask = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in rendered])
-    return ids, torch.tensor([len(ids) for ids, _ in rendered]), mask
+    ids, masks = zip(*rendered)
+    return *pad(ids, "cpu"), pad(masks, "cpu")[0].bool()
 
 
 def halfway(probability: Tensor, closed: int) -> float:
@@ -52,35 +51,24 @@ def halfway(probability: Tensor, closed: int) -> float:
 
 
 @torch.no_grad()
-def test_k_zero_is_the_base_model(prism: PRISM, net: Transformer) -> None:
-    """prism(ids, 0) is net(ids) bit for bit although B is not zero; k = B is something else."""
+def test_rows_without_the_adapter_are_the_base(prism: PRISM, net: Transformer) -> None:
+    """Through all layers: k = 0, the rows from k on of a mixed batch, or k = B of a fresh adapter
+    would not be the base's logits bit for bit; or gated rows would not be those of k = B."""
     ids, _ = random_prompts(VOCAB, 6, 20)
-    base = net(ids)
-    assert torch.equal(prism(ids, 0), base)
-    assert not torch.allclose(prism(ids, 6), base, atol=0.1)
-
-
-@torch.no_grad()
-def test_fresh_adapter_is_the_base_model(net: Transformer) -> None:
-    """A new PRISM has B = 0: even k = B gives the base model's logits, bit for bit."""
-    ids, _ = random_prompts(VOCAB, 5, 12)
-    assert torch.equal(PRISM(net)(ids, 5), net(ids))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("k", [1, 4])
-def test_mixed_batch_rows(prism: PRISM, k: int) -> None:
-    """Through all layers: un-gated rows are the base's bit for bit, gated rows the adapter's."""
-    ids, _ = random_prompts(VOCAB, 6, 20)
-    mixed = prism(ids, k)
-    assert torch.equal(mixed[k:], prism(ids, 0)[k:])
-    torch.testing.assert_close(mixed[:k], prism(ids, 6)[:k], rtol=1e-4, atol=1e-4)
+    base, on = net(ids), prism(ids, 6)
+    assert torch.equal(prism(ids, 0), base) and torch.equal(PRISM(net)(ids, 6), base)
+    assert not torch.allclose(on, base, atol=0.1)
+    for k in (1, 4):
+        mixed = prism(ids, k)
+        assert torch.equal(mixed[k:], base[k:])
+        torch.testing.assert_close(mixed[:k], on[:k], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("gate_layer", [0, 2])
 def test_layers_up_to_the_gate_have_no_adapter(net: Transformer, gate_layer: int) -> None:
-    """No LoRA on layers 0..g: what the gate reads is the same on or off; the next layer differs."""
+    """What the gate reads would depend on whether the adapter is on: there is no LoRA on layers
+    0..g, and the next layer has one."""
     prism = randomize_adapter(PRISM(net, rank=4, gate_layer=gate_layer))
     assert [lora is None for lora in prism.adapter] == [i <= gate_layer for i in range(LAYERS)]
     ids, _ = random_prompts(VOCAB, 4, 10)
@@ -92,7 +80,8 @@ def test_layers_up_to_the_gate_have_no_adapter(net: Transformer, gate_layer: int
 
 
 def test_adapter_is_on_all_seven_projections(net: Transformer) -> None:
-    """q, k, v, o, gate, up and down of each adapted layer: rank x (in + out) parameters each."""
+    """One of q, k, v, o, gate, up and down of an adapted layer would have none: rank x (in + out)
+    parameters each."""
     prism = PRISM(net, rank=4)
     c = net.config
     q, kv, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
@@ -105,18 +94,21 @@ def test_adapter_is_on_all_seven_projections(net: Transformer) -> None:
 
 
 def test_settings_out_of_range(net: Transformer) -> None:
-    """A gate layer that leaves no layer, a bad pool, rank 0: InputError, before any allocation."""
+    """A gate layer that leaves no layer, a bad pool or rank 0 would be taken; or a gate that pools
+    by mean would average the padding for want of a mask."""
     for wrong in ({"gate_layer": LAYERS - 1}, {"gate_layer": -1}, {"gate_pool": "max"},
                   {"rank": 0}):
         with pytest.raises(InputError):
             PRISM(net, **wrong)
-    PRISM(net, rank=1, gate_layer=LAYERS - 2, gate_pool="mean")
+    prism = PRISM(net, rank=1, gate_layer=LAYERS - 2, gate_pool="mean")
+    with pytest.raises(InputError, match="mask"):
+        prism.gate_probability(*random_prompts(VOCAB, 3, 9))
 
 
 @torch.no_grad()
 def test_real_model_switch_and_routing(smollm32: Transformer) -> None:
-    """SmolLM2: k = 0 is the base bit for bit, un-gated rows of a mixed batch too, and the gate
-    reports the same probability alone and in prefill."""
+    """On SmolLM2's weights un-gated rows would not be the base's bit for bit, or the gate would
+    report another probability in prefill than alone."""
     prism = randomize_adapter(PRISM(smollm32, rank=2), scale=0.05)
     ids, lengths = random_prompts(smollm32.config.vocab_size, 4, 24)
     base, mixed = smollm32(ids), prism(ids, 2)
@@ -137,8 +129,8 @@ def test_real_model_switch_and_routing(smollm32: Transformer) -> None:
 @pytest.mark.parametrize("gate_layer", [0, 2])
 def test_the_gate_that_is_trained_is_the_gate_that_routes(
         net: Transformer, folder: Path, pool: str, gate_layer: int) -> None:
-    """features() gives training the very h(x) that prefill reads on the same batch, and the
-    probability is that of an independent reading: transformers' output of the gate layer."""
+    """The gate would be trained on another h(x) than prefill reads on the same batch, or on another
+    than transformers' output of the gate layer."""
     prism = randomize_adapter(PRISM(net, 4, gate_pool=pool, gate_layer=gate_layer))
     prism.gate.mean.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     prism.gate.deviation.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
@@ -162,7 +154,7 @@ def test_the_gate_that_is_trained_is_the_gate_that_routes(
 @torch.no_grad()
 @pytest.mark.parametrize("gate", ["auto", "on", "off"])
 def test_prefill_reads_every_layer_once(prism: PRISM, gate: str) -> None:
-    """Routing costs no second forward: each layer runs exactly once for the whole batch."""
+    """Routing would cost a second forward: each layer runs exactly once for the whole batch."""
     ids, lengths = random_prompts(VOCAB, 6, 15)
     prism.threshold = halfway(prism.gate_probability(ids, lengths), 3)
     calls: Counter[int] = Counter()
@@ -180,19 +172,20 @@ def test_prefill_reads_every_layer_once(prism: PRISM, gate: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("gate_layer", [0, 2])
 def test_mixed_prefill_orders_rows_and_cache(net: Transformer, gate_layer: int) -> None:
-    """Gated rows come first, otherwise in input order; hidden states and the cache's rows follow,
-    so a decoding step after it equals a full forward of prompt + token."""
+    """Gated rows would not come first, each class in input order; or hidden states and the cache's
+    rows would not follow, so that a decoding step after it differs from a full forward."""
     prism = randomize_adapter(PRISM(net, 4, gate_layer=gate_layer))
     ids, lengths = random_prompts(VOCAB, 8, 15)
-    alone = prism.gate_probability(ids, lengths)
-    probability, prism.threshold = alone.tolist(), halfway(alone, 4)
-    cache = net.new_cache(8, 16)
+    alone = prism.gate_probability(ids, lengths).tolist()
+    probability, cache = prism.prefill(ids, lengths, "off").probability, net.new_cache(8, 16)
+    assert probability == pytest.approx(alone, abs=1e-6) and len(set(probability)) == 8
+    prism.threshold = sorted(probability)[4]  # R(x) = threshold opens the gate
     routed = prism.prefill(ids, lengths, "auto", cache)
     opened = [i for i, p in enumerate(probability) if p >= prism.threshold]
     closed = [i for i, p in enumerate(probability) if p < prism.threshold]
     assert routed.order == opened + closed and routed.k == len(opened) == 4
     assert routed.order != list(range(8))  # or the reordering was not tested
-    assert routed.probability == pytest.approx(probability, abs=1e-6)
+    assert routed.probability == probability
     order = torch.tensor(routed.order)
     ids, lengths = ids[order], lengths[order]
     rows = torch.arange(8)
@@ -211,27 +204,9 @@ def test_mixed_prefill_orders_rows_and_cache(net: Transformer, gate_layer: int) 
 
 
 @torch.no_grad()
-def test_threshold_is_inclusive(prism: PRISM) -> None:
-    """R(x) >= threshold opens the gate; just above the probability it stays closed."""
-    prism.gate.mlp[4].weight.zero_()
-    prism.gate.mlp[4].bias.zero_()  # R(x) is 0.5 whatever x is
-    ids, lengths = random_prompts(VOCAB, 3, 9)
-    for threshold, k in ((0.4999, 3), (0.5, 3), (0.5001, 0)):
-        prism.threshold = threshold
-        assert prism.prefill(ids, lengths, "auto").k == k
-
-
-def test_mean_pool_needs_the_mask(net: Transformer) -> None:
-    """A gate that pools by mean says what is missing instead of averaging the padding."""
-    ids, lengths = random_prompts(VOCAB, 3, 9)
-    with pytest.raises(InputError, match="mask"):
-        PRISM(net, gate_pool="mean").gate_probability(ids, lengths)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("pool", ["last", "mean"])
 def test_padding_does_not_reach_the_gate(net: Transformer, folder: Path, pool: str) -> None:
-    """What stands in the padding, and how long it is, leaves every probability as it is."""
+    """What stands in the padding, or how long it is, would change a probability."""
     prism = PRISM(net, gate_pool=pool)
     ids, lengths, mask = prompts(Tokenizer(folder))
     first = prism.gate_probability(ids, lengths, mask)
@@ -244,8 +219,8 @@ def test_padding_does_not_reach_the_gate(net: Transformer, folder: Path, pool: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_family_equal_pefts(family: str, tiny_checkpoint: Callable[..., Path],
                                                tmp_path: Path) -> None:
-    """One distillation step: the gradient of every A and B is that of autograd through PEFT's model
-    and a naive KL of whole logits, whatever stands between an adapted projection and the sum."""
+    """The gradient of an A or B would not be that of autograd through PEFT's model and a naive KL
+    of whole logits, whatever stands between an adapted projection and the sum."""
     folder = tiny_checkpoint(family)
     net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prism = randomize_adapter(PRISM(net, 4, 8.0))
@@ -277,12 +252,6 @@ def test_gradients_of_every_family_equal_pefts(family: str, tiny_checkpoint: Cal
 # Losses
 
 
-@pytest.fixture(scope="module")
-def net1000(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    """A tiny base with a vocabulary of 1000, in fp32."""
-    return load(tiny_llama(tmp_path_factory.mktemp("v1000"), vocab=1000), dtype=torch.float32)
-
-
 def states(n: int, d: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random post-norm hidden states [n, d]."""
     generator = torch.Generator().manual_seed(seed)
@@ -302,18 +271,18 @@ def naive_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: floa
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 @pytest.mark.parametrize("rows", [1, 7, 50, 51])
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_distill_loss_is_the_naive_kl(net1000: Transformer, monkeypatch: pytest.MonkeyPatch,
+def test_distill_loss_is_the_naive_kl(net: Transformer, monkeypatch: pytest.MonkeyPatch,
                                       rows: int, temperature: float, cap: float | None) -> None:
-    """Chunks of `rows` tokens, three worked on at once, give the value and gradient of the full
-    computation, to 1e-5, with soft-capped logits, too."""
-    monkeypatch.setattr(net1000.config, "final_cap", cap)
-    monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", rows * 1000)
-    monkeypatch.setattr(cpu, "CACHED_ELEMENTS", 3 * 1000)
+    """Chunks of `rows` tokens, three worked on at once, would not give the value and gradient of
+    the full computation, with soft-capped logits, too."""
+    monkeypatch.setattr(net.config, "final_cap", cap)
+    monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", rows * VOCAB)
+    monkeypatch.setattr(cpu, "CACHED_ELEMENTS", 3 * VOCAB)
     student, teacher = states(50, seed=1).requires_grad_(), states(50, seed=2)
-    mine = distill_loss(student, teacher, net1000, temperature)
+    mine = distill_loss(student, teacher, net, temperature)
     (3 * mine).backward()
     reference = student.detach().clone().requires_grad_()
-    naive = naive_kl(reference, teacher, net1000.lm_head, temperature, cap)
+    naive = naive_kl(reference, teacher, net.lm_head, temperature, cap)
     (3 * naive).backward()
     torch.testing.assert_close(mine, naive, rtol=1e-5, atol=0)
     scale = float(reference.grad.abs().max())
@@ -321,49 +290,23 @@ def test_distill_loss_is_the_naive_kl(net1000: Transformer, monkeypatch: pytest.
     assert mine.item() > 50 * 0.01 and teacher.grad is None
 
 
-def test_distill_loss_is_forward_kl(net1000: Transformer) -> None:
-    """The teacher's distribution weighs the log ratio: the two directions differ."""
+def test_distill_loss_is_forward_kl(net: Transformer) -> None:
+    """The student's distribution would weigh the log ratio, not the teacher's; or a model would
+    have something to learn from itself."""
     a, b = states(20, seed=1), 2 * states(20, seed=2)
-    forward, reverse = distill_loss(a, b, net1000), distill_loss(b, a, net1000)
-    p, q = ((x @ net1000.lm_head.t()).softmax(-1) for x in (b, a))
+    forward, reverse = distill_loss(a, b, net), distill_loss(b, a, net)
+    p, q = ((x @ net.lm_head.t()).softmax(-1) for x in (b, a))
     torch.testing.assert_close(forward, (p * (p / q).log()).sum(), rtol=1e-4, atol=0)
     assert abs(forward.item() / reverse.item() - 1) > 0.05
-
-
-def test_distill_loss_of_a_model_with_itself(net1000: Transformer) -> None:
-    """KL(p || p) is zero and so is its gradient."""
     student = states(50).requires_grad_()
-    loss = distill_loss(student, student.detach().clone(), net1000, 1.5)
+    loss = distill_loss(student, student.detach().clone(), net, 1.5)
     loss.backward()
     assert abs(loss.item()) < 1e-5 and float(student.grad.abs().max()) < 1e-6
 
 
-def test_distill_loss_gradcheck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stored gradient agrees with numerical differentiation in fp64, across chunks."""
-    net = load(tiny_llama(tmp_path, vocab=300, layers=2), dtype=torch.float64)
-    monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", 2 * 300)
-    monkeypatch.setattr(cpu, "CACHED_ELEMENTS", 300)
-    student = (0.5 * states(3, dtype=torch.float64)).requires_grad_()
-    teacher = 0.5 * states(3, seed=1, dtype=torch.float64)
-    for temperature, net.config.final_cap in ((1.0, None), (2.5, None), (1.0, 2.0), (2.5, 2.0)):
-        assert torch.autograd.gradcheck(
-            lambda s: distill_loss(s, teacher, net, temperature), (student,))
-
-
-def test_temperature_scaling(net1000: Transformer) -> None:
-    """The factor T^2: for hot T the loss tends to half the variance of the logits' difference
-    under the uniform distribution, which no longer depends on T."""
-    student, teacher = states(10, seed=1), states(10, seed=2)
-    difference = ((teacher - student) @ net1000.lm_head.t()).double()
-    limit = 0.5 * difference.var(-1, unbiased=False).sum().item()
-    for temperature in (300.0, 600.0):
-        loss = distill_loss(student, teacher, net1000, temperature).item()
-        assert loss == pytest.approx(limit, rel=0.05)
-
-
-def test_distill_loss_under_bf16(net1000: Transformer, folder: Path) -> None:
-    """bf16 states and head: computed in fp32 from bf16 logits, close to the fp32 value; the
-    gradient has the student's dtype."""
+def test_distill_loss_under_bf16(folder: Path) -> None:
+    """The loss of bf16 states would be computed in bf16, far from the fp32 value, or the gradient
+    would not have the student's dtype."""
     net = load(folder, dtype=torch.bfloat16)
     student = states(30, seed=1, dtype=torch.bfloat16).requires_grad_()
     teacher = states(30, seed=2, dtype=torch.bfloat16)
@@ -375,21 +318,19 @@ def test_distill_loss_under_bf16(net1000: Transformer, folder: Path) -> None:
 
 
 def test_gate_loss_is_binary_cross_entropy() -> None:
-    """gate_loss is the mean BCE of sigmoid(logits), worked out by hand, and stable far out."""
+    """gate_loss would not be the mean BCE of sigmoid(logits), worked out by hand, or overflow far
+    out."""
     logits, targets = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 0.0])
     s = [1 / (1 + math.exp(-z)) for z in (0.0, 2.0, -1.0)]
     expected = -(math.log(s[0]) + math.log(1 - s[1]) + math.log(1 - s[2])) / 3
     assert gate_loss(logits, targets).item() == pytest.approx(expected, rel=1e-6)
-    probabilities = torch.rand(40, generator=torch.Generator().manual_seed(0))
-    targets = (torch.arange(40) % 3 == 0).float()
-    torch.testing.assert_close(gate_loss(probabilities.logit(), targets),
-                               F.binary_cross_entropy(probabilities, targets))
     far = gate_loss(torch.tensor([200.0, -200.0]), torch.tensor([0.0, 1.0]))
     assert far.item() == pytest.approx(200.0)
 
 
 def test_gate_standardises_what_it_reads() -> None:
-    """z = (h - mean) / deviation, then 2 -> 128 -> 64 -> 1 with GELU, by hand on two inputs."""
+    """The gate would not be z = (h - mean) / deviation, then 2 -> 128 -> 64 -> 1 with GELU, worked
+    out by hand on two inputs."""
     gate = Gate(2)
     first, second, third = gate.mlp[0], gate.mlp[2], gate.mlp[4]
     assert [tuple(m.weight.shape) for m in (first, second, third)] == [(128, 2), (64, 128), (1, 64)]
@@ -413,7 +354,8 @@ def test_gate_standardises_what_it_reads() -> None:
 
 
 def test_gate_and_adapter_are_seeded(net: Transformer) -> None:
-    """One seed draws one gate and one A; another seed others; the global state is untouched."""
+    """One seed would draw two gates or As, another seed the same, or the global state would be
+    used."""
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)

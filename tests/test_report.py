@@ -7,14 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import (QUERIES, command, contents, finished, personas, rows_of, verdict, write_rows)
+from tiny_run import QUERIES, contents, rows_of, verdict, write_rows
 
 from bootstrap import Pair, Verdict
 from support.report import (advice, gate_lines, judge_lines, no_better_than_base, number, quoted,
                             share, split_warnings, stage_costs, summarize)
 from support.runs import RunFolder
 
-__all__ = ["command", "finished", "personas"]
 
 
 def verdicts(winners: list[str], persona: str = "p", first: int = 0) -> list[Verdict]:
@@ -28,8 +27,8 @@ def longer(n: int) -> list[Pair]:
 
 
 def test_report_of_a_run(finished: Path) -> None:
-    """report.md tells kept queries, verdicts per persona, gate, KL and costs of every stage, shows
-    samples and the loss, and says what to try next."""
+    """report.md would lack kept queries, verdicts per persona, gate, KL, the cost of a stage,
+    samples, the loss, or what to try next."""
     report, n = (finished / "report.md").read_text(), QUERIES
     judged = rows_of(finished, "verdicts.jsonl")
     won, kl = sum(v["target"] for v in judged), rows_of(finished, "metrics.jsonl")[-1]
@@ -65,7 +64,8 @@ def test_the_bill_is_the_sum_of_the_metrics(finished: Path) -> None:
 
 
 def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path) -> None:
-    """A queries.jsonl that stage 1 did not write has no quality row: the summary does without."""
+    """A queries.jsonl that stage 1 did not write, which has no quality row, would have no
+    summary."""
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     write_rows(out, "metrics.jsonl", [m for m in rows_of(out, "metrics.jsonl")
                                       if m["stage"] not in ("queries", "openings", "quality")])
@@ -77,7 +77,7 @@ def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path
 
 
 def test_split_warnings() -> None:
-    """One warning each for an empty split, a lonely persona, and a judge of length."""
+    """An empty split, a lonely persona or a judge of length would have no warning."""
     pairs = longer(40)
     fine = verdicts(["expert", "base"] * 10) + verdicts(["base", "expert"] * 10, "q", 20)
     assert split_warnings(fine, pairs) == []
@@ -105,23 +105,23 @@ def judged(trusted: bool, blind: bool, forced: bool, model: str | None = None) -
          "kinds": {"wrong query": row | {"letters": 24, "A": 12}}}]}
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    (judged(True, False, False), []), (judged(True, False, True), ["forced with --judge"]),
-    (judged(False, False, True), ["forced with --judge", "fails its own test"]),
-    (judged(True, True, False), ["blind to refusals"])])
-def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, said: list[str]) -> None:
-    """Exactly these warnings, none more; the share of A with its interval."""
+OUTSIDE = "judge: letter of other/model: an outside judge, so this is not self-verification"
+
+
+@pytest.mark.parametrize(("row", "first", "said"), [
+    (judged(True, False, False), "judge: letter", []),
+    (judged(True, False, False, "other/model"), OUTSIDE, []),
+    (judged(True, False, True), "judge: letter", ["forced with --judge"]),
+    (judged(False, False, True), "judge: letter", ["forced with --judge", "fails its own test"]),
+    (judged(True, True, False), "judge: letter", ["blind to refusals"])])
+def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, first: str, said: list[str]) -> None:
+    """A warning would be missing or too much; the share of A would lack its interval; or another
+    model's verdicts would be called self-verification."""
     lines = judge_lines(row)
     warnings = [line for line in lines if line.startswith("WARNING")]
     assert len(warnings) == len(said) and all(s in w for s, w in zip(said, warnings))
     assert "| letter | wrong query | 12 | 1.00 [0.76, 1.00] | 0 | 0 | 0 | 0 | 0.50 [" in lines[-1]
-
-
-def test_an_outside_judge_is_not_called_self_verification() -> None:
-    """With --judge-model the report says whose verdicts these are."""
-    assert judge_lines(judged(True, False, False, "other/model"))[0] == (
-        "judge: letter of other/model: an outside judge, so this is not self-verification")
-    assert judge_lines(judged(True, False, False))[0] == "judge: letter"
+    assert lines[0] == first
 
 
 def gate(low: float | None) -> dict:
@@ -132,14 +132,14 @@ def gate(low: float | None) -> dict:
 
 
 def test_a_gate_at_chance_is_called_that() -> None:
-    """AUC 0.7 [0.45, 0.9] may be chance, [0.55, 0.9] is not, and without classes nobody can say."""
+    """A gate at AUC 0.7 [0.45, 0.9] would not be called chance, or one at [0.55, 0.9] would."""
     for low, warned in ((0.45, True), (0.55, False), (None, False)):
         assert any("told from chance" in line for line in gate_lines(gate(low))) is warned
     assert "0.50, 0.50, 0.50, 0.50" in gate_lines(gate(0.6))[-1]
 
 
 def test_advice_follows_the_signals() -> None:
-    """Nothing is wrong, or the trouble is named, the worst first."""
+    """A trouble would not be named, the worst first, or one that is none."""
     won = verdicts(["expert"] * 5 + ["base"] * 5)
     fine = [{"stage": "judge", **judged(True, False, False)}, {"stage": "gate", **gate(0.6)},
             {"stage": "kl", "before": 1.0, "after": 0.3}]
@@ -153,7 +153,7 @@ def test_advice_follows_the_signals() -> None:
 
 
 def test_figures_for_people() -> None:
-    """A dash where there is no figure, one line of a long text."""
+    """A missing figure would not be a dash, or a long text more than a line."""
     assert number(None) == share(0, 0) == "-" and number(0.12345) == "0.123"
     assert share(5, 10) == "0.50 [0.24, 0.76]"
     assert quoted("a\n\nb") == "a b" and quoted("x" * 700).endswith("x ...")

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -17,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_hub import file_size_limit
-from tiny_run import (DATA, command, contents, error_of, finished, pair, personas, rows_of,
-    run_train, timeless, verdict)
+from tiny_run import DATA, contents, error_of, pair, rows_of, run_train, timeless, verdict
+from tqdm import tqdm
 
 from bootstrap import Candidate, Pair, Query, Verdict
 from support.hub import InputError
@@ -26,7 +27,6 @@ from support.runs import (FILES, SOURCES, STAGES, RunFolder, load_training_state
                           save_training_state, split_chunks)
 from support.settings import FIRST_STAGE
 
-__all__ = ["command", "finished", "personas"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -48,8 +48,8 @@ NASTY = ["plain", "line\nfeed\r\nand return", 'quotes " and \\ backslash', "tab\
 
 
 def test_rows_survive_whatever_a_model_writes(run: RunFolder) -> None:
-    """A row written is the row read, whatever characters the model put in: one row, one line; and
-    nobody can change it behind the file's back."""
+    """A character that a model wrote would break a row, or somebody could change one behind the
+    file's back."""
     assert run.read("queries.jsonl", Query) == [] and run.metrics() == []
     rows = [Query("p", i, text) for i, text in enumerate(NASTY)]
     run.write("queries.jsonl", rows)
@@ -75,8 +75,8 @@ def test_rows_survive_whatever_a_model_writes(run: RunFolder) -> None:
         json.dumps(dataclasses.asdict(verdict(1, "tie")) | {"target": 0.5})])])
 def test_broken_line_is_named(run: RunFolder, name: str, kind: type, good: object,
                               wrong: list[str]) -> None:
-    """A row that is no row of its kind, or has a field of another type, is an InputError with file
-    and line number: people edit these files."""
+    """A row that is no row of its kind, or has a field of another type, would be believed or not be
+    named by file and line: people edit these files."""
     line = json.dumps(dataclasses.asdict(good))
     for broken in wrong:
         (run.path / name).write_bytes(
@@ -95,13 +95,11 @@ def test_broken_line_is_named(run: RunFolder, name: str, kind: type, good: objec
 # Chunks
 
 
-def squares(run: RunFolder, todo: Sequence[Sequence[int]], fail_at: int = -1) -> list[int]:
+def squares(run: RunFolder, todo: Sequence[Sequence[int]]) -> list[int]:
     """A stage whose rows depend on the whole chunk; returns the chunks that it did."""
     calls = []
     for chunk in run.todo("answers", "answers.jsonl", Query, todo):
         calls.append(list(todo).index(chunk))
-        if calls[-1] == fail_at:
-            raise MemoryError
         run.commit([Query("p", i, f"{i * i} of {list(chunk)}") for i in chunk],
                    {"prompts": len(chunk)})
     return calls
@@ -115,7 +113,7 @@ def figures(run: RunFolder) -> list[dict]:
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 4, 5, 7, 8, 9, 11])
 def test_a_stage_file_cut_anywhere_is_completed(run: RunFolder, kept: int) -> None:
-    """To the same bytes, by whole chunks only, the metrics with it."""
+    """It would not be completed to the same bytes, by whole chunks only, the metrics with it."""
     todo = split_chunks(range(11), 4)
     assert squares(run, todo) == [0, 1, 2]
     path = run.path / "answers.jsonl"
@@ -126,27 +124,6 @@ def test_a_stage_file_cut_anywhere_is_completed(run: RunFolder, kept: int) -> No
     path.write_bytes(b"".join(final.splitlines(keepends=True)[:kept]))
     assert squares(run, todo) == [n for n, done in enumerate((4, 8, 11)) if done > kept]
     assert path.read_bytes() == final and figures(run) == metrics
-
-
-def test_leftover_metrics_row_is_replaced(run: RunFolder) -> None:
-    """A metrics row whose chunk was never committed is replaced, rows of other stages stay."""
-    todo = split_chunks(range(8), 4)
-    squares(run, todo[:1])
-    run.record("other", 5, loss=1.0)
-    run.record("answers", 1, prompts=-1, seconds=9.9)  # killed between the two replacements
-    squares(run, todo)
-    assert figures(run) == [{"stage": "answers", "step": 0, "prompts": 4},
-                            {"stage": "other", "step": 5, "loss": 1.0},
-                            {"stage": "answers", "step": 1, "prompts": 4}]
-
-
-def test_work_that_fails_leaves_the_chunks_before(run: RunFolder) -> None:
-    """An error in chunk 1 leaves chunk 0 on disk, whole, and nothing of chunk 1."""
-    with pytest.raises(MemoryError):
-        squares(run, split_chunks(range(8), 4), fail_at=1)
-    assert [q.index for q in run.read("answers.jsonl", Query)] == [0, 1, 2, 3]
-    assert [m["step"] for m in run.metrics()] == [0]
-    assert not list(run.path.glob(".*.tmp"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,8 +180,8 @@ def left(folder: Path) -> int:
     ("lr", 0.2, 4)])
 def test_a_changed_setting_drops_its_stage_and_those_after(made: Path, setting: str, value: object,
                                                            stage: int) -> None:
-    """Never unasked: without leave the setting is named and nothing is touched; --from a later
-    stage is no leave, --from that stage or an earlier one is."""
+    """Results would be dropped unasked, or rows of two settings mixed: without leave the setting is
+    named and nothing is touched; --from a later stage is no leave, --from that stage is."""
     before = contents(made)
     for later in [None, *STAGES[stage + 1:]]:
         with pytest.raises(InputError, match=rf"{setting} = .*, now it is {value}.*--overwrite"):
@@ -219,9 +196,9 @@ def test_a_changed_setting_drops_its_stage_and_those_after(made: Path, setting: 
 
 @pytest.mark.parametrize(("stage", "name"), SOURCES.items())
 def test_an_edited_file_makes_later_stages_stale(made: Path, stage: str, name: str) -> None:
-    """The file is named, and the stage that was made from it; with --overwrite, or --from it, that
-    stage and those after it are dropped, and the edited file is kept. Saving it unchanged is no
-    edit."""
+    """An edit would go unnoticed or be lost: the file is named, and the stage that was made from
+    it; with --overwrite, or --from it, that stage and those after it are dropped, and the edited
+    file is kept. Saving it unchanged is no edit."""
     (made / name).write_text("x")
     (made / "report.md").rename(made / "kept")  # an incomplete run
     before = contents(made)
@@ -244,8 +221,8 @@ def test_an_edited_file_makes_later_stages_stale(made: Path, stage: str, name: s
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_from_a_stage_redoes_it_once(made: Path, stage: str) -> None:
-    """--from on a complete run drops that stage and those after it; the same command again, after a
-    kill, drops nothing more; on a run that is complete again, it does."""
+    """--from on a complete run would drop other stages than that one and those after it; or the
+    same command again, after a kill, would drop more. On a run that is complete again, it does."""
     begin(made, redo=stage)
     assert left(made) == STAGES.index(stage)
     for name in FILES[stage]:
@@ -267,30 +244,25 @@ def test_from_a_stage_redoes_it_once(made: Path, stage: str) -> None:
     ("run.json", '{"settings": {}, "made_from": {"judge": "x"}}'), ("metrics.jsonl", "x\n")])
 def test_out_of_an_unknown_run_is_refused(command: list[str], tmp_path: Path, name: str, text: str,
                                           capfd: Capture) -> None:
-    """A folder with files of some other program: status 2, one line, the files as they were."""
+    """Files of some other program would be written over: status 2, one line."""
     (tmp_path / name).write_text(text)
     assert run_train(*command, "--out", tmp_path) == 2
     assert name in error_of(capfd) and contents(tmp_path) == {name: text.encode()}
 
 
-def test_a_run_of_the_first_edition_is_refused(finished: Path, command: list[str], tmp_path: Path,
-                                               capfd: Capture) -> None:
+def test_a_run_of_the_first_edition_is_refused(made: Path) -> None:
     """Its run.json lacks the rules of today's code, so nobody can say whether its rows are those
-    that this code would write: one line, status 2, nothing touched; --overwrite starts again."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
-    about = json.loads((out / "run.json").read_text())
-    for name in ("query_rules", "verdict_rules", "gate_rules", "lora_rules", "answer_temperature"):
-        del about["settings"][name]
-    about["settings"] |= {"votes": 1, "drop_chance": False}
-    del about["made_from"]
-    (out / "run.json").write_text(json.dumps(about))
-    before = contents(out)
-    assert run_train(*command, "--out", out) == 2
-    assert "an earlier run has " in error_of(capfd) and contents(out) == before
-    begin_again = [*command, "--out", out, "--overwrite", "--stop-after", "queries"]
-    assert run_train(*begin_again) == 0
-    assert "votes" not in (out / "run.json").read_text()
-    assert (out / "queries.jsonl").read_bytes() == before["queries.jsonl"]
+    that this code would write: they would be mixed. --overwrite starts again."""
+    about = json.loads((made / "run.json").read_text())
+    del about["settings"]["query_rules"], about["made_from"]
+    about["settings"]["votes"] = 1
+    (made / "run.json").write_text(json.dumps(about))
+    before = contents(made)
+    with pytest.raises(InputError, match="an earlier run has query_rules = None"):
+        begin(made)
+    assert contents(made) == before
+    begin(made, overwrite=True)
+    assert left(made) == 0 and "votes" not in (made / "run.json").read_text()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,6 +277,7 @@ def forked(log: Path, work: Callable[[], int]) -> int:
         return child
     status = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, which die holding it
     try:
         with log.open("w") as sys.stdout:
             sys.stderr = sys.stdout
@@ -344,28 +317,20 @@ def run_and_die(command: Sequence[str], out: Path, after: int, how: str) -> int:
     return os.waitpid(forked(Path(os.devnull), work), 0)[1]
 
 
-def killed_to_the_end(command: Sequence[str], out: Path) -> list[str]:
-    """Kill a run, continue it by the same command, kill that, until it ends by itself: after few
-    writes at first, where the stages are short. Returns the stages it died in."""
-    died: list[str] = []
-    while True:
+def test_killed_again_and_again(finished: Path, command: list[str], tmp_path: Path) -> None:
+    """A run killed in every stage, a third of the times in the middle of a write, and continued by
+    the same command, would end in other files than the run that nobody disturbed."""
+    out, died, status = tmp_path / "out", [], -1
+    while status != 0:
         how = ("middle", "before", "after")[len(died) % 3]
+        # After few writes at first, where the stages are short.
         status = run_and_die(command, out, 2 + len(died) // 2, how)
-        if status == 0:
-            return died
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+        assert status == 0 or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         rows = rows_of(out, "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
         died.append(rows[-1]["stage"] if rows else "nothing")
         assert len(died) < 100
-
-
-def test_killed_again_and_again(finished: Path, command: list[str], tmp_path: Path) -> None:
-    """One run, killed in every stage, a third of the times in the middle of a write, and continued
-    by the same command: all its files are those of the run that nobody disturbed."""
-    out = tmp_path / "out"
-    died = killed_to_the_end(command, out)
-    assert len(died) >= 8 and len({"queries", "quality", "answers", "judge", "verdicts", "gate",
-                                   "lora", "kl"} & set(died)) >= 5, died
+    assert len(died) > 8 and len({"queries", "quality", "answers", "judge", "verdicts", "gate",
+                                  "lora", "kl"} & set(died[:-1])) >= 5, died
     assert timeless(out) == timeless(finished)
     assert not list(out.glob(".*.tmp"))
 
@@ -377,9 +342,9 @@ def lines_in(path: Path) -> int:
 
 def test_interrupted_is_status_130(finished: Path, command: list[str], tmp_path: Path,
                                    capsys: Capture) -> None:
-    """Ctrl-C in stage 1 and SIGTERM after stage 2's first chunk: 130, one last line that says how
-    to continue, no traceback. While the process works, a second one in the same folder is refused;
-    dead, it holds nothing."""
+    """Ctrl-C in stage 1, or SIGTERM after stage 2's first chunk, would be a traceback or not say
+    how to continue; while the process works, a second one would be let into the same folder; or,
+    dead, it would still hold the folder."""
     out, log = tmp_path / "out", tmp_path / "log"
     for how, name in ((signal.SIGINT, "candidates.jsonl"), (signal.SIGTERM, "answers.jsonl")):
         child = forked(log, lambda: run_train(*command, "--out", out))
@@ -402,9 +367,8 @@ def test_interrupted_is_status_130(finished: Path, command: list[str], tmp_path:
 
 
 def test_disk_full(finished: Path, command: list[str], tmp_path: Path, capfd: Capture) -> None:
-    """Files that cannot grow beyond so many bytes stand for a full disk: status 2, one line with
-    the file and the way on, everything written stays readable, and with space the run continues to
-    the same files."""
+    """A full disk (files that cannot grow beyond so many bytes) would be a traceback, spoil what
+    was written, or be the end of the run: with space it continues to the same files."""
     out, failed = tmp_path / "out", []
     for space in (300, 8_000, 50_000):
         with file_size_limit(space):
@@ -441,26 +405,11 @@ def trained(steps: int, seed: int = 0) -> tuple[list[torch.nn.Parameter], torch.
     return parameters, optimizer
 
 
-def test_training_continues_from_the_checkpoint(tmp_path: Path) -> None:
-    """Parameters, both moments and the step: three steps, saved, and two more in another process
-    are five."""
-    parameters, optimizer = trained(0)
-    assert load_training_state(tmp_path, parameters, optimizer) == 0
-    save_training_state(tmp_path, *trained(3), 3)
-    assert load_training_state(tmp_path, parameters, optimizer) == 3
-    for _ in range(2):
-        sum((p**2).sum() for p in parameters).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for a, b in zip(parameters, trained(5)[0]):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize(("damage", "reason"), [
     ("missing", "1.mean"), ("shape", "another shape"), ("NaN", "not finite"), ("step", "'step'"),
     ("negative step", "step -4"), ("empty", ""), ("cut", ""), ("nested", "")])
 def test_damaged_checkpoint_is_named(damage: str, reason: str, tmp_path: Path) -> None:
-    """A checkpoint that is not this run's is named; nothing is trained from half of it."""
+    """A checkpoint that is not this run's would not be named, or be trained from by half."""
     path = tmp_path / "checkpoint.safetensors"
     save_training_state(tmp_path, *trained(3), 3)
     tensors = load_file(path)

@@ -17,7 +17,7 @@ JUDGES = 20_000
 
 
 def test_the_worked_examples_are_true() -> None:
-    """Every docstring's example gives what it says."""
+    """A docstring's example would not give what it says."""
     found = doctest.testmod(stats)
     assert found.failed == 0 and found.attempted >= 7
 
@@ -26,7 +26,8 @@ def test_the_worked_examples_are_true() -> None:
     (5, 10, (0.2366, 0.7634)), (0, 10, (0, 0.2775)), (10, 10, (0.7225, 1)), (1, 1, (0.2065, 1)),
     (81, 263, (0.2553, 0.3662)), (0, 0, (0, 1))])
 def test_interval_is_wilsons(hits: int, n: int, expected: tuple[float, float]) -> None:
-    """Figures published or worked out by hand (81 of 263: Newcombe 1998, table I)."""
+    """An interval would not be the one published or worked out by hand (81 of 263: Newcombe 1998,
+    table I)."""
     assert interval(hits, n) == pytest.approx(expected, abs=1e-4)
 
 
@@ -81,7 +82,7 @@ def test_the_simulation_decides_as_the_judges_test_does() -> None:
 
 
 def test_good_judges_are_refused_in_at_most_one_of_a_hundred() -> None:
-    """Right on 0.9 of both kinds that decide, each tested for itself."""
+    """More would be refused that are right on 0.9 of both kinds that decide."""
     (first, pairs), (second, _) = simulated(0.9), simulated(0.9, 1)
     assert (~(first & second)).mean() <= 0.01
     assert (~first).mean() == pytest.approx(1 / 300, abs=0.0015)  # as support/stats.py says
@@ -89,7 +90,7 @@ def test_good_judges_are_refused_in_at_most_one_of_a_hundred() -> None:
 
 
 def test_poor_judges_are_trusted_in_at_most_one_of_a_hundred() -> None:
-    """Right on 0.6 only: not even one kind is passed more often."""
+    """A judge that is right on 0.6 only would pass even one kind more often."""
     passed, pairs = simulated(0.6)
     assert passed.mean() <= 0.01
     assert passed.mean() == pytest.approx(1 / 118, abs=0.0025)
@@ -99,8 +100,8 @@ def test_poor_judges_are_trusted_in_at_most_one_of_a_hundred() -> None:
 
 
 def test_auc_and_its_interval_by_hand() -> None:
-    """Hanley and McNeil's interval for 3 of 4 won pairs, its variance taken at 3.5 of 5; perfect
-    scores of very few queries are not certainty, a tie is half a win."""
+    """The interval would not be Hanley and McNeil's (3 of 4 won pairs, the variance at 3.5 of 5),
+    perfect scores of very few queries would be certainty, or a tie not half a win."""
     area, low, high = auc([0.9, 0.4], [0.5, 0.1])
     a = 3.5 / 5
     q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
@@ -117,8 +118,8 @@ def test_auc_and_its_interval_by_hand() -> None:
 
 
 def test_auc_of_two_normals() -> None:
-    """Two normal classes one deviation apart: Phi(1 / sqrt(2)) = 0.760, inside the interval, which
-    covers it in about 95 of 100 draws."""
+    """Phi(1 / sqrt(2)) = 0.760, the AUC of two normal classes one deviation apart, would be inside
+    the interval in more or less than about 95 of 100 draws."""
     generator, covered = np.random.default_rng(0), 0
     for _ in range(200):
         area, low, high = auc(list(generator.normal(1, 1, 40)), list(generator.normal(0, 1, 40)))
@@ -127,8 +128,8 @@ def test_auc_of_two_normals() -> None:
 
 
 def test_roc_and_threshold() -> None:
-    """The curve's corners, and the threshold halfway below the point farthest from the diagonal;
-    classes that cannot be told apart leave it at one half."""
+    """A corner of the curve would be wrong; or the threshold not halfway below the point farthest
+    from the diagonal, or, where classes cannot be told apart, not one half."""
     probability, targets = [0.9, 0.8, 0.7, 0.3, 0.2, 0.1], [1, 1, 0, 1, 0, 0]
     assert roc(probability, targets) == [
         [0.9, 0, 1 / 3], [0.8, 0, 2 / 3], [0.7, 1 / 3, 2 / 3], [0.3, 1 / 3, 1],
@@ -141,8 +142,8 @@ def test_roc_and_threshold() -> None:
 
 
 def test_decision_scores_by_hand() -> None:
-    """Five queries worked out by hand, one tie between the classes; one class only has no AUC, and
-    no query at all no accuracy: None, not an invented number."""
+    """A score would not be that worked out by hand, or be invented where there is none: one class
+    only has no AUC, and no query at all no accuracy."""
     scores = [0.9, 0.4, 0.4, 0.2, 0.5]
     found = decision_scores(scores, [s >= 0.5 for s in scores], [1, 1, 0, 0, 0])
     # positives 0.9 and 0.4 against 0.4, 0.2, 0.5: three wins; then a tie, a win and a loss

@@ -5,24 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import re
 import shutil
 from pathlib import Path
-from typing import Sequence
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_runs import run_and_die
 from tiny import one_thread, randomize_adapter, tiny_llama
-from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, command, contents, error_of,
-    finished, personas, rows_of, run_train, timeless, verdict, write_rows)
+from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, contents, error_of, rows_of,
+                      run_train, timeless, verdict, write_rows)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import judge
 import train
 from bootstrap import Pair, Verdict, hold_out
 from engine import Sampling
@@ -30,7 +25,6 @@ from generate import gate_features, generate
 from judge import conversation
 from model import Transformer, load
 from prism import PRISM
-from support import settings as rules
 from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
@@ -40,7 +34,6 @@ from tokenizer import Tokenizer
 from train import (Sample, distill_samples, held_out_kl, learning_rate,
                    micro_batches, out_of_fold, sample_loss, train_gate, train_lora)
 
-__all__ = ["command", "finished", "personas"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -65,29 +58,24 @@ def pairs_for(persona: Persona, n: int = 6, tokens: int = 8, vocab: int = 2000) 
 # The split and the schedule
 
 
-def test_hold_out_takes_a_fifth_of_each_class() -> None:
-    """A fifth of the won and a fifth of the others, a function of names and seed only."""
-    verdicts = [verdict(i, "expert" if i < 25 else "base") for i in range(65)]
-    held = hold_out(verdicts, 0)
-    target = {(v.persona, v.index): v.target for v in verdicts}
-    assert sorted(target[key] for key in held) == [0] * 8 + [1] * 5
-    assert hold_out(verdicts[::-1], 0) == held and hold_out(verdicts, 0) == held
-    assert hold_out(verdicts, 1) != held
-
-
 @pytest.mark.parametrize(("ones", "zeros", "expected"), [
-    (2, 2, (1, 1)), (1, 9, (0, 2)), (1, 1, (0, 0)), (0, 10, (0, 2)), (3, 0, (1, 0)),
-    (0, 0, (0, 0))])
-def test_hold_out_of_small_classes(ones: int, zeros: int, expected: tuple[int, int]) -> None:
-    """At least one of a class of two, none of a class of one: something is left to fit on."""
+    (25, 40, (5, 8)), (2, 2, (1, 1)), (1, 9, (0, 2)), (1, 1, (0, 0)), (0, 10, (0, 2)),
+    (3, 0, (1, 0)), (0, 0, (0, 0))])
+def test_hold_out_takes_a_fifth_of_each_class(ones: int, zeros: int,
+                                              expected: tuple[int, int]) -> None:
+    """The split would depend on the order, not on the seed, or leave nothing to fit on: at least
+    one of a class of two is held out, none of a class of one."""
     verdicts = [verdict(i, "expert" if i < ones else "tie") for i in range(ones + zeros)]
     held = hold_out(verdicts, 0)
     found = [verdicts[i].target for _, i in held]
     assert (found.count(1), found.count(0)) == expected
+    assert hold_out(verdicts[::-1], 0) == held
+    if ones == 25:
+        assert hold_out(verdicts, 1) != held
 
 
 def test_learning_rate() -> None:
-    """Linear warm-up over 5% of the steps to the peak, then linear to zero after the last step."""
+    """The rate would not rise over 5% of the steps and fall in a line to zero after the last."""
     rates = [learning_rate(i, 100, 2.0) for i in range(101)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert rates[5] == pytest.approx(2.0) and rates[99] == pytest.approx(2 / 95)
@@ -98,7 +86,7 @@ def test_learning_rate() -> None:
 
 
 def test_micro_batches() -> None:
-    """Every sample once, no group above the token budget unless a single sample is."""
+    """A sample would be lost, a group exceed the budget, or the groups depend on the order."""
     samples = [Sample(f"p/{i}", [1] * n, 1, torch.zeros(0)) for i, n in enumerate(
         [7, 30, 7, 120, 12, 55, 1, 99, 30])]
     groups = micro_batches(samples, 100)
@@ -126,8 +114,8 @@ def planted(n: int, positives: int, distance: float, seed: int) -> tuple[Tensor,
 
 def test_out_of_fold_never_saw_the_query(net: Transformer,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels that nothing can predict: a gate scored on what it was fitted on looks perfect, out
-    of fold it is at chance; labels that can be predicted stay so."""
+    """A gate would be scored on what it was fitted on: on labels that nothing can predict it looks
+    perfect there, and is at chance out of fold; labels that can be predicted stay so."""
     monkeypatch.setattr(train, "GATE_STEPS", 100)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(120, 32, generator=generator)
@@ -150,8 +138,8 @@ def test_out_of_fold_never_saw_the_query(net: Transformer,
 
 
 def test_train_gate_balances_the_classes(net: Transformer) -> None:
-    """One positive in twelve, classes that overlap: most positives still open the gate (without
-    the balance 40% would, with it 72%)."""
+    """Where one query in twelve is positive, most positives would not open the gate (without the
+    balance 40% do, with it 72%)."""
     prism = PRISM(net)
     with one_thread():
         train_gate(prism.gate, *planted(3000, 250, 2.0, 0), seed=0)
@@ -163,66 +151,22 @@ def test_train_gate_balances_the_classes(net: Transformer) -> None:
 
 
 def test_gate_that_reads_infinity_is_named(net: Transformer) -> None:
-    """Stage 4 on states that overflowed: an error, not a gate of NaN."""
+    """States that overflowed would make a gate of NaN."""
     x, targets = planted(20, 10, 1.0, 0)
     x[3, 3] = float("inf")
     with one_thread(), pytest.raises(InputError, match="stage 4: the gate's loss"):
         train_gate(PRISM(net).gate, x, targets, seed=0)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_gate_is_trained_on_bare_prompts(net: Transformer, tok: Tokenizer, pool: str) -> None:
-    """h(x) in training is that of the prompt alone: the query rendered without a system message,
-    generation prompt included, no answer after it."""
-    prism = PRISM(net, gate_pool=pool)
-    queries = ["Why does iron rust?", "Hello", "Name three rivers of this country, please."]
-    found, tokens = gate_features(prism, tok, list(map(conversation, queries)))
-    assert tokens == sum(len(tok.render([{"role": "user", "content": q}])) for q in queries)
-    for h, query in zip(found, queries, strict=True):
-        ids, mask = tok.render([{"role": "user", "content": query}], add_generation_prompt=True,
-                               return_user_mask=True)
-        x = net.run(net.embed(torch.tensor([ids])), net.positions((1, len(ids))), range(1))[0]
-        expected = x[-1] if pool == "last" else x[torch.tensor(mask)].mean(0)
-        torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-4)
-
-
 # --------------------------------------------------------------------------------------------------
 # Stage 5
-
-
-def default_system(tok: Tokenizer) -> str:
-    """The system text that the chat template adds when there is no system message."""
-    text = tok.decode(tok.render([{"role": "user", "content": "x"}]), skip_special_tokens=False)
-    return re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL).group(1)
-
-
-def lora_gradient(prism: PRISM, samples: Sequence[Sample]) -> float:
-    """Largest entry of the gradient of the adapter's parameters for these samples."""
-    prism.zero_grad()
-    sample_loss(prism, samples, 1.0).backward()
-    return max(float(p.grad.abs().max()) for p in prism.adapter.parameters())
-
-
-def test_gradient_at_step_zero_comes_from_the_persona(net: Transformer, tok: Tokenizer) -> None:
-    """With a persona the teacher differs from the fresh student and B gets a gradient; with a
-    teacher that reads the student's own prompt there is nothing to learn."""
-    prism = PRISM(net, rank=4)
-    samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
-    assert lora_gradient(prism, samples) > 1e-2
-    none = Persona("none", default_system(tok))  # what the template says to the student as well
-    user = [{"role": "user", "content": "x"}]
-    assert tok.render([{"role": "system", "content": none.text}, *user]) == tok.render(user)
-    same = distill_samples(net, tok, [none], pairs_for(none), 1024)
-    assert lora_gradient(prism, same) < 1e-5  # rounding of differently padded batches
-    assert abs(float(sample_loss(prism, same, 1.0))) < 1e-4 < float(sample_loss(prism, samples, 1))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperature: float) -> None:
-    """KL(P(.|c, x, y_<t) || P(.|x, y_<t)) summed over every answer token, the first and the end
-    of turn included, computed here from the full logits of each sequence alone."""
+    """The loss would not be KL(P(.|c, x, y_<t) || P(.|x, y_<t)) summed over every answer token, the
+    first and the end of turn included, here from the full logits of each sequence alone."""
     prism = PRISM(net, rank=4)  # B = 0: the student is the base model
     pairs = pairs_for(PIRATE, 4)
     samples = distill_samples(net, tok, [PIRATE], pairs, 1024)
@@ -245,8 +189,8 @@ def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperatur
 
 def test_sft_loss_is_cross_entropy(net: Transformer, tok: Tokenizer,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """Summed over the answer tokens, value and gradient, with chunks of one token and of all; the
-    teacher plays no part."""
+    """--loss sft would not be the cross-entropy of the answer tokens, in value or gradient, with
+    chunks of one token or of all."""
     samples = distill_samples(net, tok, [PIRATE], pairs_for(PIRATE, 3), 1024)
     prism = randomize_adapter(PRISM(net, rank=4))
     expected = 0.0
@@ -265,8 +209,8 @@ def test_sft_loss_is_cross_entropy(net: Transformer, tok: Tokenizer,
 
 def test_recomputed_layers_give_the_same_gradients(net: Transformer, tok: Tokenizer,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradient checkpointing loss and gradients are equal bit for bit, dropout masks
-    included, and fewer bytes wait for the backward pass."""
+    """Gradient checkpointing would change a bit of loss or gradients, by another dropout mask, or
+    save no memory."""
     samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
     found = []
     for above in (train.RECOMPUTE_ABOVE, -1):
@@ -288,14 +232,9 @@ def test_recomputed_layers_give_the_same_gradients(net: Transformer, tok: Tokeni
     assert found[1][2] < 0.7 * found[0][2]
 
 
-QWEN_7B = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
-           "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
-
-
 def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
-    """The teacher's sequence, the longer one, fits in max_len; a sample without room is left out
-    and the ids that remain are the answer's first."""
+    """The teacher's sequence, the longer one, would not fit in max_len, or what remains would not
+    be the answer's first ids; a sample without room is left out."""
     pairs = pairs_for(CHEMIST, 5)
     teachers = [len(tok.render([{"role": "system", "content": CHEMIST.text},
                                 {"role": "user", "content": p.query}])) for p in pairs]
@@ -311,12 +250,12 @@ def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
 
 def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
                                                    tmp_path: Path) -> None:
-    """Stages 4 and 5 change the gate and the adapter, and not one bit of the base; under a bf16
-    base the adapter learns in fp32, or updates below bf16's resolution of A would round away."""
+    """Stages 4 and 5 would change a bit of the base, or the adapter would learn in the base's bf16,
+    where updates below its resolution round away."""
     net = load(folder, dtype=torch.bfloat16)
     before = {n: t.clone() for n, t in net.state_dict().items()}
     prism = PRISM(net, rank=4)
-    a, b = (getattr(prism.adapter[2]["down_proj"], name) for name in "AB")
+    a = prism.adapter[2]["down_proj"].A
     old = a.detach().clone()
     run = RunFolder(tmp_path)
     with one_thread():
@@ -324,25 +263,18 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
                    torch.tensor([1.0, 0.0, 0.0]), 0)
         samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
         train_lora(run, prism, samples, settings(lr=1e-5, epochs=1))
-        moved = (a.detach() - old).abs()
-        first = held_out_kl(prism, samples)
-        (tmp_path / "checkpoint.safetensors").unlink(missing_ok=True)
-        train_lora(run, prism, samples, settings(epochs=6, lr=5e-3))
-        last = held_out_kl(prism, samples)
     run.close()
-    assert all(p.dtype == torch.float32 for p in prism.adapter.parameters())
+    moved = (a.detach() - old).abs()
+    assert a.dtype == torch.float32
     assert 0 < float(moved.max()) < 1e-4 and float((moved > 0).float().mean()) > 0.9
-    assert float(b[0].abs().max()) > 0 and last < 0.9 * first
-    after = net.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_last_good_state_is_kept(what: str, net: Transformer, tok: Tokenizer, tmp_path: Path,
                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss, or only a gradient, that stops being finite at step 3: step and samples are named,
-    the checkpoint of step 2 and the rows before stay."""
+    """A loss, or only a gradient, that stops being finite at step 3 would spoil the checkpoint of
+    step 2, or not be named with its samples."""
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST, 6), 1024)
     real, calls = train.sample_loss, []
@@ -367,7 +299,7 @@ def test_last_good_state_is_kept(what: str, net: Transformer, tok: Tokenizer, tm
 
 def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, tok: Tokenizer,
                                               tmp_path: Path) -> None:
-    """Three epochs of one batch, by hand: mean KL an answer token, gradient clipped to norm 1,
+    """A step would not be what it is by hand: mean KL an answer token, gradient clipped to norm 1,
     AdamW with weight decay 0.01 at the scheduled rate."""
     samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
     mine, hand = PRISM(net, rank=4, dropout=0.0), PRISM(net, rank=4, dropout=0.0)
@@ -396,30 +328,27 @@ def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, tok: Tokenizer,
 
 
 def test_files_of_a_run(finished: Path, folder: Path) -> None:
-    """Everything that is promised is there, nothing temporary is left; run.json records every
-    setting with seed, versions and base, prism.json what loading needs."""
+    """A promised file would be missing, or a temporary one left; run.json would not say what made
+    the run, or prism.json not what loading needs."""
     assert contents(finished).keys() == ALL_FILES
     run = json.loads((finished / "run.json").read_text())
-    expected = {"queries": QUERIES, "max_new_tokens": 12, "judge": "likelihood", "epochs": 4,
-                "batch_size": 4, "rank": 4, "alpha": 32.0, "lr": 1e-3, "seed": 0, "dropout": 0.05,
-                "max_len": 1024, "kd_temperature": 1.0, "gate_layer": 0, "gate_pool": "mean",
-                "gate_threshold": None, "judge_model": None, "slots": 32, "model": str(folder),
-                "personas": ["chemist", "pirate"], "dtype": "float32", "device": "cpu",
-                "base_source": "folder", "base_fingerprint": fingerprint(folder)}
+    base = {"base_source": "folder", "base_fingerprint": fingerprint(folder)}
+    expected = base | {"queries": QUERIES, "lr": 1e-3, "alpha": 32.0, "gate_layer": 0,
+                       "gate_threshold": None, "personas": ["chemist", "pirate"],
+                       "dtype": "float32", "device": "cpu"}  # all: test_settings.py
     assert {n: run["settings"][n] for n in expected} == expected
     assert run["versions"]["torch"] == torch.__version__
     found = json.loads((finished / "prism.json").read_text())
     [gate] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
-    expected = {"base_model": str(folder.resolve()), "base_source": "folder",
-                "base_fingerprint": fingerprint(folder), "rank": 4, "alpha": 32.0,
-                "gate_layer": 0, "gate_pool": "mean", "dtype": "float32",
-                "threshold": gate["threshold"]}
+    expected = base | {"base_model": str(folder.resolve()), "rank": 4, "alpha": 32.0,
+                       "gate_layer": 0, "gate_pool": "mean", "dtype": "float32",
+                       "threshold": gate["threshold"]}
     assert {n: found[n] for n in expected} == expected
 
 
 def test_rows_and_metrics_of_a_run(finished: Path) -> None:
-    """One row a query in each stage file, in the same order; one metrics row a chunk and a step, in
-    the order of the work; the schedule and the counts add up."""
+    """A query would lack its row in a stage file, a chunk or a step its metrics row, or the
+    schedule and the counts would not add up."""
     queries, answers, verdicts = (rows_of(finished, name) for name in DATA[1:])
     keys = [[(r["persona"], r["index"]) for r in rows] for rows in (queries, answers, verdicts)]
     assert keys[0] == keys[1] == keys[2] == [(p, i) for p in ("chemist", "pirate")
@@ -448,10 +377,10 @@ def test_rows_and_metrics_of_a_run(finished: Path) -> None:
 
 
 def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: Path) -> None:
-    """The persona goes into the adapter: on held-out queries the KL between the persona-reading
-    base and the adapter WITHOUT the persona, recomputed by transformers, its own chat template and
-    PEFT from the saved folder, is what the run reports, and well below the base's. A teacher that
-    lost its persona trains on nothing and fails here."""
+    """The persona would not go into the adapter: on held-out queries the KL between the
+    persona-reading base and the adapter WITHOUT the persona, recomputed by transformers, its own
+    chat template and PEFT from the saved folder, is what the run reports, and well below the
+    base's. A teacher that lost its persona trains on nothing and fails here."""
     pairs = [Pair(**r) for r in rows_of(finished, "answers.jsonl")]
     verdicts = [Verdict(**r) for r in rows_of(finished, "verdicts.jsonl")]
     held = hold_out(verdicts, 0)
@@ -487,8 +416,8 @@ def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: 
 
 def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, tok: Tokenizer,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracy, AUC and the rest come from gates that never saw the query; the gate that is kept
-    was fitted on all, and is the one that routes."""
+    """Accuracy, AUC and the rest would come from gates that saw the query; or the gate that is kept
+    would not be fitted on all, or not be the one that routes."""
     monkeypatch.setattr(train, "GATE_STEPS", 20)  # as in `run_train`
     queries = [r["query"] for r in rows_of(finished, "queries.jsonl")]
     targets = [v["target"] for v in rows_of(finished, "verdicts.jsonl")]
@@ -513,26 +442,8 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
     ids, mask = tok.render([{"role": "user", "content": queries[0]}], return_user_mask=True)
     [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)]),
                                  torch.tensor([mask])).tolist()
-    with torch.no_grad():
+    with torch.no_grad():  # so training read the bare prompt, too
         assert p == pytest.approx(float(prism.gate(features[:1]).sigmoid()), abs=1e-4)
-
-
-def test_other_settings_are_refused(finished: Path, command: list[str], personas: Path,
-                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                    capsys: Capture) -> None:
-    """Other flags, an edited persona or a changed constant of the code on the same --out: status 2,
-    one line that names the setting, nothing touched."""
-    edited = Path(shutil.copytree(personas, tmp_path / "personas"))
-    (edited / "pirate.txt").write_text("Answer as a polite pirate.")
-    before = contents(finished)
-    for named, flags in (("seed", ["--seed", "1"]), ("dtype", ["--dtype", "bfloat16"]),
-                         ("personas_sha256", ["--personas", edited]), ("verdict_rules", [])):
-        if named == "verdict_rules":
-            monkeypatch.setattr(rules, "VERDICT_RULES", (judge.JUDGE_PROMPT + "!",))
-        assert run_train(*command, "--out", finished, *flags) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and f"an earlier run has {named} = " in error
-    assert contents(finished) == before
 
 
 def stamps(out: Path, *names: str) -> list[int]:
@@ -542,9 +453,9 @@ def stamps(out: Path, *names: str) -> list[int]:
 
 def test_an_edited_query_takes_effect(finished: Path, command: list[str], tmp_path: Path,
                                       capfd: Capture) -> None:
-    """A researcher edits queries.jsonl and gives the command again: one line, status 2, with the
-    file's name and the way on; with --overwrite the answers are to the edited query, stage 1 is
-    untouched, and the run is complete again."""
+    """A researcher's edit of queries.jsonl would be lost or go unnoticed: the command again is one
+    line, status 2, with the file's name and the way on; with --overwrite the answers are to the
+    edited query, stage 1 is untouched, and the run is complete again."""
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     rows = rows_of(out, "queries.jsonl")
     rows[3]["query"] = "How do I weld two pipes of copper?"
@@ -566,8 +477,8 @@ def test_an_edited_query_takes_effect(finished: Path, command: list[str], tmp_pa
 
 def test_a_flipped_verdict_takes_effect(finished: Path, command: list[str], tmp_path: Path,
                                         capfd: Capture) -> None:
-    """A researcher overrules the judge: gate and adapter are made from the edited verdict, the
-    answers and the other verdicts stay."""
+    """A researcher could not overrule the judge: gate and adapter are made from the edited verdict,
+    the answers and the other verdicts stay."""
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     rows = rows_of(out, "verdicts.jsonl")
     lost = next(r for r in rows if r["winner"] == "base")
@@ -586,26 +497,10 @@ def test_a_flipped_verdict_takes_effect(finished: Path, command: list[str], tmp_
     assert f"distill / retain: {won + 1} / " in after["report.md"].decode()
 
 
-def test_from_a_stage_redoes_it_and_those_after(finished: Path, command: list[str],
-                                                tmp_path: Path) -> None:
-    """--from verdicts: stages 1 and 2 are not touched, the others come out as before, although the
-    process was killed in between and the same command given again."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
-    before, redo = stamps(out, *DATA), [*command, "--from", "verdicts"]
-    status = run_and_die(redo, out, 6, "after")
-    assert os.WIFSIGNALED(status) and len(rows_of(out, "verdicts.jsonl")) == 32
-    assert not (out / "gate.safetensors").exists() and not (out / "prism.json").exists()
-    half = rows_of(out, "metrics.jsonl")[-1]
-    assert run_train(*redo, "--out", out) == 0
-    assert half in rows_of(out, "metrics.jsonl")  # what the first attempt did was not done again
-    assert stamps(out, *DATA[:3]) == before[:3] and stamps(out, *DATA[3:]) != before[3:]
-    assert timeless(out) == timeless(finished)
-
-
 def test_nothing_to_distil(finished: Path, command: list[str], tmp_path: Path,
                            capsys: Capture) -> None:
-    """No win: status 3, the data is kept, the reason is told, and no adapter is there, not even
-    that of an earlier run that --overwrite replaced. Again: 3, and nothing changes."""
+    """Without a win the data would be lost, the reason not told, or an adapter be there, if only
+    that of an earlier run. Again: status 3, and nothing changes."""
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     letter = [*command, "--judge", "letter", "--out", out]  # unparsed throughout on this model
     assert run_train(*letter, "--overwrite") == 3
@@ -620,8 +515,8 @@ def test_nothing_to_distil(finished: Path, command: list[str], tmp_path: Path,
 
 
 def test_stage_by_stage(finished: Path, command: list[str], tmp_path: Path) -> None:
-    """--stop-after each stage in turn leaves that stage's files and no later ones, and ends with
-    the files of a run in one go."""
+    """--stop-after each stage in turn would leave other files than that stage's, or end with
+    others than a run in one go."""
     expected = {"run.json", "metrics.jsonl"}
     for stage, names in FILES.items():
         if stage != "lora":
@@ -634,8 +529,8 @@ def test_stage_by_stage(finished: Path, command: list[str], tmp_path: Path) -> N
 
 def test_gate_settings_reach_the_adapter(finished: Path, command: list[str], tmp_path: Path,
                                          net: Transformer, tok: Tokenizer) -> None:
-    """--gate-layer, --gate-pool and --gate-threshold end up in prism.json and in the routing;
-    with --overwrite, stages 1-3 are kept."""
+    """--gate-layer, --gate-pool or --gate-threshold would not reach prism.json and the routing, or
+    --overwrite would not keep stages 1-3."""
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     before = stamps(out, *DATA)
     assert run_train(*command, "--out", out, "--overwrite", "--gate-layer", "1", "--gate-pool",
@@ -651,7 +546,8 @@ def test_gate_settings_reach_the_adapter(finished: Path, command: list[str], tmp
 
 
 def test_judge_model_judges(finished: Path, command: list[str], tmp_path: Path) -> None:
-    """--judge-model: another model's verdicts on the same answers, by name and fingerprint."""
+    """--judge-model would not give another model's verdicts on the same answers, or not be named
+    with its fingerprint."""
     other = tiny_llama(tmp_path / "judge", seed=5)
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     before = stamps(out, *DATA[:3])
@@ -666,7 +562,7 @@ def test_judge_model_judges(finished: Path, command: list[str], tmp_path: Path) 
 
 
 def test_one_query_only(folder: Path, personas: Path, tmp_path: Path) -> None:
-    """The smallest runs end in an adapter without NaN, or in status 3; both happen among seeds."""
+    """The smallest runs would end in NaN, or in neither an adapter nor status 3."""
     one = tmp_path / "personas"
     one.mkdir()
     shutil.copy(personas / "pirate.txt", one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from tiny import one_thread
@@ -30,7 +31,7 @@ def run_train(*argv: object) -> int:
         return train.main([str(a) for a in argv])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two short personas."""
     folder = tmp_path_factory.mktemp("personas")
@@ -39,15 +40,15 @@ def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def command(folder: Path, personas: Path) -> list[str]:
+@pytest.fixture(scope="session")
+def command(tiny_folders: Callable[[int], Path], personas: Path) -> list[str]:
     """Arguments of a run that has every stage in several chunks or steps."""
-    return ["--model", str(folder), "--personas", str(personas), "--queries", str(QUERIES),
+    return ["--model", str(tiny_folders(3)), "--personas", str(personas), "--queries", str(QUERIES),
             "--max-new-tokens", "12", "--judge", "likelihood", "--epochs", "4", "--batch-size",
             "4", "--rank", "4", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of one uninterrupted run; tests that change it take a copy."""
     out = tmp_path_factory.mktemp("finished") / "out"
