@@ -6,9 +6,8 @@ on its own name (persona, index) and a chunk's batching on nothing but the chunk
 
 1. `write_queries`: for each persona, what a user would type to this expert.
 2. `write_answers`: two answers a query, y_0 ~ P(.|x) and y_c ~ P(.|c, x).
-3. `write_verdicts`: does the persona's answer win? t(x) = 1 only if it wins under both orders (the
-   letter judge of the paper) or both wordings (the likelihood judge, for models too small for
-   letters). Which judge can be trusted is tested first (judge.py).
+3. `write_verdicts`: does the persona's answer win? t(x) = 1 only if it wins under both orders or
+   both wordings of the judge's question. Which judge can be trusted is tested first (judge.py).
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ HELD_OUT = 5  # one query in so many is held out from stage 5
 MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
 IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
                    "Write one message that a user would send to this expert.")
-# How a user's message may begin: ONE list for all personas, so that no persona has a format of its
-# own. Which of them suit which expert is decided by the model (`assign_openings`).
+# How a user's message may begin: ONE list for all, so that no persona has a format of its own.
 OPENINGS = word_list("openings")
 LONG_OPENINGS = word_list("long_openings")
 # Quiz questions: whatever their topic, the answer should not depend on who gives it.
@@ -73,7 +71,7 @@ class Candidate:
     kind: str
     text: str
     complete: bool
-    suits: str | None
+    suits: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,7 @@ def check_queries(queries: list[Query], personas: Sequence[Persona], folder: Pat
 
 @dataclass(frozen=True)
 class Draft:
-    """A candidate before it is written: its persona, the round of stage 1, its number among the
-    persona's candidates, and its seed."""
+    """What a candidate is written from; `number` counts those of its persona."""
 
     persona: str
     round: int
@@ -259,8 +256,8 @@ class QueryWriter:
         candidates = []
         for draft, (kind, first), out in zip(drafts, begun, outputs):
             text = self.tokenizer.decode([*first, *out.ids])
-            candidates.append(Candidate(draft.persona, draft.round, kind, text, out.stop == "eos",
-                                        None))
+            complete = out.stop == "eos"
+            candidates.append(Candidate(draft.persona, draft.round, kind, text, complete))
         return candidates, cost_of(self.net, len(requests), engine.prompt_tokens, engine.new_tokens)
 
 
@@ -322,12 +319,11 @@ def opening(number: int, own: Sequence[str]) -> tuple[str, str]:
     return kind, words[turn % len(words)]
 
 
-def log_likelihoods(net: Transformer, asked: Sequence[tuple[list[int], list[int]]],
-                    ) -> tuple[list[float], dict]:
-    """log P(ids | ids before them) of (before, ids) pairs, and what it cost."""
+def log_likelihoods(net: Transformer, asked: Sequence[tuple]) -> tuple[list[float], dict]:
+    """log P(ids | ids before them) of (ids before, ids) pairs, and what it cost."""
     prompts, targets = [before for before, _ in asked], [ids for _, ids in asked]
-    logs, read = token_log_probabilities(net, prompts, targets, [len(ids) - 1 for ids in prompts],
-                                         "scoring")
+    shared = [len(before) - 1 for before in prompts]
+    logs, read = token_log_probabilities(net, prompts, targets, shared, "scoring")
     cost = cost_of(net, len(prompts), read, 0, sum(map(len, targets)))
     return [float(values.sum()) for values in logs], cost
 

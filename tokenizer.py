@@ -9,7 +9,6 @@ first user message.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from datetime import datetime
@@ -17,63 +16,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Sequence
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from support.hub import InputError, read_text
+from support.hub import InputError
+from support.template import compile_template
 from support.vocabulary import optional_json, read_tokenizer
 
 THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
 PROBE = "prism probe text"  # shows whether a template renders what it is given
-MOST_STEPS = 10**6  # numbers that a template may count through, characters it may ask for at once
-
-
-class _Generation(Extension):
-    """The tag `{% generation %}...{% endgeneration %}`, which only marks text: rendered as is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        """Replace the block by its body."""
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox (no private attributes, nothing can be changed), with less to ask for: loops
-    within loops share one budget, and no product or power may be huge."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self, **options: object):
-        super().__init__(**options)
-        self.steps = 0  # of the rendering that is going on
-        self.globals["range"] = self._range
-
-    def _range(self, *arguments: int) -> range:
-        """`range`, counted over the whole rendering."""
-        numbers = range(*arguments)
-        self.steps += len(numbers)
-        if self.steps > MOST_STEPS:
-            raise OverflowError(f"it counts through more than {MOST_STEPS} numbers")
-        return numbers
-
-    def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
-        """left * right or left ** right, if the result has a usual size."""
-        def size(value: object) -> int:
-            if isinstance(value, int):
-                return value.bit_length() if operator == "**" else abs(value)
-            return len(value) if hasattr(value, "__len__") else 1
-
-        whole = isinstance(left, int) and isinstance(right, int)
-        largest = (size(left) * abs(right) if operator == "**" and whole else
-                   0 if whole else size(left) * size(right))
-        if largest > MOST_STEPS:
-            raise OverflowError(f"{operator} makes something of size {largest:.1e}")
-        return super().call_binop(context, operator, left, right)
 
 
 class Tokenizer:
@@ -195,31 +147,9 @@ class Tokenizer:
         return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @cached_property
-    def _template(self):
-        """The compiled chat template: chat_template.jinja first, as transformers does."""
-        path = self.folder / "chat_template.jinja"
-        source = read_text(path) if path.exists() else self.config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = next((t.get("template") for t in source
-                           if isinstance(t, dict) and t.get("name") == "default"), None)
-        if not isinstance(source, str):
-            raise InputError(f"{self.folder}: no chat template; PRISM needs an instruction-tuned "
-                             "model (chat_template.jinja or tokenizer_config.json)")
-
-        def raise_exception(message: str):
-            raise TemplateError(message)
-
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True,
-                               extensions=[loopcontrols, _Generation])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = raise_exception
-        # Pinned: a run that goes on after midnight reads the same prompts.
-        environment.globals["strftime_now"] = lambda form: self.now.strftime(form)
-        try:
-            return environment.from_string(source)
-        except (TemplateError, RecursionError, MemoryError) as error:
-            raise InputError(f"{self.folder}: broken chat template ({error})") from None
+    def _template(self) -> Template:
+        """The compiled chat template."""
+        return compile_template(self.folder, self.config.get("chat_template"), lambda: self.now)
 
     def _text(self, messages: list[dict], add_generation_prompt: bool,
               thinking: bool = True) -> str:
