@@ -11,6 +11,7 @@ import argparse
 import difflib
 import itertools
 import math
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from engine import Sampling, derive_seed, hidden_states, token_log_probabilities
 from generate import sample_answers
 from model import Transformer
 from support.hub import InputError
+from support.refusals import refuses
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import evidence, interval, sequential_test
 from support.words import count_words, word_list, words_of
@@ -247,20 +249,34 @@ def score_winner(pairs: Sequence[Sequence[float]], margin: float = MARGIN) -> st
     return ahead.pop() if len(ahead) == 1 else "split"
 
 
+def added_text(query: str, answer: str) -> str:
+    """What an answer says beside the query: the answer without it, where it is repeated.
+
+    >>> added_text("How do tides work?", "You asked: How do tides work?")
+    'You asked:  ?'
+    """
+    asked, found = words_of(query), list(re.finditer(r"\w+", answer))
+    words = [word[0].lower() for word in found]
+    match = difflib.SequenceMatcher(None, asked, words, autojunk=False).find_longest_match()
+    if match.size < max(2, 0.8 * len(asked)):
+        return answer
+    end = match.b + match.size - 1
+    return f"{answer[:found[match.b].start()]} {answer[found[end].end():]}"
+
+
 def degenerate(query: str, answer: str) -> bool:
     """Whether a text is no answer: empty, the query again with hardly a word around it, or a loop.
+    A refusal that repeats the query says something: that it refuses.
 
     >>> degenerate("How do tides work?", "You asked: How do tides work?")
     True
     """
-    asked, words = words_of(query), words_of(answer)
-    if not words:
-        return True
-    match = difflib.SequenceMatcher(None, asked, words, autojunk=False).find_longest_match()
-    echo = match.size >= 0.8 * len(asked) and len(words) - match.size <= max(3, len(asked) // 3)
+    words, added = words_of(answer), added_text(query, answer)
     fours = list(zip(words, words[1:], words[2:], words[3:]))
     loop = len(fours) >= 24 and len(set(fours)) < len(fours) / 2
-    return loop or (echo and len(asked) > 1)
+    hardly = len(words_of(added)) <= max(3, len(words_of(query)) // 3)
+    echo = added != answer and hardly and not refuses(added)
+    return loop or echo or not words
 
 
 # --------------------------------------------------------------------------------------------------
