@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import KVCache, Positions, Transformer
+from model import KVCache, Positions, Transformer, cache_bytes
 from prism import PRISM
+from support.config import Config
 from support.device import upload
 from support.distributed import rank
 from support.hub import InputError
 
 SLOTS = 32  # engine rows; a setting, because results depend on it in the last bits
 SCORE_TOKENS = 4096  # padded tokens in one scoring batch (on two cores a fifth faster than 8192)
+KEPT_TOKENS, KEPT_BYTES = 16384, 2**31  # of shared beginnings that are held, whichever is less
 SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
 
 
@@ -128,16 +130,24 @@ def group_by_length(rows: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...
     return groups
 
 
+def kept_tokens(config: Config, dtype: torch.dtype) -> int:
+    """Ids of shared beginnings whose keys and values a PrefixReader holds, at most."""
+    return min(KEPT_TOKENS, KEPT_BYTES // cache_bytes(config, dtype))
+
+
 class PrefixReader:
     """Reads rows of ids, a beginning that rows share only once; all through the base model, or all
     with an adapter on.
 
-    `tokens` counts what really went through the model; `keep`: shared ids whose keys and values are
-    held for later calls, the oldest are dropped first.
+    `tokens` counts what really went through the model; `keep`: places in the caches of shared ids
+    that are held for later calls, the oldest are dropped first. More are held only while a single
+    call asks for more.
     """
 
-    def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None, keep: int = 16384):
-        self.net, self.adapter, self.tokens, self.keep = net, adapter, 0, keep
+    def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None,
+                 keep: int | None = None):
+        self.net, self.adapter, self.tokens = net, adapter, 0
+        self.keep = kept_tokens(net.config, net.dtype) if keep is None else keep
         # shared ids -> the cache that holds them, and its row
         self.prefixes: dict[tuple[int, ...], tuple[KVCache, int]] = {}
 
@@ -150,10 +160,7 @@ class PrefixReader:
         [B] of those remainders, and the cache, which holds the whole rows.
         """
         net = self.net
-        while sum(map(len, self.prefixes)) > self.keep:
-            del self.prefixes[next(iter(self.prefixes))]
-        wanted = {tuple(row[:n]) for row, n in zip(rows, shared) if n}
-        for group in group_by_length(wanted - self.prefixes.keys()):
+        for group in self._make_room({tuple(row[:n]) for row, n in zip(rows, shared) if n}):
             ids, _ = pad(group, net.device)
             cache = net.new_cache(*ids.shape)
             self._run(ids, net.positions(ids.shape, cache))
@@ -170,6 +177,19 @@ class PrefixReader:
                 cache.copy(at, *self.prefixes[tuple(row[:n])], n)
         start = upload(torch.tensor(shared), net.device) if any(shared) else None
         return self._run(ids, net.positions(ids.shape, cache, start, keys)), lengths, cache
+
+    def _make_room(self, wanted: set[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Drop old caches until those of the beginnings that are still missing fit in beside the
+        others; returns the missing ones, in the groups in which they are read."""
+        while True:
+            missing = group_by_length(wanted - self.prefixes.keys())
+            places = sum(len(group) * len(group[-1]) for group in missing)
+            held = {cache for cache, _ in self.prefixes.values()}
+            places += sum(cache.places for cache in held)
+            if places <= self.keep or not held:
+                return missing
+            oldest = next(iter(self.prefixes.values()))[0]  # is freed only as a whole
+            self.prefixes = {ids: at for ids, at in self.prefixes.items() if at[0] is not oldest}
 
     def _run(self, ids: Tensor, at: Positions) -> Tensor:
         """ids [B, T] through all layers, [B, T, d]."""
@@ -425,8 +445,11 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     total = sum(map(len, rows)) - sum(shared)
     with torch.inference_mode(), progress_bar(bar, total, "token") as shown:
         while order:
-            size = 1
-            while size < len(order) and (size + 1) * len(rows[order[size]]) <= SCORE_TOKENS:
+            size, longest = 1, len(rows[order[0]])
+            while size < len(order):
+                longest = max(longest, len(rows[order[size]]))
+                if (size + 1) * longest > SCORE_TOKENS:
+                    break
                 size += 1
             batch, order = order[:size], order[size:]
             skip = [shared[i] for i in batch]

@@ -36,6 +36,11 @@ Modules = nn.ModuleDict | None  # the LoRA modules of one layer, by projection
 ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
 
 
+def cache_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
 class KVCache:
     """Keys and values of every layer, one row per slot, left-aligned, allocated once.
 
@@ -47,6 +52,11 @@ class KVCache:
                  dtype: torch.dtype):
         shape = (config.num_layers, slots, 2 * config.num_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def places(self) -> int:
+        """Tokens that there is room for."""
+        return self.kv.shape[1] * self.kv.shape[3]
 
     def index(self, positions: Tensor) -> Tensor:
         """Where `write` puts what stands at `positions` [B, T]: [B * T * 2 Hkv], made once for all
@@ -327,7 +337,7 @@ class Transformer(nn.Module):
             generator: source of LoRA dropout masks while training, else None.
             recompute: keep only each adapted layer's input for the backward pass and compute the
                 rest again there (gradient checkpointing, arXiv 1604.06174): the same gradients for
-                a third more arithmetic and a fraction of the memory.
+                nearly half more arithmetic and a fraction of the memory.
         """
         for i in layers:
             lora = None

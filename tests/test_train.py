@@ -30,6 +30,7 @@ from generate import generate
 from model import Transformer, load
 from prism import PRISM
 from support import settings as rules
+from support import memory
 from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
@@ -268,8 +269,8 @@ def test_recomputed_layers_give_the_same_gradients(net: Transformer, tok: Tokeni
     included, and fewer bytes wait for the backward pass."""
     samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
     found = []
-    for above in (train.RECOMPUTE_ABOVE, -1):
-        monkeypatch.setattr(train, "RECOMPUTE_ABOVE", above)
+    for above in (memory.RECOMPUTE_ABOVE, -1):
+        monkeypatch.setattr(memory, "RECOMPUTE_ABOVE", above)
         prism, kept = randomize_adapter(PRISM(net, dropout=0.3)), {}
 
         def pack(t: Tensor, kept: dict = kept) -> Tensor:
