@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model import KVCache, Positions, Transformer
 from prism import PRISM
+from support.config import kept_tokens
 from support.device import pad, upload
 from support.distributed import progress_bar
 from support.hub import InputError
@@ -131,12 +132,14 @@ class PrefixReader:
     """Reads rows of ids, a beginning that rows share only once; all through the base model, or all
     with an adapter on.
 
-    `tokens` counts what really went through the model; `keep`: shared ids whose keys and values are
-    held for later calls, the oldest are dropped first.
+    `tokens` counts what really went through the model; `keep`: tokens held for later calls, the
+    oldest are dropped first. More are held only while a single call asks for more.
     """
 
-    def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None, keep: int = 16384):
-        self.net, self.adapter, self.tokens, self.keep = net, adapter, 0, keep
+    def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None,
+                 keep: int | None = None):
+        self.net, self.adapter, self.tokens = net, adapter, 0
+        self.keep = kept_tokens(net.config, net.dtype) if keep is None else keep
         # shared ids -> the cache that holds them, and its row
         self.prefixes: dict[tuple[int, ...], tuple[KVCache, int]] = {}
 
@@ -149,10 +152,7 @@ class PrefixReader:
         [B] of those remainders, and the cache, which holds the whole rows.
         """
         net = self.net
-        while sum(map(len, self.prefixes)) > self.keep:
-            del self.prefixes[next(iter(self.prefixes))]
-        wanted = {tuple(row[:n]) for row, n in zip(rows, shared) if n}
-        for group in group_by_length(wanted - self.prefixes.keys()):
+        for group in self._make_room({tuple(row[:n]) for row, n in zip(rows, shared) if n}):
             ids, _ = pad(group, net.device)
             cache = net.new_cache(*ids.shape)
             self._run(ids, net.positions(ids.shape, cache))
@@ -169,6 +169,19 @@ class PrefixReader:
                 cache.copy(at, *self.prefixes[tuple(row[:n])], n)
         start = upload(torch.tensor(shared), net.device) if any(shared) else None
         return self._run(ids, net.positions(ids.shape, cache, start, keys)), lengths, cache
+
+    def _make_room(self, wanted: set[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Drop old caches until those of the beginnings that are still missing fit in beside the
+        others; returns the missing ones, in the groups in which they are read."""
+        while True:
+            missing = group_by_length(wanted - self.prefixes.keys())
+            places = sum(len(group) * len(group[-1]) for group in missing)
+            held = {cache for cache, _ in self.prefixes.values()}
+            places += sum(cache.kv.shape[1] * cache.kv.shape[3] for cache in held)
+            if places <= self.keep or not held:
+                return missing
+            oldest = next(iter(self.prefixes.values()))[0]  # is freed only as a whole
+            self.prefixes = {ids: at for ids, at in self.prefixes.items() if at[0] is not oldest}
 
     def _run(self, ids: Tensor, at: Positions) -> Tensor:
         """ids [B, T] through all layers, [B, T, d]."""
@@ -406,8 +419,11 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     total = sum(map(len, rows)) - sum(shared)
     with torch.inference_mode(), progress_bar(bar, "token", total=total) as shown:
         while order:
-            size = 1
-            while size < len(order) and (size + 1) * len(rows[order[size]]) <= SCORE_TOKENS:
+            size, longest = 1, len(rows[order[0]])
+            while size < len(order):
+                longest = max(longest, len(rows[order[size]]))
+                if (size + 1) * longest > SCORE_TOKENS:
+                    break
                 size += 1
             batch, order = order[:size], order[size:]
             skip = [shared[i] for i in batch]

@@ -8,7 +8,6 @@ No judge is trusted before `examine_judge` has asked it about pairs whose better
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import math
 import time
@@ -26,7 +25,7 @@ from model import Transformer
 from support.hub import InputError
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import evidence, interval, sequential_test
-from support.words import count_words, word_list, words_of
+from support.words import count_words, degenerate, word_list
 from tokenizer import Tokenizer, common_prefix
 
 JUDGE_PROMPT = """You are an impartial judge. Compare two answers to the same question.
@@ -246,22 +245,6 @@ def score_winner(pairs: Sequence[Sequence[float]], margin: float = MARGIN) -> st
         else:
             ahead.add("expert" if expert > base else "base")
     return ahead.pop() if len(ahead) == 1 else "split"
-
-
-def degenerate(query: str, answer: str) -> bool:
-    """Whether a text is no answer: empty, the query again with hardly a word around it, or a loop.
-
-    >>> degenerate("How do tides work?", "You asked: How do tides work?")
-    True
-    """
-    asked, words = words_of(query), words_of(answer)
-    if not words:
-        return True
-    match = difflib.SequenceMatcher(None, asked, words, autojunk=False).find_longest_match()
-    echo = match.size >= 0.8 * len(asked) and len(words) - match.size <= max(3, len(asked) // 3)
-    fours = list(zip(words, words[1:], words[2:], words[3:]))
-    loop = len(fours) >= 24 and len(set(fours)) < len(fours) / 2
-    return loop or (echo and len(asked) > 1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ class Transformer(nn.Module):
             generator: source of LoRA dropout masks while training, else None.
             recompute: keep only each adapted layer's input for the backward pass and compute the
                 rest again there (gradient checkpointing, arXiv 1604.06174): the same gradients for
-                a third more arithmetic and a fraction of the memory.
+                nearly half more arithmetic and a fraction of the memory.
         """
         for i in layers:
             lora = None

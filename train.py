@@ -34,7 +34,7 @@ from support.distributed import (HEAD_START, broadcast, exchange, main_first, pr
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce
 from support.hub import InputError, exit_status, resolve
-from support.memory import RECOMPUTE_ABOVE, activation_bytes, dry_run
+from support.memory import dry_run, recomputes, training_flops
 from support.personas import Persona
 from support.report import summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
@@ -257,7 +257,7 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
     """Summed loss of a micro-batch: the student reads the bare prompt, all rows gated. "kl" is
     PRISM's; "sft" is the cross-entropy of the won answers, the paper's baseline."""
     ids, _ = pad([s.ids for s in samples], prism.net.device)
-    recompute = activation_bytes(prism.net.config, TRAIN_TOKENS, prism.rank) > RECOMPUTE_ABOVE
+    recompute = recomputes(prism.net.config, prism.rank)
     hidden = prism.net.hidden(ids, prism.adapter, len(samples), generator, recompute)
     student = torch.cat([hidden[i, s.start - 1:len(s.ids) - 1] for i, s in enumerate(samples)])
     if loss == "sft":
@@ -345,9 +345,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(s.answer_tokens for s in batch)
-        # Forward and back to the input, and three products with the head a token; the frozen
-        # weights get no gradient.
-        flops = prism.net.flops(2 * sum(len(s.ids) for s in batch), 3 * tokens)
+        flops = training_flops(prism, sum(len(s.ids) for s in batch), tokens)
         run.record("lora", step, loss=loss, gradient_norm=norm, lr=rate, samples=len(batch),
                    tokens_trained=tokens, flops=flops,
                    seconds=round(time.perf_counter() - begun, 3))

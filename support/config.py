@@ -16,6 +16,7 @@ import torch
 from support.fields import Fields
 from support.hub import InputError
 
+KEPT_TOKENS, KEPT_BYTES = 16384, 2**31  # see `kept_tokens`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = 2**20  # of most sizes, so that an absurd one fails before anything is allocated
 TINY = 1e-12  # the least of what must be above zero
@@ -392,3 +393,13 @@ def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
         found["original_max_position_embeddings"] = rope.integer(
             "original_max_position_embeddings", 1, 2**30, fields.values["max_position_embeddings"])
     return found
+
+
+def cache_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def kept_tokens(config: Config, dtype: torch.dtype) -> int:
+    """Tokens of shared beginnings whose keys and values are held while scoring, at most."""
+    return min(KEPT_TOKENS, KEPT_BYTES // cache_bytes(config, dtype))

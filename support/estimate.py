@@ -15,6 +15,7 @@ from bootstrap import OVERSAMPLE, RIVALS
 from engine import SLOTS
 from prism import PRISM
 from support.distributed import world
+from support.memory import recomputes, training_flops
 
 # What SmolLM2-135M-Instruct does; other models differ by some tens of per cent.
 QUERY, CANDIDATE = 22, 47  # tokens of a query, and of a candidate while it is written
@@ -41,7 +42,7 @@ def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     fitted = 0.8 * queries * WON  # a fifth is held out
     trained = fitted * settings["epochs"] * (QUERY + TEMPLATE + answer)
     return {"writing": flops(written, written), "reading": flops(scored + judged, 0.6 * judged),
-            "training": flops(2 * trained, 3 * trained)}
+            "training": training_flops(prism, int(trained), int(trained))}
 
 
 def machine_speed(prism: PRISM) -> dict[str, float]:
@@ -49,7 +50,7 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
     net = prism.net
     ids = torch.randint(net.config.vocab_size, (4, 64), device=net.device,
                         generator=torch.Generator(net.device).manual_seed(0))
-    cache = net.new_cache(SLOTS, 128)
+    cache, recompute = net.new_cache(SLOTS, 128), recomputes(net.config, prism.rank)
     start = torch.full((SLOTS,), 100, device=net.device)
 
     def write() -> None:
@@ -59,13 +60,13 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
 
     def train() -> None:
         with torch.enable_grad():
-            net.hidden(ids, prism.adapter, len(ids)).sum().backward()
+            net.hidden(ids, prism.adapter, len(ids), recompute=recompute).sum().backward()
         prism.adapter.zero_grad()
 
     with torch.no_grad():
         return {"writing": net.flops(SLOTS, SLOTS) / seconds(write, net.device),
                 "reading": net.flops(ids.numel(), 0) / seconds(lambda: net.hidden(ids), net.device),
-                "training": net.flops(2 * ids.numel(), 0) / seconds(train, net.device)}
+                "training": training_flops(prism, ids.numel(), 0) / seconds(train, net.device)}
 
 
 def seconds(work: Callable[[], object], device: torch.device, about: float = 0.5) -> float:

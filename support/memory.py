@@ -9,7 +9,7 @@ import torch
 from engine import SCORE_LOGITS, SCORE_TOKENS, SLOTS
 from model import Transformer
 from prism import KL_CHUNK_ELEMENTS, PRISM
-from support.config import Config
+from support.config import Config, cache_bytes, kept_tokens
 from support.device import choose_dtype
 from support.hub import read_json, resolve_config
 from support.report import table
@@ -41,6 +41,20 @@ def activation_bytes(config: Config, tokens: int, rank: int) -> int:
     return tokens * config.num_layers * per_layer
 
 
+def recomputes(config: Config, rank: int, tokens: int = TRAIN_TOKENS) -> bool:
+    """Whether the adapted layers run twice in training, so that their activations fit."""
+    return activation_bytes(config, tokens, rank) > RECOMPUTE_ABOVE
+
+
+def training_flops(prism: PRISM, tokens: int, answer_tokens: int) -> int:
+    """FLOPs of training on `tokens`, of which `answer_tokens` are predicted: forward through all
+    layers, back to the input of the adapted ones (frozen weights get no gradient), these perhaps
+    once more forward, and three products with the head."""
+    adapted = len(prism.late) * (2 if recomputes(prism.net.config, prism.rank) else 1)
+    layers = len(prism.net.layers)
+    return prism.net.flops(tokens * (layers + adapted) // layers, 3 * answer_tokens)
+
+
 def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int]:
     """Numbers of the base and of the adapter, from their shapes: nothing is loaded."""
     with torch.device("meta"):
@@ -56,12 +70,13 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: 
     """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
     weights, trained = counts[0] * size, counts[1]
-    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size  # keys and values
+    token = cache_bytes(config, config.dtype)
+    shared = token * max(kept_tokens(config, config.dtype), SCORE_TOKENS)  # one call may need more
     reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
     if config.attention_cap is not None:  # its scores, three times in fp32
         reading += config.num_heads * PLAN_PROMPT * 12
     activations = activation_bytes(config, train_tokens, rank)
-    if activations > RECOMPUTE_ABOVE:  # every layer's input, and all of one layer
+    if recomputes(config, rank, train_tokens):  # every layer's input, and all of one layer
         activations = (config.num_layers * train_tokens * d * size
                        + activations // config.num_layers)
     logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
@@ -69,9 +84,10 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: 
         "1-2 answers": {"weights": weights,
                         "KV slots": slots * (PLAN_PROMPT + new_tokens) * token,
                         "reading prompts": slots * PLAN_PROMPT * (reading + token),
+                        "shared beginnings": shared,
                         "sampling": slots * logits},
         "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
-                       "logits": 3 * 4 * SCORE_LOGITS},
+                       "shared beginnings": shared, "logits": 3 * 4 * SCORE_LOGITS},
         "4 gate": {"weights": weights, "reading prompts": GATE_BATCH * PLAN_PROMPT * reading},
         # fp32 master, gradient and two moments, and the cast copy
         "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from functools import cache
 from pathlib import Path
+
+from support.refusals import refuses
 
 MIN_WORDS, MAX_WORDS = 5, 60  # of a query
 ECHO_WORDS = 5  # a text that repeats so many words of another in a row is an echo
@@ -80,3 +83,33 @@ def clean_query(text: str, persona: str = "") -> str | None:
     if not MIN_WORDS <= count_words(line) <= MAX_WORDS or line.endswith((":", ",")):
         return None
     return line if is_request(line) and not echoes(line, persona) else None
+
+
+def added_text(query: str, answer: str) -> str:
+    """What an answer says beside the query: the answer without it, where it is repeated.
+
+    >>> added_text("How do tides work?", "You asked: How do tides work?")
+    'You asked:  ?'
+    """
+    asked, found = words_of(query), list(re.finditer(r"\w+", answer))
+    words = [word[0].lower() for word in found]
+    match = difflib.SequenceMatcher(None, asked, words, autojunk=False).find_longest_match()
+    if match.size < max(2, 0.8 * len(asked)):
+        return answer
+    end = match.b + match.size - 1
+    return f"{answer[:found[match.b].start()]} {answer[found[end].end():]}"
+
+
+def degenerate(query: str, answer: str) -> bool:
+    """Whether a text is no answer: empty, the query again with hardly a word around it, or a loop.
+    A refusal that repeats the query says something: that it refuses.
+
+    >>> degenerate("How do tides work?", "You asked: How do tides work?")
+    True
+    """
+    words, added = words_of(answer), added_text(query, answer)
+    fours = list(zip(words, words[1:], words[2:], words[3:]))
+    loop = len(fours) >= 24 and len(set(fours)) < len(fours) / 2
+    hardly = len(words_of(added)) <= max(3, len(words_of(query)) // 3)
+    echo = added != answer and hardly and not refuses(added)
+    return loop or echo or not words

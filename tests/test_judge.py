@@ -72,7 +72,9 @@ def test_score_winner(pairs: list[list[float]], winner: str) -> None:
 @pytest.mark.parametrize(("answer", "expected"), [
     ("", True), (" \n", True), ("!?", True), ("You asked: How do tides work in a bay?", True),
     ("how do tides work in a bay", True), ("The moon pulls.", False),
-    ("Tides work in a bay as they do at sea.", False),
+    ("Tides work in a bay as they do at sea.", False), ("Sure! How do tides work in a bay?", True),
+    ("I cannot say how do tides work in a bay", False),
+    ("How do tides work in a bay? I won't help with that.", False),
     ("How do tides work in a bay? The moon pulls the water up twice a day.", False),
     ("the sea " * 40, True), (" ".join(map(str, range(60))), False)])
 def test_degenerate(answer: str, expected: bool) -> None:

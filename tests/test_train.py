@@ -25,6 +25,7 @@ from generate import gate_features, generate
 from judge import conversation
 from model import Transformer, load
 from prism import PRISM
+from support import memory
 from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
@@ -213,8 +214,8 @@ def test_recomputed_layers_give_the_same_gradients(net: Transformer, tok: Tokeni
     save no memory."""
     samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
     found = []
-    for above in (train.RECOMPUTE_ABOVE, -1):
-        monkeypatch.setattr(train, "RECOMPUTE_ABOVE", above)
+    for above in (memory.RECOMPUTE_ABOVE, -1):
+        monkeypatch.setattr(memory, "RECOMPUTE_ABOVE", above)
         prism, kept = randomize_adapter(PRISM(net, dropout=0.3)), {}
 
         def pack(t: Tensor, kept: dict = kept) -> Tensor:

@@ -6,16 +6,14 @@ import doctest
 
 import pytest
 
-import judge
 from support import words
 from support.words import count_words, word_list, words_of
 
 
 def test_the_worked_examples_are_true() -> None:
-    """Every docstring's example, here and in the judge, which counts words."""
-    for module in (words, judge):
-        found = doctest.testmod(module)
-        assert found.failed == 0 and found.attempted, module.__name__
+    """A docstring's example would not be what the function gives."""
+    found = doctest.testmod(words)
+    assert found.failed == 0 < found.attempted
 
 
 @pytest.mark.parametrize(("text", "expected"), [
