@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     if added is None:
         names |= optional_json(folder / "special_tokens_map.json")
         older = optional_json(folder / "added_tokens.json")
-        special = {text_of(names.get(name)) for name in SPECIAL_NAMES}
+        special = [text_of(names.get(name)) for name in SPECIAL_NAMES]
         added = {i: {"content": text, "special": text in special} for text, i in older.items()}
     add_tokens(tokenizer, added, folder)
     return tokenizer, settings, special_tokens(tokenizer, names, folder)

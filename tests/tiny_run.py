@@ -63,8 +63,8 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def timeless(out: Path) -> dict[str, bytes]:
-    """`contents` without what may differ between runs: seconds, peak memory, and whether the run
-    once was begun with --from."""
+    """`contents` without what may differ between runs: seconds, peak memory, the date, and whether
+    the run once was begun with --from."""
     files = contents(out)
     if "metrics.jsonl" in files:
         rows = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")}
@@ -77,6 +77,7 @@ def timeless(out: Path) -> dict[str, bytes]:
     if "run.json" in files:
         about = json.loads(files["run.json"])
         about.pop("redo", None)
+        about.pop("date", None)
         files["run.json"] = json.dumps(about).encode()
     return files
 
