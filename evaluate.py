@@ -24,9 +24,10 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,11 +36,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 
-from bootstrap import Pair, Query, Verdict, check_order, won_pairs
+from bootstrap import Pair, Query, won_pairs
 from engine import SLOTS, Engine, Request, Sampling, derive_seed, hidden_states, pad
 from generate import gate_inputs, stop_tokens
 from model import Transformer, load
-from prism import PRISM, distill_loss
+from prism import PRISM, Gate, distill_loss
 from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
 from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
                                 read_mmlu, text)
@@ -48,11 +49,12 @@ from support.device import choose_device, choose_dtype
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter, write_file)
 from support.personas import Persona, load_personas, persona_hash
-from support.probes import measure_probes, probe_table, read_real_prompts
+from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
+                            read_verdicts)
 from support.report import table
 from support.runs import RunFolder, split_chunks
 from tokenizer import Tokenizer, common_prefix, merge_system
-from train import Sample, distill_samples, hold_out
+from train import Sample, distill_samples
 
 CHOICE_CHUNK, CHAT_CHUNK, GATE_CHUNK = 512, 128, 64  # prompts that are done, and kept, together
 RESAMPLES = 2000  # of a bootstrap interval
@@ -278,6 +280,18 @@ class Evaluator:
             chosen = set(order[:sum(routed)])
             routed = [i in chosen for i in range(len(talks))]
         return probability, routed
+
+    @contextmanager
+    def routed_by(self, gate: Gate, threshold: float) -> Iterator[None]:
+        """Another gate than the adapter's own routes, for the time being."""
+        own = self.prism.gate, self.prism.threshold, self.names["gate"]
+        weights = torch.cat([t.flatten() for t in gate.state_dict().values()]).cpu().numpy()
+        self.prism.gate, self.prism.threshold = gate, threshold
+        self.names["gate"] += hashlib.sha256(weights.tobytes()).hexdigest()
+        try:
+            yield
+        finally:
+            self.prism.gate, self.prism.threshold, self.names["gate"] = own
 
     def gate(self, talks: Sequence[Messages]) -> list[float]:
         """R(x) of conversations, as `PRISM.prefill` reads it."""
@@ -552,19 +566,23 @@ def judge_talks(rows: Sequence[Row], items: Sequence[Item], net: Transformer,
 
 
 def parse_rating(said: str) -> float | None:
-    """The rating in "[[7]]"; None if there is none from 1 to 10."""
-    found = re.search(r"\[\[?\s*(\d+(?:\.\d+)?)\s*\]?\]", said)
-    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else None
+    """The rating in "[[7]]", perhaps "of 10"; None if there is none from 1 to 10, or two."""
+    found = set(re.findall(r"\[\[([^\[\]]*)\]\]", said) or re.findall(r"\[([^\[\]]*)\]", said))
+    form = r"\s*(?:rating:?)?\s*(\d+(?:\.\d*)?)\s*(?:/\s*10)?\s*"
+    rating = re.fullmatch(form, found.pop(), re.IGNORECASE) if len(found) == 1 else None
+    return float(rating[1]) if rating and 1 <= float(rating[1]) <= 10 else None
 
 
 def parse_pair(first: str, second: str) -> float | None:
     """Share won by the one that is A in the first order and B in the second: 1, 0.5 or 0; None if
-    one of both verdicts cannot be read. A win that turns with the order is half a win."""
-    found = [re.search(r"\[\[\s*([ABC])\s*\]\]", said) for said in (first, second)]
-    if not all(found):
+    one of both verdicts cannot be read, or is two. A win that turns with the order is half a win.
+    """
+    found = [set(re.findall(r"\[\[\s*([ABC])\s*\]\]", said)) for said in (first, second)]
+    if any(len(verdicts) != 1 for verdicts in found):
         return None
-    return ({"A": 1.0, "C": 0.5, "B": 0.0}[found[0][1]]
-            + {"B": 1.0, "C": 0.5, "A": 0.0}[found[1][1]]) / 2
+    forward, swapped = (verdicts.pop() for verdicts in found)
+    won = {"A": 1.0, "C": 0.5, "B": 0.0}[forward] + {"B": 1.0, "C": 0.5, "A": 0.0}[swapped]
+    return won / 2
 
 
 @torch.no_grad()
@@ -596,13 +614,7 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
 
 def held_out(folder: Path) -> list[Pair]:
     """The won queries of a whole run that its stage 5 was not fitted on."""
-    run, settings = RunFolder(folder, read_only=True), read_json(folder / "run.json")["settings"]
-    for name in ("verdicts.jsonl", "answers.jsonl"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; --adapter is not a whole run")
-    verdicts, pairs = run.read("verdicts.jsonl", Verdict), run.read("answers.jsonl", Pair)
-    check_order(verdicts, pairs, folder / "verdicts.jsonl")
-    held = hold_out(verdicts, settings["seed"])
+    pairs, verdicts, held = read_verdicts(folder)
     return [p for p in won_pairs(pairs, verdicts) if (p.persona, p.index) in held]
 
 
@@ -909,6 +921,7 @@ def plot(results: dict, folder: Path) -> list[str]:
 # The command
 
 RUN_TASKS = ("kl", "latency", "routing")  # of a whole run
+OWN_TASKS = {"kl", "latency"}  # on the run's own queries: by a gate that was not fitted on them
 OPPOSED = ("xstest", "jailbreakbench")  # half should be refused, half should not: no mean of both
 RECOVERABLE = ("accuracy", "centred", "refusal", "rating", "win", "kl")  # scores, not diagnostics
 TASKS = (*CHOICE_TASKS, *CHAT_TASKS, *RUN_TASKS)
@@ -1039,15 +1052,19 @@ def read_tasks(args: argparse.Namespace) -> tuple[dict[str, list[Item]], dict[st
 
 
 def read_queries(args: argparse.Namespace, personas: Sequence[Persona]) -> list[Item]:
-    """At most LATENCY_QUERIES of the run's own queries, whose experts are their personas."""
+    """At most LATENCY_QUERIES of the run's held-out queries, whose experts are their personas."""
     path = args.adapter / "queries.jsonl"
     queries = read_items([path], "jsonl", lambda row, n, _: Item(
-        "latency", str(n), row["persona"], (text(row["query"]),)))
+        "latency", f"{row['persona']}/{row.get('index')}", row["persona"], (text(row["query"]),)))
     lacking = {q.category for q in queries} - {p.name for p in personas}
     if lacking and "expert" in args.strategies:
         raise InputError(f"{path}: its persona {sorted(lacking)[0]!r} is not in --personas "
                          f"{args.personas}; give those of the run, or leave out the strategy "
                          "expert")
+    held = {f"{persona}/{index}" for persona, index in read_verdicts(args.adapter)[2]}
+    queries = [q for q in queries if q.id in held]
+    if not queries:
+        raise InputError(f"{path}: none of its queries was held out; leave out the task latency")
     count = min(args.limit or LATENCY_QUERIES, LATENCY_QUERIES)
     return queries[::max(1, len(queries) // count)][:count]
 
@@ -1186,8 +1203,13 @@ def _main(args: argparse.Namespace) -> int:
         e = Evaluator(net, tokenizer, prism, sft, names, Work(args.out / "work.jsonl"), args.seed,
                       args.max_new_tokens)
         rows: list[Row] = []
+        unseen = None
+        if OWN_TASKS & set(args.tasks) and prism is not None and prism.gate is not None:
+            unseen = held_out_gate(prism, tokenizer, args.adapter)
         for task in args.tasks:
-            rows += run_task(e, task, items.get(task, []), shots, strategies, personas, judge, args)
+            with e.routed_by(*unseen) if unseen and task in OWN_TASKS else nullcontext():
+                rows += run_task(e, task, items.get(task, []), shots, strategies, personas, judge,
+                                 args)
         probes = None
         if prompts:
             queries = RunFolder(args.adapter, read_only=True).read("queries.jsonl", Query)
@@ -1287,6 +1309,9 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
         notes.append("Letters are read as " + ", ".join(letters.values()) + (
             f", MMLU after {args.shots} raw examples." if args.shots else
             ", in the chat template."))
+    if OWN_TASKS & set(tasks):
+        notes.append("kl and latency route held-out queries by a gate fitted without them; all "
+                     "other tasks route by the adapter's own gate.")
     notes += [f"{n} items of {task} do not fit into the context and were left out."
               for task, n in skipped.items()]
     if "mt_bench" in tasks:

@@ -1,4 +1,4 @@
-"""How a run's gate treats real prompts that nothing in the run has seen (evaluate.py's `routing`).
+"""A run's gate on what it has not seen: real prompts (evaluate.py's `routing`), held-out queries.
 
 Beside the run's own gate, whose labels are the verdicts, one probe a persona: a gate that tells
 that persona's queries from all others'. A probe shows what the queries alone would let a gate
@@ -14,14 +14,15 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from bootstrap import Query
+from bootstrap import Pair, Query, Verdict, check_order
 from prism import PRISM, Gate
 from support.benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
-from support.hub import InputError
+from support.hub import InputError, read_json
 from support.report import table
+from support.runs import RunFolder
 from support.stats import auc, youden_threshold
 from tokenizer import Tokenizer
-from train import gate_features, out_of_fold, train_gate
+from train import gate_features, hold_out, out_of_fold, train_gate
 
 MOST_PROMPTS = 400  # of each set, evenly spaced, so that every MMLU subject is there
 
@@ -80,6 +81,41 @@ def fit_probe(features: Tensor, labels: Sequence[int], seed: int) -> tuple[Gate,
     gate = Gate(features.shape[1], seed).to(features.device)
     train_gate(gate, features, targets, seed)
     return gate, threshold
+
+
+def run_settings(folder: Path) -> dict:
+    """The settings in a run's run.json."""
+    settings = read_json(folder / "run.json").get("settings")
+    if not isinstance(settings, dict) or "seed" not in settings:
+        raise InputError(f"{folder / 'run.json'}: no settings in it, so this is not a run's")
+    return settings
+
+
+def read_verdicts(folder: Path) -> tuple[list[Pair], list[Verdict], set[tuple[str, int]]]:
+    """A whole run's answers and verdicts, and which (persona, index) it held out.
+
+    Raises:
+        InputError: the folder is not that of a whole run.
+    """
+    run, seed = RunFolder(folder, read_only=True), run_settings(folder)["seed"]
+    for name in ("verdicts.jsonl", "answers.jsonl"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; --adapter is not a whole run")
+    verdicts, pairs = run.read("verdicts.jsonl", Verdict), run.read("answers.jsonl", Pair)
+    check_order(verdicts, pairs, folder / "verdicts.jsonl")
+    return pairs, verdicts, hold_out(verdicts, seed)
+
+
+def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gate, float]:
+    """A run's gate as stage 4 would fit it without the held-out queries, and its threshold: what
+    the run's own queries have to be routed by. The saved gate has learned their verdicts."""
+    pairs, verdicts, held = read_verdicts(folder)
+    settings = run_settings(folder)
+    kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
+    features, _ = gate_features(prism, tokenizer, [pairs[i].query for i in kept])
+    gate, threshold = fit_probe(features, [verdicts[i].target for i in kept], settings["seed"])
+    fixed = settings.get("gate_threshold")
+    return gate, threshold if fixed is None else fixed
 
 
 def probe_table(found: dict) -> str:

@@ -61,7 +61,7 @@ def refuses(answer: str) -> bool:
     said = answer[:2 * OPENING_LENGTH].lower()
     for pattern, spelling in SPELLINGS:
         said = re.sub(pattern, spelling, said)
-    said = said.strip(" -")
+    said = said.strip(" -?!.,:;")
     opening = OPENING.match(said[:OPENING_LENGTH])[0]
     if YES.search(said[:len(opening) + BEYOND]):
         return False

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import one_thread
+from tiny_run import pair, verdict, write_rows
 
 import evaluate
 import train
 from engine import Sampling
 from generate import generate
 from model import Transformer
-from prism import PRISM
+from prism import PRISM, Gate
+from support import probes
 from support.hub import InputError
-from support.probes import read_real_prompts
+from support.probes import held_out_gate, read_real_prompts, read_verdicts
 from tokenizer import Tokenizer
 
 
@@ -74,3 +78,29 @@ def test_shares_are_not_those_of_the_saved_gate(real: Path, folder: Path, net: T
     assert found["sets"]["harmful"] == 2 and found["sets"]["maths"] == 1
     assert found["gates"]["the gate"]["routed"]["harmful"] == sum(a.routed for a in answers) / 2
     assert "Routing of real prompts" in (out / "eval/table.md").read_text()
+
+
+def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts that are pure noise on 600 queries: a gate opens for held-out wins as often as for
+    held-out losses, unless it was fitted on them, as the saved one is."""
+    labels = (torch.rand(600, generator=torch.Generator().manual_seed(1)) > 0.5).tolist()
+    states = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
+    write_rows(tmp_path, "answers.jsonl", [asdict(pair(i, query=str(i))) for i in range(600)])
+    write_rows(tmp_path, "verdicts.jsonl", [
+        asdict(verdict(i, "expert" if label else "base")) for i, label in enumerate(labels)])
+    (tmp_path / "run.json").write_text('{"settings": {"seed": 0}}')
+    monkeypatch.setattr(probes, "gate_features", lambda prism, tokenizer, queries: (
+        states[[int(query) for query in queries]], 0))
+    held = sorted(index for _, index in read_verdicts(tmp_path)[2])
+
+    def opened(gate: torch.nn.Module, threshold: float, won: bool) -> float:
+        some = states[[i for i in held if labels[i] == won]]
+        return float((gate(some).sigmoid() >= threshold).float().mean())
+
+    with one_thread():
+        unseen, saved = held_out_gate(None, None, tmp_path), (Gate(192), 0.5)
+        train.train_gate(saved[0], states, torch.tensor(labels).float(), 0)
+    assert len(held) == 120
+    assert abs(opened(*unseen, True) - opened(*unseen, False)) < 0.2
+    assert opened(*saved, True) > 0.95 and opened(*saved, False) < 0.05
