@@ -209,8 +209,7 @@ class QueryWriter:
 
     def find_suited(self, asked: Sequence[tuple[str, str]]) -> tuple[list[str], dict]:
         """For each (persona, query) the persona itself if the query is likelier under it by LEAD
-        than under every rival, else the first that comes closer, the last one asked; and the cost.
-        """
+        than under every rival, otherwise the first rival that comes within LEAD; and the cost."""
         own, cost = self.score(asked)
         costs, suited = [cost], [persona for persona, _ in asked]
         for place in range(min(RIVALS, len(self.turns) - 1)):
@@ -242,19 +241,19 @@ class QueryWriter:
                             seconds=round(time.perf_counter() - begun, 3))
 
     def continue_as_user(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
-        """What a user would go on to write to each draft's persona after some first words, which
-        the text includes; and what it cost."""
-        begun, requests = [], []
+        """Sample each draft's message, an opening and how a user goes on; and what it cost."""
+        openings, requests = [], []
         for draft in drafts:
             kind, words = opening(draft.number, self.openings[draft.persona])
             first = self.tokenizer.encode_turn("user", words, system=True)
             turn = self.turns[draft.persona]
-            begun.append((kind, first))
+            openings.append((kind, first))
+            # The turn's last id stays: after an empty opening there must be one to read.
             requests.append(Request([*turn, *first], draft.seed, prefix=len(turn) - 1))
         engine = Engine(self.net, Sampling(**QUERY_SAMPLING), self.stop_ids, SLOTS)
         outputs = sorted(engine.run(requests, bar="sampling"), key=lambda out: out.index)
         candidates = []
-        for draft, (kind, first), out in zip(drafts, begun, outputs):
+        for draft, (kind, first), out in zip(drafts, openings, outputs):
             text = self.tokenizer.decode([*first, *out.ids])
             complete = out.stop == "eos"
             candidates.append(Candidate(draft.persona, draft.round, kind, text, complete))
@@ -292,9 +291,8 @@ def assign_openings(likelihoods: Tensor) -> list[list[int]]:
 
 
 def choose_rivals(likelihoods: Tensor, chosen: Sequence[Sequence[int]]) -> list[list[int]]:
-    """For each persona the RIVALS others after which its own openings are likeliest. (Of 144 well-
-    formed candidates of 12 personas 0.56 could be identified, see `measure_queries`; of those ahead
-    of all others 0.73, of 3 rivals 0.63, of 3 rivals by 1.5 nats 0.85.)"""
+    """For each persona the RIVALS others after which its own openings are likeliest. How many, and
+    why with a lead: docs/results.md, "Queries"."""
     rivals = []
     for k, openings in enumerate(chosen):
         strength = likelihoods[:-1, openings].mean(1)

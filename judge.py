@@ -1,4 +1,4 @@
-"""Self-verification: which of two answers is better, asked of the model itself; and who may ask.
+"""Self-verification: the model says which of two answers is better, and is tested before that.
 
 A judge compares the answer that a context gave (the expert's) with the base answer. The paper's
 `LetterJudge` reads a letter, in both orders. `LikelihoodJudge` is for models too small for letters.
@@ -159,8 +159,9 @@ class LikelihoodJudge:
                    + ENDING  * log P(end of turn | y), where both answers ended by themselves
 
     No letters, hence no positions; the two wordings play the part of the two orders. The mixture
-    favours neither side: one answer was sampled from each half. What is no answer (`degenerate`)
-    loses unread. How this compares with its parts: tests/test_signals.py.
+    favours neither side: one answer was sampled from each half. An empty, echoing or looping
+    answer (`degenerate`) loses without being scored. How this compares with its parts:
+    tests/test_signals.py.
     """
 
     name = "likelihood"

@@ -77,7 +77,7 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
         run_gate(run, prism, tokenizer, pairs, verdicts, args)
     if stops == 3:
         return 0
-    # 5. The adapter learns KL(P(.|c, x, y_<t) || P_lora(.|x, y_<t)) on the answers that won.
+    # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
         write_report(run, args)
@@ -90,8 +90,7 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
 
 def verify(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
            pairs: Sequence[Pair], args: argparse.Namespace) -> list[Verdict]:
-    """Stage 3: test the judge, then let it judge; only while it has work is a --judge-model in
-    memory."""
+    """Stage 3: test the judge, then let it judge; a --judge-model is loaded only for that."""
     done = run.rows("verdicts.jsonl", Verdict)
     check_order(done, pairs, run.path / "verdicts.jsonl")
     if len(done) == len(pairs) and "judge" in run.latest():
@@ -131,7 +130,7 @@ def train_gate(gate: Gate, features: Tensor, targets: Tensor, seed: int) -> floa
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    tail = torch.stack(losses[-GATE_STEPS // 10:])
+    tail = torch.stack(losses[-(GATE_STEPS // 10):])
     loss = float(tail.mean())  # the only wait for the device
     if not math.isfinite(loss):
         raise InputError("stage 4: the gate's loss is not finite; try --dtype float32")
@@ -225,7 +224,8 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     samples = []
     for pair, student, teacher, answer, state in zip(pairs, students, teachers, answers, states):
         if answer:
-            name, read = f"{pair.persona}/{pair.index}", len(teacher) + len(answer)
+            name = f"{pair.persona}/{pair.index}"
+            read = len(teacher) + len(answer)
             samples.append(Sample(name, [*student, *answer], len(student), state, read))
     return samples
 
@@ -375,10 +375,11 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     after = held_out_kl(prism, test)
     seconds += time.perf_counter() - begun
     tokens = sum(s.answer_tokens for s in test)
+    # Two evaluations of the held-out answers, each with the head for teacher and student.
     read = sum(s.read for s in samples) + 2 * sum(len(s.ids) for s in test)
+    cost = cost_of(prism.net, len(samples), read, scored=4 * tokens)
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
-               answer_tokens=tokens, **cost_of(prism.net, len(samples), read, 0, 4 * tokens),
-               seconds=round(seconds, 3), peak_memory=peak_memory())
+               answer_tokens=tokens, **cost, seconds=round(seconds, 3), peak_memory=peak_memory())
     if run.writes:
         prism.save(run.path)
         state.unlink(missing_ok=True)
