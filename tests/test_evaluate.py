@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -100,11 +101,19 @@ def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@contextmanager
+def short_gates() -> Iterator[None]:
+    """One thread, and gates of 20 steps: kl, latency and routing fit six to sixty of them."""
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "GATE_STEPS", 20)
+        yield
+
+
 @pytest.fixture(scope="module")
 def adapter(folder: Path, personas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run's folder; its threshold is then set so that some of the prompts are routed."""
     out = tmp_path_factory.mktemp("run") / "out"
-    with one_thread():
+    with short_gates():
         status = train.main(["--model", str(folder), "--personas", str(personas), "--queries", "6",
                              "--max-new-tokens", "12", "--judge", "likelihood", "--epochs", "2",
                              "--rank", "4", "--batch-size", "4", "--lr", "1e-2", "--out", str(out),
@@ -131,7 +140,7 @@ def evaluated(adapter: Path, data: Path, personas: Path,
 
 def command(adapter: Path, data: Path, personas: Path, out: Path, *flags: str) -> int:
     """evaluate.main on one thread."""
-    with one_thread():
+    with short_gates():
         return evaluate.main(["--adapter", str(adapter), "--data", str(data), "--personas",
                               str(personas), "--out", str(out), "--dtype", "float32", "--device",
                               "cpu", "--max-new-tokens", "10", *flags])
