@@ -39,6 +39,7 @@ from tqdm import tqdm
 from bootstrap import Pair, Query, won_pairs
 from engine import SLOTS, Engine, Request, Sampling, derive_seed, hidden_states
 from generate import gate_inputs, stop_tokens
+from judge import conversation
 from model import Transformer, load
 from prism import PRISM, Gate, distill_loss
 from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
@@ -51,7 +52,7 @@ from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_sta
                          resolve_adapter, write_file)
 from support.personas import Persona, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
-                            read_verdicts)
+                            read_verdicts, run_settings)
 from support.report import table
 from support.runs import RunFolder, run_date, split_chunks
 from support.stats import bootstrap_mean, bootstrap_ratio, pearson, ranks
@@ -454,12 +455,10 @@ def letter_means(logs: Sequence[Sequence[float]]) -> list[float]:
 def letter_tokens(tokenizer: Tokenizer, raw: bool) -> list[int]:
     """The token that each letter is in its place: right after the header of the assistant's turn,
     or (raw) after "Answer:", where it has a leading space."""
-    def last(letter: str) -> int:
-        if raw:
-            return tokenizer.encode(f"Answer: {letter}")[-1]
-        return tokenizer.encode_turn("assistant", letter)[0]
-
-    tokens = [last(letter) for letter in LETTERS]
+    if raw:
+        tokens = [tokenizer.encode(f"Answer: {letter}")[-1] for letter in LETTERS]
+    else:
+        tokens = [tokenizer.encode_turn("assistant", letter)[0] for letter in LETTERS]
     if len(set(tokens)) < len(tokens):
         raise InputError("this tokenizer has no distinct tokens for the letters A to J")
     return tokens
@@ -535,8 +534,7 @@ def judge_talks(rows: Sequence[Row], items: Sequence[Item], net: Transformer,
         if mine != base:
             for order, (a, b) in (("first", (mine, base)), ("second", (base, mine))):
                 prompts[n, order] = COMPARE_PROMPT.format(reference=reference, first=a, second=b)
-    rendered = [(tokenizer.render([{"role": "user", "content": p}], thinking=False), 0)
-                for p in prompts.values()]
+    rendered = [(tokenizer.render(conversation(p), thinking=False), 0) for p in prompts.values()]
     made = decode(net, tokenizer, work, "mt_bench: judge", name, rendered, [0] * len(rendered),
                   Sampling(JUDGE_TOKENS, 0.0), used)
     said = dict(zip(prompts, (m["text"] for m in made)))
@@ -581,14 +579,14 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
     the same here, however long their answers are (report.md weighs tokens)."""
     held = held_out(folder)[:limit]
     samples = {s.name: s for s in distill_samples(
-        e.net, e.tokenizer, personas, held, read_json(folder / "run.json")["settings"]["max_len"])}
+        e.net, e.tokenizer, personas, held, run_settings(folder)["max_len"])}
     asked = [(samples[f"{p.persona}/{p.index}"], p) for p in held
              if f"{p.persona}/{p.index}" in samples]
     rows = []
     for strategy in strategies:
         if strategy.persona and strategy.name != "expert":
             continue
-        talks = [[{"role": "user", "content": pair.query}] for _, pair in asked]
+        talks = [conversation(pair.query) for _, pair in asked]
         probability, routed = e.opened(strategy, [s.name for s, _ in asked], talks)
         bar = progress_bar(f"kl: {strategy.name}", "query", asked)
         for at, (sample, pair) in enumerate(bar):

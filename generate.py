@@ -20,8 +20,8 @@ from prism import PRISM, Router
 from support.adapter import read_settings
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
-from support.fields import Fields
-from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
+from support.fields import read_fields
+from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status,
                          resolve_adapter)
 from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer, check_messages
@@ -48,11 +48,9 @@ class Completion:
 
 def stop_tokens(net: Transformer, tokenizer: Tokenizer) -> set[int]:
     """Every id that ends a turn: generation_config.json's, config.json's and the template's."""
-    ids = set(net.config.eos_token_ids) | tokenizer.end_of_turn_ids
-    path = tokenizer.folder / "generation_config.json"
-    if path.exists():
-        ids |= set(Fields(read_json(path), str(path)).integers("eos_token_id", 0, 2**22))
-    return ids
+    settings = read_fields(tokenizer.folder / "generation_config.json")
+    return {*net.config.eos_token_ids, *tokenizer.end_of_turn_ids,
+            *settings.integers("eos_token_id", 0, 2**22)}
 
 
 def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequence[list[dict]],

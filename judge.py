@@ -121,7 +121,7 @@ class LetterJudge:
     def prompt(self, query: str, first: str, second: str) -> list[int]:
         """The ids of the question which of two answers is better."""
         content = JUDGE_PROMPT.format(query=query, first=first, second=second)
-        return self.tokenizer.render([{"role": "user", "content": content}], thinking=False)
+        return self.tokenizer.render(conversation(content), thinking=False)
 
     @torch.inference_mode()
     def letter(self, state: Tensor) -> str:
@@ -201,8 +201,10 @@ class LikelihoodJudge:
         prompts, targets, shared = [], [], []
         end = self.tokenizer.end_of_turn_id
         for query, context, answer in keys:
-            inverse = [self.tokenizer.render([{"role": "user", "content": wording.format(
-                answer=answer)}], thinking=False) for wording in INVERSE_PROMPTS]
+            inverse = []
+            for wording in INVERSE_PROMPTS:
+                asked = conversation(wording.format(answer=answer))
+                inverse.append(self.tokenizer.render(asked, thinking=False))
             prompts += inverse
             targets += [self.tokenizer.encode_turn("assistant", query)] * len(inverse)
             shared += [common_prefix(*inverse)] * len(inverse)

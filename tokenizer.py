@@ -20,9 +20,9 @@ from jinja2 import Template
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from support.hub import InputError
+from support.hub import InputError, optional_json
 from support.template import compile_template
-from support.vocabulary import optional_json, read_tokenizer
+from support.vocabulary import read_tokenizer
 
 THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
 PROBE = "prism probe text"  # shows whether a template renders what it is given
@@ -46,8 +46,7 @@ class Tokenizer:
         self._rendered, self.config, self.names = read_tokenizer(self.folder)
         self._plain = FastTokenizer.from_str(self._rendered.to_str())
         self._plain.encode_special_tokens = True
-        sizes = optional_json(self.folder / "config.json")
-        embeddings = sizes.get("vocab_size")
+        embeddings = optional_json(self.folder / "config.json").get("vocab_size")
         self.embeddings = embeddings if isinstance(embeddings, int) else None
         self.vocab_size = self._rendered.get_vocab_size()
         self.special_ids = self._control_tokens()
@@ -85,25 +84,27 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids, as in the middle of a text: no BOS is added, no control token can come
         out, and no space stands before the first word, where sentencepiece would put one."""
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        lead = self._plain.encode("\n", add_special_tokens=False).ids
         if self._adds_space:
-            whole = self._plain.encode(f"\n{text}", add_special_tokens=False).ids
-            ids = whole[len(lead):] if whole[:len(lead)] == lead else ids
-        return self._known(ids)
+            lead, whole = self._pieces("\n"), self._pieces(f"\n{text}")
+            if whole[:len(lead)] == lead:
+                return self._known(whole[len(lead):])
+        return self._known(self._pieces(text))
+
+    def _pieces(self, text: str) -> list[int]:
+        """Plain text that begins a text -> ids, without a BOS."""
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _adds_space(self) -> bool:
         """Whether a text's first word is encoded as if a space stood before it."""
-        word = self._plain.encode("x", add_special_tokens=False).ids
-        return self._plain.encode("\nx", add_special_tokens=False).ids[-len(word):] != word
+        word = self._pieces("x")
+        return self._pieces("\nx")[-len(word):] != word
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
-        word, whole = (self._plain.encode("x", add_special_tokens=added).ids
-                       for added in (False, True))
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        return self._known([*whole[:whole.index(word[0])], *ids])
+        whole = self._plain.encode("x").ids
+        front = whole[:whole.index(self._pieces("x")[0])]
+        return self._known([*front, *self._pieces(text)])
 
     def encode_turn(self, role: str, text: str, system: bool = False,
                     thinking: bool = False) -> list[int]:

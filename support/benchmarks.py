@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 
 from engine import derive_seed
-from support.words import added_text, degenerate
-from support.hub import InputError
+from support.hub import InputError, unique_keys
 from support.numbers import last_number
 from support.refusals import refuses
+from support.words import added_text, degenerate
 
 LETTERS = "ABCDEFGHIJ"
 CHOICE_PROMPT = "{question}\n{options}\nAnswer with the letter of the correct choice."
@@ -113,7 +113,7 @@ def _rows(file: Iterable[str], form: str) -> Iterator[tuple[int, object]]:
         rows = csv.reader(file, strict=True)
         if form == "table":
             rows = csv.DictReader(file, strict=True)
-            _unique([(name, None) for name in rows.fieldnames or ()])
+            unique_keys([(name, None) for name in rows.fieldnames or ()])
         while True:
             try:
                 row = next(rows)
@@ -126,22 +126,14 @@ def _rows(file: Iterable[str], form: str) -> Iterator[tuple[int, object]]:
             if row:
                 yield rows.line_num, row
     elif form == "json":
-        yield from enumerate(_list(json.load(file, object_pairs_hook=_unique)), 1)
+        yield from enumerate(_list(json.load(file, object_pairs_hook=unique_keys)), 1)
     else:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line, object_pairs_hook=_unique)
+                    yield number, json.loads(line, object_pairs_hook=unique_keys)
                 except ValueError as error:
                     yield number, error
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """A row's fields by name; a name that is there twice is a ValueError."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{max(names, key=names.count)!r} is there more than once")
-    return dict(pairs)
 
 
 def choice_item(task: str, name: str, category: str, question: str, options: Sequence[str],
@@ -188,7 +180,7 @@ def read_arc(folder: Path, split: str | None) -> list[Item]:
             question, choices = question["stem"], question["choices"]
         if isinstance(choices, list):
             choices = {name: [choice[name] for choice in choices] for name in ("label", "text")}
-        labels = _unique([(label, None) for label in choices["label"]])
+        labels = unique_keys([(label, None) for label in choices["label"]])
         return choice_item("arc", str(row.get("id", number)), "challenge", text(question),
                            [text(o) for o in choices["text"]],
                            list(labels).index(row["answerKey"]))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NoReturn
 
-from support.hub import InputError
+from support.hub import InputError, optional_json
 
 REQUIRED = object()  # stands for a default where there is none
 
@@ -84,6 +85,11 @@ class Fields:
         if value is not None and not isinstance(value, dict):
             self.refuse(name, "is not an object")
         return value or {}
+
+
+def read_fields(path: Path) -> Fields:
+    """The fields of a JSON file; none if it is absent."""
+    return Fields(optional_json(path), str(path))
 
 
 def is_number(value: object, low: float, high: float, kind: type = float) -> bool:

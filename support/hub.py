@@ -111,18 +111,20 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
 
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; ValueError if it has a key twice, as nobody can tell which one was meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {max(names, key=names.count)!r} more than once")
+    return found
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object from a file; InputError (with the path) if it is anything else, or if it
-    has a key twice, as nobody can tell which of the two was meant."""
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"it has {max(names, key=names.count)!r} more than once")
-        return found
-
+    has a key twice."""
     try:
-        value = json.loads(read_text(path), object_pairs_hook=unique)
+        value = json.loads(read_text(path), object_pairs_hook=unique_keys)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -130,6 +132,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def optional_json(path: Path) -> dict:
+    """A JSON object; an empty one if the file is absent."""
+    return read_json(path) if path.exists() else {}
 
 
 def write_file(path: Path, data: bytes | str) -> None:

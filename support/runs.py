@@ -36,8 +36,8 @@ from torch import nn
 from tqdm import tqdm
 
 from support.distributed import exchange, main_first, rank, world
-from support.fields import Fields
-from support.hub import InputError, check_file, read_json, write_file
+from support.fields import read_fields
+from support.hub import InputError, check_file, optional_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
 FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.jsonl",),
@@ -267,7 +267,7 @@ class RunFolder:
     def _about(self) -> dict:
         """run.json: settings, versions, what each stage was made from."""
         path = self.path / "run.json"
-        about = read_json(path) if path.exists() else {}
+        about = optional_json(path)
         if path.exists() and not (isinstance(about.get("settings", {}), dict)
                                   and isinstance(about.get("made_from", {}), dict)
                                   and set(about.get("made_from", {})) <= set(SOURCES)):
@@ -291,10 +291,10 @@ class RunFolder:
 def run_date(folder: Path | None) -> datetime | None:
     """When the run in a folder began, which a template that writes a date is given for all of its
     prompts, whatever day it is; None if there is no run."""
-    path = folder / "run.json" if folder else None
-    if path is None or not path.exists():
+    if folder is None:
         return None
-    text = Fields(read_json(path), str(path)).text("date", None)
+    path = folder / "run.json"
+    text = read_fields(path).text("date", None)
     try:
         return datetime.fromisoformat(text) if text else None
     except ValueError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from support.hub import InputError, read_json, read_text
+from support.hub import InputError, optional_json, read_text
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 # Named by the classes of transformers, for a tokenizer_config.json that leaves them out.
@@ -49,11 +49,6 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     return tokenizer, settings, special_tokens(tokenizer, names, folder)
 
 
-def optional_json(path: Path) -> dict:
-    """A JSON object; an empty one if the file is absent."""
-    return read_json(path) if path.exists() else {}
-
-
 def text_of(token: object) -> object:
     """A special token's text; older files write it as an object."""
     return token.get("content") if isinstance(token, dict) else token
@@ -72,7 +67,10 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
                 special = bool(token.get("special"))
                 normalized = bool(token.get("normalized", not special))
                 one = AddedToken(text, normalized=normalized, special=special, **flags)
-                (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([one])
+                if special:
+                    tokenizer.add_special_tokens([one])
+                else:
+                    tokenizer.add_tokens([one])
             if tokenizer.token_to_id(text) != number:
                 raise InputError(f"{folder}: the added token {text[:40]!r} should be {number}, but "
                                  f"tokenizer.json makes it {tokenizer.token_to_id(text)}")
