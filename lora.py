@@ -19,7 +19,7 @@ from typing import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from support.cpu import add_low_rank, linear, small_product_dtype
+from support.cpu import linear
 
 
 class LoRA(nn.Module):
@@ -194,8 +194,8 @@ class GatedLoRALinear(nn.Module):
         x = x if inner is None else inner(x)
         y = linear(x, self.weight, self.bias)
         if adapted:
-            A, B = lora.stacked(small_product_dtype(x))
-            add_low_rank(y, x, A, B, k)
+            A, B = lora.stacked(x.dtype)
+            y[:k].flatten(0, -2).addmm_(x[:k].flatten(0, -2) @ A.t(), B.t())
         return y
 
     @staticmethod

@@ -16,15 +16,15 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
         scale: factor on the scores; None is D^-0.5.
         cap: if given, scores become cap * tanh(scores / cap), and a mask is needed.
 
-    While decoding (T = 1), many query heads that share a key head become query rows: one reading of
-    the keys serves them all, in a kernel that needs no `enable_gqa`. On a CPU, 8 rows at 520 keys,
-    that takes 214 instead of 291 us with 7 heads to a key head, but 318 instead of 257 with 3.
+    While decoding (T = 1), the query heads that share a key head become query rows: one reading of
+    the keys serves them all, in a kernel that needs no `enable_gqa`. 32 rows at 160 keys, 3 heads
+    to a key head, take 285 instead of 1,739 us in bf16 (AVX512-BF16), 193 instead of 221 in fp32.
     """
     if cap is not None:
         return _attend_capped(queries, keys, values, mask, scale, cap)
     B, H, T, D = queries.shape
     group = H // keys.shape[1]
-    if T == 1 and mask is not None and (queries.is_cuda or group > 4):
+    if T == 1 and mask is not None:
         rows = queries.view(B, -1, group, D)
         y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
         return y.reshape(B, H, T, D)

@@ -24,6 +24,8 @@ ANSWER = 540  # mean tokens of an answer that no limit cuts: 88 of at most 96, 3
 WON = 0.4  # share of queries that the persona wins
 TEMPLATE = 40  # tokens of a template, a system default, a judge's wording
 WORTH_MEASURING = 1e12  # FLOPs
+UNEVEN = 1.5  # what uneven lengths cost in time: padded batches, slots empty at a chunk's end
+CONTEXT = 150  # tokens of a persona and its template
 TEST_PAIRS = 10  # known pairs that a judge reads, as many of the answers being short ones
 
 
@@ -40,8 +42,10 @@ def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     judged = pairs * (2 * (answer + TEMPLATE) + 4 * (QUERY + TEMPLATE))  # which query?
     judged += pairs * 4 * (QUERY + answer)  # how likely an answer?
     fitted = 0.8 * queries * WON  # a fifth is held out
+    taught = queries * WON * (CONTEXT + QUERY + answer)  # read by the teacher
     trained = fitted * settings["epochs"] * (QUERY + TEMPLATE + answer)
-    return {"writing": flops(written, written), "reading": flops(scored + judged, 0.6 * judged),
+    read = scored + judged + taught
+    return {"writing": flops(written, written), "reading": flops(read, 0.6 * judged),
             "training": training_flops(prism, int(trained), int(trained))}
 
 
@@ -97,8 +101,8 @@ def announce(prism: PRISM, settings: dict, out: Path) -> None:
     if sum(flops.values()) < WORTH_MEASURING:
         return
     speed = machine_speed(prism)
-    total = sum(flops[kind] / speed[kind] for kind in flops)
-    clock = f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} hours"
+    total = UNEVEN * sum(flops[kind] / speed[kind] for kind in flops)
+    clock = f"{total / 60:.1f} min" if total < 5400 else f"{total / 3600:.1f} hours"
     speeds = ", ".join(f"{speed[kind] / 1e9:.0f} GFLOP/s {kind}" for kind in speed)
     print(f"about {clock} here for the whole run: {sum(flops.values()) / 1e12:.0f} TFLOP, at "
           f"{speeds}", file=sys.stderr)
