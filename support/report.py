@@ -179,7 +179,12 @@ def gate_lines(g: dict) -> list[str]:
     c = g["confusion"]
     curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
              for limit in (0.05, 0.1, 0.2, 0.4)]
-    return [f"gate, {g['folds']}-fold out-of-fold on {g['n']} queries, threshold "
+    losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in g["log_losses"].items())
+    return [f"the gate learned: {g['target']} (log loss of held-out verdicts, calibrated, at most "
+            f"0.693: {losses})",
+            f"it opens for {number(g['traffic_opened'], 2)} of {g['traffic']} messages of ordinary "
+            "traffic, which the model wrote with no context",
+            f"gate, {g['folds']}-fold out-of-fold on {g['n']} queries, threshold "
             f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
             f"{number(g['majority'])}), AUC {number(g['auc'])} [{number(g['auc_interval'][0])}, "
             f"{number(g['auc_interval'][1])}]",

@@ -41,7 +41,7 @@ from support.hub import InputError, check_file, optional_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
 FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.jsonl",),
-         "verdicts": ("verdicts.jsonl",), "gate": ("gate.safetensors",),
+         "verdicts": ("verdicts.jsonl",), "gate": ("traffic.jsonl", "gate.safetensors"),
          "lora": ("checkpoint.safetensors", "adapter_model.safetensors", "adapter_config.json",
                   "prism.json", "report.png", "report.md")}
 # The file that a stage is made from, which a person may edit between two commands.

@@ -10,6 +10,7 @@ from typing import Callable
 import pytest
 from tiny import one_thread
 
+import gate
 import train
 from bootstrap import Pair, Verdict
 from support.personas import Persona
@@ -19,14 +20,15 @@ PIRATE = Persona("pirate", "Answer as a pirate: short, loud and rude.")
 QUERIES = 17  # a persona: candidates, answers and verdicts have two chunks each
 DATA = ("candidates.jsonl", "queries.jsonl", "answers.jsonl", "verdicts.jsonl")
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "report.md"}
-ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "gate.safetensors"}
+ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "traffic.jsonl",
+                             "gate.safetensors"}
 
 
 def run_train(*argv: object) -> int:
     """train.main on one thread, with a short gate (300 steps, six times, take longer than all the
     rest of a tiny run) and a checkpoint every third step."""
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "GATE_STEPS", 20)
+        patch.setattr(gate, "GATE_STEPS", 20)
         patch.setattr(train, "CHECKPOINT_EVERY", 3)
         return train.main([str(a) for a in argv])
 
