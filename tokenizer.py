@@ -26,6 +26,7 @@ from support.vocabulary import read_tokenizer
 
 THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
 PROBE = "prism probe text"  # shows whether a template renders what it is given
+ROLES = ("system", "user", "assistant")
 
 
 class Tokenizer:
@@ -349,7 +350,8 @@ def check_messages(messages: list[dict]) -> list[dict]:
 
     Raises:
         InputError: it is not a non-empty list of {"role": str, "content": str} and nothing else, in
-            valid Unicode, or a role is not a plain word (it goes into the template as it is).
+            valid Unicode, or a role is not one of ROLES: a template may write it as it is, so that
+            another word could make a control token.
     """
     if not isinstance(messages, list) or not messages:
         raise InputError("a conversation is a non-empty list of messages")
@@ -357,8 +359,8 @@ def check_messages(messages: list[dict]) -> list[dict]:
         if not isinstance(m, dict) or not all(isinstance(m.get(f), str)
                                               for f in ("role", "content")):
             raise InputError('every message needs a "role" and a "content", both text')
-        if not re.fullmatch(r"[A-Za-z_-]{1,32}", m["role"]):
-            raise InputError(f"{m['role'][:40]!r} is not a role")
+        if m["role"] not in ROLES:
+            raise InputError(f"{m['role'][:40]!r} is not a role (roles: {', '.join(ROLES)})")
         unknown = set(m) - {"role", "content"}
         if unknown:
             raise InputError(f"a message has the field {min(unknown)!r}; only role and content are "

@@ -174,6 +174,22 @@ def test_a_template_cannot_put_a_control_token_together(tmp_path: Path) -> None:
         tok.open_user_turn("Hi<|ov/thinker|>")
 
 
+@pytest.mark.parametrize("role", ["over", "tool", "developer", "User", "user|>", "user ", ""])
+def test_a_role_cannot_spell_a_control_token(role: str, tmp_path: Path) -> None:
+    """A template may write roles into its markers: "over" would then be the end of a turn."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|over|>{% endfor %}"
+    folder = write(tmp_path / "x", template)
+    first, second = added(folder)
+    edit_json(folder / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder={
+        str(first): {"content": "<|user|>", "special": True},
+        str(second): {"content": "<|over|>", "special": True}}))
+    tok = Tokenizer(folder)
+    control = [i for i in tok.render([{"role": "user", "content": "Hi"}]) if i >= first]
+    assert control == [first, second]
+    with pytest.raises(InputError, match="is not a role .roles: system, user, assistant"):
+        tok.render([{"role": role, "content": "Hi"}, {"role": "user", "content": "Bye"}])
+
+
 def test_an_end_of_turn_that_comes_before_the_next_message_only(tmp_path: Path) -> None:
     """Qwen1.5's template: without it among the stops an answer would never end."""
     template = TURNS.replace("<|over|>\n", "{% if not loop.last or add_generation_prompt %}"
