@@ -55,6 +55,9 @@ class Tokenizer:
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         spellings = "|".join(map(re.escape, longest_first))
         self._spelled = re.compile(spellings) if spellings else None
+        # What stands for a character that the vocabulary lacks is no control token in a text.
+        unknown = self._plain.encode("\U0010ffff", add_special_tokens=False).ids
+        self._control_ids = set(self.special_ids.values()) - set(unknown)
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
         self._add_placeholders()
@@ -93,7 +96,18 @@ class Tokenizer:
 
     def _pieces(self, text: str) -> list[int]:
         """Plain text that begins a text -> ids, without a BOS."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        return [i for number in ids for i in self._letters(number)]
+
+    def _letters(self, number: int) -> list[int]:
+        """An id of plain text; of a control token the ids of its letters. A vocabulary may have one
+        among the pieces that it puts plain text together from (Unigram)."""
+        if number not in self._control_ids:
+            return [number]
+        token = self._plain.id_to_token(number)
+        return [i for letter in token if letter != token for i in self.encode(letter)]
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -123,9 +137,11 @@ class Tokenizer:
             self._places[place] = self._place(*place)
         before, ids = self._places[place]
         whole = self._rendered.encode(before + self._defuse(text), add_special_tokens=False).ids
-        if whole[:len(ids)] != ids:  # the text grows together with what is before it
+        said = whole[len(ids):]
+        # The text grows together with what is before it, or a normalizer makes a token out of it.
+        if whole[:len(ids)] != ids or not self._control_ids.isdisjoint(said):
             return self.encode(text)
-        return self._known(self._plain_ids(whole[len(ids):]))
+        return self._known(self._plain_ids(said))
 
     def _place(self, role: str, system: bool, thinking: bool) -> tuple[str, list[int]]:
         """What stands before a text in a short conversation, as text and as ids."""
@@ -281,15 +297,17 @@ class Tokenizer:
         shape = *((m["role"], bool(m["content"].strip())) for m in messages), *how
         if shape not in self._control_counts:
             harmless = [{**m, "content": "x" if m["content"].strip() else ""} for m in messages]
-            self._control_counts[shape] = self._count_control(self._text(harmless, *how))
-        if self._count_control(text) > self._control_counts[shape]:
+            probe = self._rendered.encode(self._text(harmless, *how), add_special_tokens=False)
+            self._control_counts[shape] = self._count_control(probe.ids)
+        if self._count_control(encoding.ids) > self._control_counts[shape]:
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
         return text, encoding
 
-    def _count_control(self, text: str) -> int:
-        """How many control tokens a rendered text has."""
-        return len(self._spelled.findall(text)) if self._spelled else 0
+    def _count_control(self, ids: list[int]) -> int:
+        """How many control tokens a rendering has. Ids, not spellings, are what the model reads: a
+        normalizer may make a token out of other characters."""
+        return sum(i in self._control_ids for i in ids)
 
     def _plain_ids(self, ids: list[int]) -> list[int]:
         """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""

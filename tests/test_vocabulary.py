@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import edit_json
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from support.hub import InputError
@@ -122,6 +122,26 @@ def sentencepiece_like(folder: Path, template: str) -> Path:
     return folder
 
 
+def unigram(folder: Path, template: str) -> Path:
+    """A tokenizer like T5's or XLNet's: its control tokens are pieces that plain text may be put
+    together from, a normalizer makes "</s>" out of wide characters, too, and some are unknown."""
+    folder.mkdir()
+    letters = sorted(set("Hi there, how are you? </s> user assistant system <|> unk x"))
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("\u2581", -2.0), ("\u2581Hi", -1.0),
+              ("[", 0.0), ("/", -9.0)]
+    pieces += [(letter, -3.0) for letter in letters if letter not in " /"]
+    fast = FastTokenizer(models.Unigram(pieces, unk_id=0))
+    fast.normalizer = normalizers.NFKC()
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.decoder = decoders.Metaspace()
+    fast.add_special_tokens(["<unk>", "<s>", "</s>", "["])
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
 LINES = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 INST = ("{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} </s>{% else %}<s>"
@@ -188,6 +208,39 @@ def test_a_role_cannot_spell_a_control_token(role: str, tmp_path: Path) -> None:
     assert control == [first, second]
     with pytest.raises(InputError, match="is not a role .roles: system, user, assistant"):
         tok.render([{"role": role, "content": "Hi"}, {"role": "user", "content": "Bye"}])
+
+
+WIDE = "\uff1c/s\uff1e"  # what NFKC makes "</s>" of
+
+
+@pytest.mark.parametrize("text", ["</s>", "Hi</s>there", "a</s></s> x", "<s></s>", WIDE])
+def test_plain_text_has_no_control_token_where_the_vocabulary_has_its_spelling(
+        text: str, tmp_path: Path) -> None:
+    """Unigram takes "</s>" for a piece like any other: an answer would end within a question."""
+    tok = Tokenizer(unigram(tmp_path / "x", BARE))
+    spelled = text.replace(WIDE, "</s>")
+    assert {1, 2}.isdisjoint(tok.encode(text) + tok.encode_document(text))
+    assert {1, 2}.isdisjoint(tok.encode_turn("user", text))
+    assert tok.decode(tok.encode(text)) == spelled
+    if text == WIDE:
+        for read in (tok.render, tok.render_with_user_mask):
+            with pytest.raises(InputError, match="makes a control token"):
+                read([{"role": "user", "content": text}])
+    else:
+        ids = tok.render([{"role": "user", "content": text}])
+        assert [i for i in ids if i in (1, 2)] == [1, 2]
+
+
+def test_control_tokens_of_one_letter_and_unknown_letters(tmp_path: Path) -> None:
+    """A control token without other letters is left out of a text; a character that the vocabulary
+    lacks stays, and is not taken for a forgery."""
+    folder = unigram(tmp_path / "x", BARE)
+    tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert tok.decode(tok.encode("Hi[x")) == "Hix"
+    for text in ("\u754c", "Hi \u754c\u754c x", "Hi there"):
+        assert tok.encode_document(text) == peer.encode(text)
+        talk = [{"role": "user", "content": text}]
+        assert tok.render(talk) == peer.apply_chat_template(talk, return_dict=False)
 
 
 def test_an_end_of_turn_that_comes_before_the_next_message_only(tmp_path: Path) -> None:
