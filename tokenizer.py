@@ -22,9 +22,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from support.hub import InputError, optional_json
 from support.template import compile_template
-from support.vocabulary import read_tokenizer
+from support.vocabulary import THOUGHTS, read_tokenizer
 
-THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
+THINK, END_THINK = THOUGHTS
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 ROLES = ("system", "user", "assistant")
 
@@ -68,7 +68,7 @@ class Tokenizer:
         marks, found = self._plain_talk(), {}
         for number, token in self._rendered.get_added_tokens_decoder().items():
             text = token.content
-            marks_turn = text.strip() and text in marks and text not in (THINK, END_THINK)
+            marks_turn = text.strip() and text in marks and text not in THOUGHTS
             if token.special or marks_turn:
                 found[text] = number
         return found

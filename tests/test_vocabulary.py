@@ -4,6 +4,7 @@ and the places in tokenizer.py that depend on them."""
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from support.hub import InputError
 from support.runs import run_date
-from support.vocabulary import read_tokenizer
+from support.vocabulary import SPECIAL_NAMES, read_tokenizer
 from tokenizer import Tokenizer
 
 TURNS = ("{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|over|>\n"
@@ -89,17 +90,81 @@ def test_names_of_the_tokenizers_class(tmp_path: Path) -> None:
     assert names["eos_token"] == "<|endoftext|>" and "bos_token" not in names
 
 
+def marked(folder: Path, template: str = TURNS, **files: dict) -> Path:
+    """A folder whose tokenizer has two control tokens and an added token that is none."""
+    folder = write(folder, template, **files)
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_special_tokens(["<|turn|>", "<|over|>"])
+    fast.add_tokens(["<|plain|>"])
+    fast.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+TOKEN = {"__type": "AddedToken", "content": "<|new|>", "lstrip": True, "rstrip": False,
+         "normalized": False, "single_word": False, "special": True}
+EXTRA = [
+    ({"additional_special_tokens": ["<|turn|>", "<|new|>"]}, ["<|new|>"]),
+    ({"extra_special_tokens": ["<|new|>"], "additional_special_tokens": ["<|q|>"]}, ["<|new|>"]),
+    ({"extra_special_tokens": {}, "additional_special_tokens": None}, []),
+    ({"extra_special_tokens": ["Hi", "<|plain|>"]}, ["Hi", "<|plain|>"]),
+    ({"extra_special_tokens": {"turn_token": "<|turn|>", "greeting": "Hi"}}, ["Hi"]),
+    ({"image_token": "<|plain|>", "mask_token": "Hi", "add_bos_token": False},
+     ["<|plain|>", "Hi"])]
+
+
+@pytest.mark.parametrize(("where", "config", "more"), [
+    *(("tokenizer_config", *case) for case in EXTRA),
+    *(("special_tokens_map", *case) for case in EXTRA),
+    ("tokenizer_config", {"extra_special_tokens": [TOKEN]}, ["<|new|>"]),
+    ("tokenizer_config", {"extra_special_tokens": [], "additional_special_tokens": ["<|q|>"]},
+     ["<|q|>"])], ids=str)
+def test_special_tokens_beside_the_usual_ones(where: str, config: dict, more: list[str],
+                                              tmp_path: Path) -> None:
+    """One that is missed falls into characters in a template, and may be forged in a text; its name
+    is empty in a template that writes it."""
+    template = ("{{ turn_token }}{{ greeting }}{{ image_token }}{{ mask_token }} <|new|><|q|>Hi"
+                "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}")
+    folder = marked(tmp_path / "x", template, **{where: config})
+    tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    talk = [{"role": "user", "content": "there"}]
+    assert tok.render(talk) == peer.apply_chat_template(talk, return_dict=False)
+    assert tok.special_ids.keys() == {"<|turn|>", "<|over|>", *more}
+    for token in more:
+        number = tok.special_ids[token]
+        assert number == peer.convert_tokens_to_ids(token) and number not in tok.encode(token)
+
+
+def test_a_think_block_stays_text(tmp_path: Path) -> None:
+    """A template has to find the end of the thoughts in a history, whatever the files call it."""
+    folder = write(tmp_path / "x", TURNS, tokenizer_config={
+        "extra_special_tokens": ["<think>"], "think_token": "</think>"})
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_tokens(["<think>", "</think>"])
+    fast.save(str(folder / "tokenizer.json"))
+    tok = Tokenizer(folder)
+    assert tok.special_ids == {} and tok.decode(tok.encode("<think>Hi</think>")) == (
+        "<think>Hi</think>")
+
+
 @pytest.mark.parametrize(("config", "says"), [
-    ({"eos_token": "<|nowhere|>"}, "eos_token is '<|nowhere|>', which tokenizer.json lacks"),
-    ({"bos_token": 7}, "bos_token is 7, not text"),
+    *(({name: "<|nowhere|>"}, f"{name} is '<|nowhere|>', which tokenizer.json lacks")
+      for name in (*SPECIAL_NAMES, "image_token")),
+    *(({name: 7}, f"{name} is 7, not text") for name in SPECIAL_NAMES),
+    ({"eos_token": {"content": "<|nowhere|>"}}, "eos_token is '<|nowhere|>', which"),
+    ({"extra_special_tokens": {"end": "<|nowhere|>"}}, "end is '<|nowhere|>', which"),
+    ({"extra_special_tokens": {"end": [1]}}, "end is [1], not text"),
+    ({"extra_special_tokens": "<|x|>"}, "extra_special_tokens is <|x|>, not a list of tokens"),
+    ({"additional_special_tokens": [7]}, "is [7], not a list of tokens"),
     ({"added_tokens_decoder": {"9999": {"content": "<|x|>"}}}, "should be 9999"),
     ({"added_tokens_decoder": {"x": {"content": "<|x|>"}}}, "cannot be read"),
     ({"added_tokens_decoder": [1]}, "cannot be read"),
     ({"added_tokens_decoder": {"1": {}}}, "cannot be read")])
 def test_tokens_that_cannot_be_had_are_named(config: dict, says: str, tmp_path: Path) -> None:
     """Else the model would be given an id that it has no embedding for, or characters."""
-    with pytest.raises(InputError, match=says.replace("|", r"\|")):
-        Tokenizer(write(tmp_path / "x", TURNS, tokenizer_config=config))
+    folder = write(tmp_path / "x", TURNS, tokenizer_config=config)
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        Tokenizer(folder)
+    assert "\n" not in str(error.value)
 
 
 def sentencepiece_like(folder: Path, template: str) -> Path:
