@@ -117,8 +117,8 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
-        whole = self._plain.encode("x").ids
-        front = whole[:whole.index(self._pieces("x")[0])]
+        word = self._plain.encode("x")
+        front = word.ids[:[*word.special_tokens_mask, 0].index(0)]  # an "x" may have no id at all
         return self._known([*front, *self._pieces(text)])
 
     def encode_turn(self, role: str, text: str, system: bool = False,

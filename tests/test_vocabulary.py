@@ -240,6 +240,20 @@ def test_plain_text_has_no_space_before_it_and_a_document_its_bos(tmp_path: Path
     assert tok.decode(tok.encode("How")) == "How"
 
 
+def test_a_document_of_a_vocabulary_without_most_letters(tmp_path: Path) -> None:
+    """Where no piece fits a letter and none stands for unknown ones, it is left out."""
+    folder = write(tmp_path / "x", TURNS)
+    fast = FastTokenizer(models.BPE(vocab={"a": 0, "b": 1, "<s>": 2}, merges=[]))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[
+        ("<s>", 2)])
+    fast.add_special_tokens(["<s>"])
+    fast.save(str(folder / "tokenizer.json"))
+    tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("", "ab", "xaxb", "x"):
+        assert tok.encode_document(text) == peer(text).input_ids
+        assert tok.encode(text) == peer.encode(text, add_special_tokens=False)
+
+
 def test_a_template_cannot_put_a_control_token_together(tmp_path: Path) -> None:
     """SmolLM3's template takes "/think" out of a message: what is left may spell a turn's end."""
     template = TURNS.replace("m.content", "m.content.replace('/think', '')")
