@@ -1,10 +1,11 @@
 """Text <-> token ids, and the ONLY place where a conversation becomes a prompt.
 
 The ids are those of transformers' `apply_chat_template`: the checkpoint's own Jinja chat template,
-in a sandbox, encoded without a second BOS. Two things are stricter here. Text that comes from
-people or models never yields a control token: a spelled-out "<|im_end|>" stays plain characters.
-And a template that has no system role (or drops it silently) gets the system text in front of the
-first user message.
+in a sandbox, encoded without a second BOS. (tokenizer.json is read as it stands, as transformers 4
+did; version 5 builds some classes anew, and then splits digits or spaces otherwise.) Two things
+are stricter here. Text that comes from people or models never yields a control token: a spelled-out
+"<|im_end|>" stays plain characters. And a template that has no system role (or drops it silently)
+gets the system text in front of the first user message.
 """
 
 from __future__ import annotations
