@@ -30,7 +30,7 @@ from model import Transformer
 from prism import PRISM, Gate, gate_loss
 from support.distributed import progress_bar
 from support.hub import InputError
-from support.runs import RunFolder, add_costs, cost_of, peak_memory
+from support.runs import RunFolder, cost_of, peak_memory
 from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
 from support.stats import (calibrated_log_loss, decision_scores, fold_thresholds, roc,
                            shrunken_rates, upper_quantile)
@@ -53,11 +53,10 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
         prism.load_gate(run.path)
         prism.threshold = done["threshold"]
         return
-    begun = time.perf_counter()
     run.note_source("gate")
+    traffic = write_traffic(run, prism.net, tokenizer, min(len(pairs), MOST_TRAFFIC), args.seed)
+    begun = time.perf_counter()
     queries, read = gate_features(prism, tokenizer, [conversation(p.query) for p in pairs])
-    traffic, wrote = write_traffic(run, prism.net, tokenizer, min(len(pairs), MOST_TRAFFIC),
-                                   args.seed)
     ordinary, read_too = gate_features(prism, tokenizer, [conversation(t) for t in traffic])
 
     labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
@@ -81,16 +80,17 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
                threshold=prism.threshold, traffic=len(traffic),
                traffic_opened=open_share(prism.gate, ordinary, prism.threshold),
                **decision_scores(probability, opened, labels.tolist()),
-               roc=roc(probability, labels.tolist()), **add_costs([cost, wrote]),
+               roc=roc(probability, labels.tolist()), **cost,
                seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
 
 
 def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted: int,
-                  seed: int) -> tuple[list[str], dict]:
-    """At most `wanted` different messages of ordinary traffic, and what they cost. Where
-    traffic.jsonl is there, it is used as it is, whoever wrote it: real prompts do better."""
+                  seed: int) -> list[str]:
+    """At most `wanted` different messages of ordinary traffic. Where traffic.jsonl is there, it is
+    used as it is, whoever wrote it: real prompts do better."""
     if (run.path / "traffic.jsonl").exists():
-        return read_traffic(run), cost_of(net, 0, 0)
+        return read_traffic(run)
+    begun = time.perf_counter()
     turn = tokenizer.open_user_turn(None)
     stops = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
     requests = [Request([*turn], derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
@@ -99,8 +99,11 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
     outputs = sorted(engine.run(requests, bar="ordinary traffic"), key=lambda out: out.index)
     written = [clean_query(tokenizer.decode(out.ids)) for out in outputs if out.stop == "eos"]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
+    cost = cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+    run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),
+               peak_memory=peak_memory())
     run.write("traffic.jsonl", map(Traffic, messages))
-    return messages, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+    return messages
 
 
 def read_traffic(run: RunFolder) -> list[str]:

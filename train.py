@@ -29,10 +29,11 @@ from gate import run_gate
 from judge import conversation, pick_judge
 from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
+from support.card import write_card
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
-from support.estimate import announce
+from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
 from support.memory import dry_run, recomputes, training_flops
 from support.personas import Persona
@@ -78,6 +79,7 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
+        write_card(run, args.persona_names, summarize(run, args))
         write_report(run, args)
     return 0
 
@@ -230,6 +232,20 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
 
 
+def prompt_cost(net: Transformer, samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean prompt tokens of a query with its context and without, and the seconds that reading so
+    many takes: what the adapter saves where the gate opens."""
+    cost = {}
+    for name, tokens in (("with", [s.read - s.answer_tokens for s in samples]),
+                         ("without", [s.start for s in samples])):
+        mean = sum(tokens) / len(tokens)
+        ids = torch.zeros(1, round(mean), dtype=torch.long, device=net.device)
+        with torch.inference_mode():
+            taken = seconds(lambda: net.hidden(ids), net.device)
+        cost |= {f"tokens_{name}": mean, f"seconds_{name}": taken}
+    return cost
+
+
 def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                args: argparse.Namespace) -> None:
     """Stage 5: distil the persona's answers into prism.adapter, from the last checkpoint on.
@@ -286,17 +302,18 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     if not fit:
         raise InputError(f"no answer fits in --max-len {args.max_len} beside its persona; raise it")
     before = held_out_kl(prism, test)  # B is zero: this is the base model
-    seconds = time.perf_counter() - begun
+    spent = time.perf_counter() - begun
     train_lora(run, prism, fit, args)
     begun = time.perf_counter()
     after = held_out_kl(prism, test)
-    seconds += time.perf_counter() - begun
+    spent += time.perf_counter() - begun
     tokens = sum(s.answer_tokens for s in test)
     # Two evaluations of the held-out answers, each with the head for teacher and student.
     read = sum(s.read for s in samples) + 2 * sum(len(s.ids) for s in test)
     cost = cost_of(prism.net, len(samples), read, scored=4 * tokens)
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
-               answer_tokens=tokens, **cost, seconds=round(seconds, 3), peak_memory=peak_memory())
+               answer_tokens=tokens, **prompt_cost(prism.net, samples), **cost,
+               seconds=round(spent, 3), peak_memory=peak_memory())
     if run.writes:
         prism.save(run.path)
         state.unlink(missing_ok=True)

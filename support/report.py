@@ -228,7 +228,10 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
                   f"forward KL to the persona teacher on {k['held_out_samples']} held-out "
                   f"queries, nats per token: {number(k['before'], 4)} before, "
                   f"{number(k['after'], 4)} after (0 would be the persona's own distribution, read "
-                  "without the persona)"]
+                  "without the persona)",
+                  f"without the persona a prompt has {k['tokens_without']:.0f} instead of "
+                  f"{k['tokens_with']:.0f} tokens, and its first token comes after "
+                  f"{1e3 * k['seconds_without']:.0f} instead of {1e3 * k['seconds_with']:.0f} ms"]
     return "\n\n".join([*parts, "## Bill", bill_table(metrics)])
 
 

@@ -297,7 +297,8 @@ def test_rows_and_metrics_of_a_run(finished: Path) -> None:
                                              for i in range(QUERIES)]
     assert {v["target"] for v in verdicts} == {0, 1}
     metrics = rows_of(finished, "metrics.jsonl")
-    order = ["openings", "queries", "quality", "answers", "judge", "verdicts", "gate", "lora", "kl"]
+    order = ["openings", "queries", "quality", "answers", "judge", "verdicts", "traffic", "gate",
+             "lora", "kl"]
     assert list(dict.fromkeys(m["stage"] for m in metrics)) == order
     by = {s: [m for m in metrics if m["stage"] == s] for s in order}
     assert [m["prompts"] for m in by["answers"]] == [64, 4]  # chunks of 32 queries, two each

@@ -19,7 +19,8 @@ CHEMIST = Persona("chemist", "You are a careful chemist who explains each reacti
 PIRATE = Persona("pirate", "Answer as a pirate: short, loud and rude.")
 QUERIES = 17  # a persona: candidates, answers and verdicts have two chunks each
 DATA = ("candidates.jsonl", "queries.jsonl", "answers.jsonl", "verdicts.jsonl")
-ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "report.md"}
+ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "README.md",
+                 "report.md"}
 ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "traffic.jsonl",
                              "gate.safetensors"}
 
@@ -69,12 +70,13 @@ def timeless(out: Path) -> dict[str, bytes]:
     the run once was begun with --from."""
     files = contents(out)
     if "metrics.jsonl" in files:
-        rows = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")}
+        rows = [{k: v for k, v in row.items() if not k.startswith(("seconds", "peak_memory"))}
                 for row in rows_of(out, "metrics.jsonl")]
         files["metrics.jsonl"] = json.dumps(rows).encode()
     if "report.md" in files:  # the bill's seconds, tokens per second and peak memory
         line = rb"(?m)^(\| [a-z]+ (?:\| \d+ ){4})\| [^|]+\| [^|]+(\| [^|]+)\|[^|]+"
         files["report.md"] = re.sub(line, rb"\1\2", files["report.md"])
+        files["report.md"] = re.sub(rb"after \d+ instead of \d+ ms", b"", files["report.md"])
         files["report.md"] = re.sub(rb"(?m)^\| \*\*all\*\* \|  .*", b"", files["report.md"])
     if "run.json" in files:
         about = json.loads(files["run.json"])
