@@ -13,7 +13,7 @@ from bootstrap import (ANSWER_TEMPERATURE, HELD_OUT, QUERY_RULES, QUERY_SAMPLING
 from engine import SLOTS
 from judge import INVERSE_PROMPTS, JUDGE_PROMPT, VERDICT_RULES, conversation
 from model import Transformer
-from support.checkpoint import fingerprint
+from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
 from support.personas import Persona, load_personas, persona_hash
@@ -194,7 +194,8 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
     settings |= {"personas": [p.name for p in personas],
                  "personas_sha256": persona_hash(personas),
                  "base_source": base_source(folder, args.model),
-                 "base_fingerprint": fingerprint(folder), "device": net.device.type,
+                 "base_fingerprint": fingerprint(folder),
+                 "text_fingerprint": text_fingerprint(folder), "device": net.device.type,
                  "dtype": str(net.dtype).removeprefix("torch."), "slots": SLOTS,
                  "judge_fingerprint": judge_fingerprint, "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.
