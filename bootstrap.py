@@ -422,7 +422,7 @@ def write_verdicts(run: RunFolder, judge: Judge, personas: Sequence[Persona],
     for chunk in run.todo("verdicts", "verdicts.jsonl", Verdict, split_chunks(pairs)):
         results, cost = judge.compare([
             Comparison(p.query, texts[p.persona], p.expert, p.base,
-                       p.expert_stop == p.base_stop == "eos") for p in chunk])
+                       p.expert_stop == p.base_stop == "eos", p.persona) for p in chunk])
         verdicts = []
         for p, (winner, evidence) in zip(chunk, results):
             verdicts.append(Verdict(p.persona, p.index, winner, int(winner == "expert"),

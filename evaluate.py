@@ -53,15 +53,17 @@ from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_sta
 from support.personas import Persona, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
                             read_verdicts, run_settings)
-from support.report import table
+from support.report import quoted, share, table
+from support.rule import Rule
 from support.runs import RunFolder, run_date, split_chunks
-from support.stats import bootstrap_mean, bootstrap_ratio, pearson, ranks
+from support.stats import auc, bootstrap_mean, bootstrap_ratio, pearson, ranks
 from tokenizer import Tokenizer, common_prefix, merge_system
 from train import Sample, distill_samples
 
 CHOICE_CHUNK, CHAT_CHUNK, GATE_CHUNK = 512, 128, 64  # prompts that are done, and kept, together
 LATENCY_QUERIES = 20
 CONTEXT_ROOM = 64  # tokens that a template and the first words of an answer may take
+SAMPLES = 3  # answers of own that are shown, of open and of closed rows
 JUDGE_TOKENS = 24  # what the judge may write for one verdict
 # The layout of the MMLU authors' own script, for figures that compare with published ones.
 SHOTS_HEADER = "The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -571,6 +573,19 @@ def parse_pair(first: str, second: str) -> float | None:
     return won / 2
 
 
+def run_own(e: Evaluator, strategies: Sequence[Strategy], items: Sequence[Item],
+            rule: Rule) -> list[Row]:
+    """Answers to the run's held-out queries, scored by a rule: "rule" is 1 where the rule prefers
+    the answer to an empty one, "changed" where it is not the base's."""
+    def score(item: Item, answer: str) -> dict[str, float]:
+        winner = rule(item.turns[0], item.category, answer, "")
+        return {"rule": float(winner == "expert")}
+
+    rows = run_chats(e, "own", items, strategies, score)
+    base = {r.id: r.output for r in rows if r.strategy == "base"}
+    return [replace(r, scores=r.scores | {"changed": float(r.output != base[r.id])}) for r in rows]
+
+
 @torch.no_grad()
 def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
            personas: Sequence[Persona], limit: int | None) -> list[Row]:
@@ -797,6 +812,40 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
 
 
+def own_report(rows: Sequence[Row], distilled: set[str]) -> str:
+    """The task own by route: the rule's share where PRISM's gate opens and where it stays closed,
+    the gate's AUC, and answers to read.
+
+    Args:
+        distilled: the contexts out of which something was distilled; the gate should tell their
+            queries from all others'.
+    """
+    by = {(r.strategy, r.id): r for r in rows}
+    routed = [r for r in rows if r.strategy == "prism"]
+    if not routed:
+        return ""
+    names = [s for s in dict.fromkeys(r.strategy for r in rows) if s != "random_gate"]
+    lines, samples = [], []
+    for route in (True, False):
+        some = [r for r in routed if r.routed == route]
+        word = "open" if route else "closed"
+        cells = [share(sum(by[s, r.id].scores["rule"] for r in some), len(some)) for s in names]
+        changed = sum(int(r.scores["changed"]) for r in some)
+        lines.append([word, len(some), *cells, f"{changed} of {len(some)}"])
+        for r in some[::max(1, len(some) // SAMPLES)][:SAMPLES]:
+            samples += ["", f"**{word}** (gate {figure(r.gate)}, {r.category}): {quoted(r.prompt)}",
+                        "", f"*base:* {quoted(by['base', r.id].output)}",
+                        "", f"*prism:* {quoted(r.output)}"]
+    area, low, high = auc([r.gate for r in routed if r.category in distilled],
+                          [r.gate for r in routed if r.category not in distilled])
+    told = "-" if area is None else f"{area:.3f} [{low:.3f}, {high:.3f}]"
+    return "\n".join([
+        "", "## own, by route", "", "The rule's share of held-out queries, by the gate's decision.",
+        "", table(["gate", "n", *names, "changed by prism"], lines), "",
+        f"Gate AUC, queries of contexts that were distilled against all others: {told}.",
+        *samples, ""])
+
+
 def show(cell: dict | None, plain: bool) -> str:
     """A cell of the table."""
     if not cell or cell.get("mean") is None:
@@ -874,10 +923,12 @@ def plot(results: dict, folder: Path) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # The command
 
-RUN_TASKS = ("kl", "latency", "routing")  # of a whole run
-OWN_TASKS = {"kl", "latency"}  # on the run's own queries: by a gate that was not fitted on them
+RUN_TASKS = ("kl", "latency", "own", "routing")  # of a whole run
+# On the run's own queries: by a gate that was not fitted on them.
+OWN_TASKS = {"kl", "latency", "own"}
 OPPOSED = ("xstest", "jailbreakbench")  # half should be refused, half should not: no mean of both
-RECOVERABLE = ("accuracy", "centred", "refusal", "rating", "win", "kl")  # scores, not diagnostics
+RECOVERABLE = ("accuracy", "centred", "refusal", "rating", "win", "kl",
+               "rule")  # scores, not diagnostics
 TASKS = (*CHOICE_TASKS, *CHAT_TASKS, *RUN_TASKS)
 STRATEGIES = ("base", "expert", "random_persona", "neutral", "ungated", "random_gate", "sft",
               "prism")
@@ -927,6 +978,8 @@ def parser() -> argparse.ArgumentParser:
                       "chat template, 5 in the classic raw layout with examples of the dev split")
     data.add_argument("--judge-model", metavar="ID|DIR",
                       help="MT-Bench's judge (default: the base)")
+    data.add_argument("--judge", type=Path, metavar="FILE.py", help="the task own: a rule, as in "
+                      "train.py --judge")
     run = p.add_argument_group("run")
     run.add_argument("--out", type=Path, help="default: eval/ in the adapter's folder, or out/eval "
                      "(also where the adapter comes from the hub)")
@@ -953,9 +1006,11 @@ def check(args: argparse.Namespace) -> None:
     if "sft" in args.strategies and not args.sft_adapter:
         raise InputError("the strategy sft needs --sft-adapter (train.py --loss sft)")
     if set(args.tasks) & set(RUN_TASKS) and not args.adapter:
-        raise InputError("the tasks kl, latency and routing need --adapter, the folder of a whole "
+        raise InputError(f"the tasks {', '.join(RUN_TASKS)} need --adapter, the folder of a whole "
                          "run")
-    reading = [task for task in args.tasks if task not in ("kl", "latency")]
+    if "own" in args.tasks and not args.judge:
+        raise InputError("the task own needs --judge, the file of a rule (docs/forking.md)")
+    reading = [task for task in args.tasks if task not in OWN_TASKS]
     if reading and not args.data:
         raise InputError(f"--tasks {','.join(reading)}: needs --data")
     if args.out is None:
@@ -1005,11 +1060,12 @@ def read_tasks(args: argparse.Namespace) -> tuple[dict[str, list[Item]], dict[st
     return items, shots
 
 
-def read_queries(args: argparse.Namespace, personas: Sequence[Persona]) -> list[Item]:
-    """At most LATENCY_QUERIES of the run's held-out queries, whose experts are their personas."""
+def read_queries(task: str, args: argparse.Namespace, personas: Sequence[Persona]) -> list[Item]:
+    """The run's held-out queries, whose experts are their personas: at most --limit, for latency
+    at most LATENCY_QUERIES."""
     path = args.adapter / "queries.jsonl"
     queries = read_items([path], "jsonl", lambda row, n, _: Item(
-        "latency", f"{row['persona']}/{row.get('index')}", row["persona"], (text(row["query"]),)))
+        task, f"{row['persona']}/{row.get('index')}", row["persona"], (text(row["query"]),)))
     lacking = {q.category for q in queries} - {p.name for p in personas}
     if lacking and "expert" in args.strategies:
         raise InputError(f"{path}: its persona {sorted(lacking)[0]!r} is not in --personas "
@@ -1017,7 +1073,11 @@ def read_queries(args: argparse.Namespace, personas: Sequence[Persona]) -> list[
                          "expert")
     held = {f"{persona}/{index}" for persona, index in read_verdicts(args.adapter)[2]}
     queries = [q for q in queries if q.id in held]
-    count = min(args.limit or LATENCY_QUERIES, LATENCY_QUERIES)
+    if not queries:
+        raise InputError(f"{args.adapter}: no query was held out, so there is nothing to measure; "
+                         f"leave out the task {task}")
+    most = LATENCY_QUERIES if task == "latency" else len(queries)
+    count = min(args.limit or most, most)
     return queries[::max(1, len(queries) // count)][:count]
 
 
@@ -1138,7 +1198,9 @@ def _main(args: argparse.Namespace) -> int:
     personas = load_personas(args.personas)
     strategies = make_strategies(args, personas, [i for some in items.values() for i in some])
     # Now, not after hours.
-    own = {"latency": read_queries(args, personas)} if "latency" in args.tasks else {}
+    own = {task: read_queries(task, args, personas) for task in ("latency", "own")
+           if task in args.tasks}
+    rule = Rule(args.judge) if args.judge else None
     if "kl" in args.tasks:
         check_run(args.adapter, personas)
     prompts = {}
@@ -1161,7 +1223,7 @@ def _main(args: argparse.Namespace) -> int:
         for task in args.tasks:
             with e.routed_by(*unseen) if unseen and task in OWN_TASKS else nullcontext():
                 rows += run_task(e, task, items.get(task, []), shots, strategies, personas, judge,
-                                 args)
+                                 rule, args)
         probes = None
         if prompts:
             queries = RunFolder(args.adapter, read_only=True).read("queries.jsonl", Query)
@@ -1203,7 +1265,8 @@ def load_judge(args: argparse.Namespace, net: Transformer, tokenizer: Tokenizer,
 
 
 def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies: list[Strategy],
-             personas: list[Persona], judge: tuple, args: argparse.Namespace) -> list[Row]:
+             personas: list[Persona], judge: tuple, rule: Rule | None,
+             args: argparse.Namespace) -> list[Row]:
     """The rows of one task under all strategies."""
     if task in CHOICE_TASKS:
         return run_choices(e, task, items, strategies, shots if task == "mmlu" else {})
@@ -1211,11 +1274,13 @@ def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies
         return []  # measured on the gate alone, see `measure_probes`
     if task == "kl":
         return run_kl(e, strategies, args.adapter, personas, args.limit)
+    texts = {p.name: p.text for p in personas}
+    own = [replace(s, persona=lambda item: texts[item.category]) if s.name == "expert" else s
+           for s in strategies]
     if task == "latency":
-        texts = {p.name: p.text for p in personas}
-        own = [replace(s, persona=lambda item: texts[item.category]) if s.name == "expert" else s
-               for s in strategies]
         return run_latency(e, own, items)
+    if task == "own":
+        return run_own(e, own, items, rule)
     rows = run_chats(e, task, items, strategies, CHAT_TASKS[task][1])
     if task == "mt_bench":
         rows = judge_talks(rows, items, *judge, e.work, e.used["mt_bench judge"])
@@ -1260,8 +1325,8 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
             f", MMLU after {args.shots} raw examples." if args.shots else
             ", in the chat template."))
     if OWN_TASKS & set(tasks):
-        notes.append("kl and latency route held-out queries by a gate fitted without them; all "
-                     "other tasks route by the adapter's own gate.")
+        notes.append("kl, latency and own route held-out queries by a gate fitted without them; "
+                     "all other tasks route by the adapter's own gate.")
     notes += [f"{n} items of {task} do not fit into the context and were left out."
               for task, n in skipped.items()]
     if "mt_bench" in tasks:
@@ -1276,6 +1341,9 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
         json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rows))
     write_file(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     page = report(results, notes)
+    if "own" in tasks:
+        distilled = {p.persona for p in won_pairs(*read_verdicts(args.adapter)[:2])}
+        page += own_report([r for r in rows if r.task == "own"], distilled)
     if probes:
         page += f"\n{probe_table(probes)}\n"
     write_file(args.out / "table.md", page)

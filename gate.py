@@ -60,7 +60,7 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     ordinary, read_too = gate_features(prism, tokenizer, [conversation(t) for t in traffic])
 
     labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
-    personas = [v.persona for v in verdicts]
+    queries, labels, personas = with_losses(queries, labels, [v.persona for v in verdicts], ordinary)
     kinds = ("verdict", "intent") if args.gate_target == "auto" else (args.gate_target,)
     scored = {kind: out_of_fold(queries, labels, personas, kind, args.seed) for kind in kinds}
     losses = {kind: calibrated_log_loss(probability, labels.tolist())
@@ -122,6 +122,17 @@ def gate_targets(labels: Tensor, personas: Sequence[str], kind: str) -> Tensor:
     rates = shrunken_rates([wins[name] for name in counts], list(counts.values()))
     rate = dict(zip(counts, rates))
     return torch.tensor([rate[name] for name in personas], device=labels.device)
+
+
+def with_losses(queries: Tensor, labels: Tensor, personas: list[str],
+                ordinary: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Features, verdicts and personas to learn from. Where there is nothing but wins, as after
+    --judge none without contrast contexts, ordinary traffic has to show what should stay closed."""
+    if not bool(labels.all()):
+        return queries, labels, personas
+    lost = labels.new_zeros(len(ordinary))
+    return (torch.cat((queries, ordinary)), torch.cat((labels, lost)),
+            personas + ["ordinary traffic"] * len(ordinary))
 
 
 def train_gate(gate: Gate, features: Tensor, targets: Tensor) -> float:

@@ -23,6 +23,7 @@ from engine import Sampling, derive_seed, hidden_states, token_log_probabilities
 from generate import sample_answers
 from model import Transformer
 from support.hub import InputError
+from support.rule import judge_in_place
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import evidence, interval, sequential_test
 from support.words import count_words, degenerate, word_list
@@ -69,13 +70,15 @@ VERDICT_RULES = (JUDGE_PROMPT, *INVERSE_PROMPTS, REFUSAL, COMPLIANCE, *SHOULD_RE
 @dataclass(frozen=True)
 class Comparison:
     """What a judge is asked: two answers to a query. `context` is the text that the expert read, ""
-    if none; `ended` says that both answers came to an end by themselves."""
+    if none; `ended` says that both answers came to an end by themselves; `persona` is the name of
+    the context."""
 
     query: str
     context: str
     expert: str
     base: str
     ended: bool = True
+    persona: str = ""
 
 
 class Judge(Protocol):
@@ -397,17 +400,23 @@ def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
         kind, row = list(test["kinds"].items())[-1]  # the one that it failed
         found.append(f"{test['judge']} on {row['right']} of {row['pairs']} pairs ({kind})")
     raise InputError(f"this model cannot verify itself: its judges are right, {'; '.join(found)}; "
-                     "use a larger model, judge with another (--judge-model), or force one with "
-                     "--judge")
+                     "use a larger model, judge with another (--judge-model), judge by a rule "
+                     "(--judge FILE.py), distil every answer (--judge none), or force one")
 
 
 def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging: tuple,
                pairs: Sequence, args: argparse.Namespace) -> Judge:
-    """The judge that an earlier attempt chose, or the one that passes its test now.
+    """The judge that an earlier attempt chose, or the one that passes its test now; or the rule
+    that --judge names, or nobody, which need no test.
 
     Args:
         judging: the model that judges and its tokenizer; `net` and `tokenizer` sampled the answers.
     """
+    instead = judge_in_place(args.judge)
+    if instead:
+        if "judge" not in run.latest():
+            run.record("judge", 0, chosen=instead.name, forced=False, model=None, tests=[])
+        return instead
     if "judge" in run.latest():
         return JUDGES[run.latest()["judge"]["chosen"]](*judging)
     begun = time.perf_counter()

@@ -16,6 +16,7 @@ from engine import SLOTS
 from prism import PRISM
 from support.distributed import world
 from support.memory import recomputes, training_flops
+from support.rule import asks_no_model
 
 # What SmolLM2-135M-Instruct does; other models differ by some tens of per cent.
 QUERY, CANDIDATE = 22, 47  # tokens of a query, and of a candidate while it is written
@@ -41,6 +42,8 @@ def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     pairs = queries + TEST_PAIRS
     judged = pairs * (2 * (answer + TEMPLATE) + 4 * (QUERY + TEMPLATE))  # which query?
     judged += pairs * 4 * (QUERY + answer)  # how likely an answer?
+    if asks_no_model(settings["judge"]):
+        judged = 0
     fitted = 0.8 * queries * WON  # a fifth is held out
     taught = queries * WON * (CONTEXT + QUERY + answer)  # read by the teacher
     trained = fitted * settings["epochs"] * (QUERY + TEMPLATE + answer)

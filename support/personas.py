@@ -9,6 +9,8 @@ from typing import Sequence
 
 from support.hub import InputError
 
+CONTRAST = "contrast"  # a context so named is never distilled with --judge none
+
 
 @dataclass(frozen=True)
 class Persona:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bootstrap import Pair, Query, Verdict, check_order, hold_out
-from gate import choose_thresholds, gate_targets, out_of_fold, read_traffic, train_gate
+from gate import (choose_thresholds, gate_targets, out_of_fold, read_traffic, train_gate,
+                  with_losses)
 from generate import gate_features
 from judge import conversation
 from prism import PRISM, Gate
@@ -113,6 +114,7 @@ def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gat
     ordinary, _ = gate_features(prism, tokenizer, [conversation(t) for t in read_traffic(run)])
     labels = torch.tensor([float(verdicts[i].target) for i in kept], device=features.device)
     personas = [verdicts[i].persona for i in kept]
+    features, labels, personas = with_losses(features, labels, personas, ordinary)
     kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
     gate = Gate(features.shape[1], settings["seed"]).to(features.device)
     train_gate(gate, features, gate_targets(labels, personas, kind))

@@ -15,8 +15,13 @@ from typing import Sequence
 
 from bootstrap import Pair, Query, Verdict
 from support.hub import write_file
+from support.personas import CONTRAST
+from support.rule import NOBODY, RuleJudge
 from support.runs import STAGES, WITHIN, RunFolder
 from support.stats import interval
+
+# What a rule says of two answers and of the same two swapped, if it compares the answers.
+TURNED = (("expert", "base"), ("base", "expert"), ("tie", "tie"))
 
 
 def write_report(run: RunFolder, args: argparse.Namespace) -> None:
@@ -89,6 +94,11 @@ def quality_lines(quality: dict, wanted: int, kept: Counter, personas: int) -> l
 
 def judge_lines(judged: dict) -> list[str]:
     """The judge that was chosen, and the self-tests behind the choice."""
+    if judged["chosen"] == NOBODY:
+        return ["judged by nobody (--judge none): every context's answer is distilled, but those "
+                f"of contexts named {CONTRAST}..., which only teach the gate"]
+    if judged["chosen"] == RuleJudge.name:
+        return ["judged by a rule, not by the model"]
     rows = []
     for test in judged["tests"]:
         for kind, k in test["kinds"].items():
@@ -114,6 +124,27 @@ def judge_lines(judged: dict) -> list[str]:
                  "that is right on 0.9 of the pairs from one that is right on 0.6.")
     lines.append(table(("judge", "against", "pairs", "right", "wrong", "tie", "split", "unparsed",
                         "share of A"), rows))
+    return lines
+
+
+def swap_lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """The same-prompt control of a rule, which is asked about both orders of two answers: two
+    answers to ONE prompt would stand in either place equally often, so the places have to win
+    equally often over all orders."""
+    asked = [v.evidence for v in verdicts if v.judge == RuleJudge.name and len(v.evidence) == 2]
+    if not asked:
+        return []
+    places = Counter(side for both in asked for side in both)
+    expert, base = places["expert"], places["base"]
+    turned = sum(tuple(both) in TURNED for both in asked)
+    lines = [f"same-prompt control: asked again with the two answers swapped, the rule turned "
+             f"round on {turned} of {len(asked)} pairs; over both orders the expert's place won "
+             f"{expert} times and the base's {base} times"]
+    low, high = interval(expert, expert + base)
+    if not low <= 0.5 <= high:
+        lines.append("WARNING: this rule prefers a place, whatever answer stands there, so two "
+                     "answers to one prompt would not win equally often; let it compare the two "
+                     "answers, or say --judge none if every answer is to be distilled")
     return lines
 
 
@@ -160,7 +191,8 @@ def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[s
     """What looks unhealthy about the split into distill and retain set."""
     chosen = Counter(v.persona for v in verdicts if v.target)
     distilled, n, warnings = sum(chosen.values()), len(verdicts), []
-    if not 0.05 <= distilled / n <= 0.95:
+    judged = any(v.judge != NOBODY for v in verdicts)  # else there is nothing to be split
+    if judged and not 0.05 <= distilled / n <= 0.95:
         warnings.append(f"WARNING: {distilled} of {n} queries go to the distill set; outside 5-95% "
                         "the gate has almost nothing to tell apart")
     name, most = chosen.most_common(1)[0] if chosen else ("", 0)
@@ -168,7 +200,7 @@ def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[s
         warnings.append(f"WARNING: {name} alone gives {most} of {distilled} distill samples; the "
                         "adapter will be mostly that persona")
     won, decided = longer_wins(verdicts, pairs)
-    if won > 0.8 * decided:
+    if judged and won > 0.8 * decided:
         warnings.append(f"WARNING: the longer answer won {won} of {decided} decided verdicts; the "
                         "judge may reward length")
     return warnings
@@ -213,7 +245,7 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
         targets = Counter(v.target for v in verdicts)
         parts += ["Verdicts on the run's own answers, with the persona (expert) against without "
                   "(base); \"longer wins\": of the decided ones with unequal lengths.",
-                  verdict_table(verdicts, pairs),
+                  verdict_table(verdicts, pairs), *swap_lines(verdicts),
                   f"distill / retain: {targets[1]} / {targets[0]} (queries the persona won, on "
                   "which the adapter is trained, and all others)",
                   *split_warnings(verdicts, pairs)]
@@ -273,9 +305,8 @@ def advice(metrics: Sequence[dict], verdicts: Sequence[Verdict]) -> list[str]:
     last = {m["stage"]: m for m in metrics}
     won = sum(v.target for v in verdicts) / max(len(verdicts), 1)
     gate, kl = last.get("gate"), last.get("kl")
-    tests = {t["judge"]: t for t in last["judge"]["tests"]}
     found = []
-    if not tests[last["judge"]["chosen"]]["trusted"]:
+    if not all(t["trusted"] for t in last["judge"]["tests"][-1:]):  # none where no model judged
         found.append("The judge failed its own test, so the verdicts are noise: --judge-model with "
                      "a larger model, or a larger base.")
     if won < 0.3:

@@ -17,6 +17,7 @@ from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
 from support.personas import Persona, load_personas, persona_hash
+from support.rule import NOBODY, asks_no_model, judge_in_place, rule_hash
 from support.runs import STAGES
 from tokenizer import Tokenizer
 
@@ -24,13 +25,14 @@ HERE = Path(__file__).parent.parent
 # The first stage whose result depends on a setting; one that is not here concerns all of them.
 FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
                "judge": "verdicts", "judge_model": "verdicts", "judge_fingerprint": "verdicts",
-               "verdict_rules": "verdicts", "gate_layer": "gate", "gate_pool": "gate",
-               "gate_threshold": "gate", "gate_target": "gate", "gate_rate": "gate",
-               "gate_rules": "gate", "rank": "lora", "alpha": "lora",
+               "rule_sha256": "verdicts", "verdict_rules": "verdicts", "gate_layer": "gate",
+               "gate_pool": "gate", "gate_target": "gate", "gate_threshold": "gate",
+               "gate_rate": "gate", "gate_rules": "gate", "rank": "lora", "alpha": "lora",
                "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
                "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora"}
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
 QUICK = {"queries": 8, "max_new_tokens": 96, "epochs": 6, "batch_size": 4}
+JUDGE_NAMES = ("auto", "letter", "likelihood", NOBODY)
 QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
 GATE_FOLDS = 5
 GATE_DEPTH = 6  # the gate reads the output of layer (number of layers) // 6, unless told otherwise
@@ -84,8 +86,9 @@ def parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("stages 1-3: the data")
     quick(data, "--queries", "queries a persona")
     quick(data, "--max-new-tokens", "longest answer, in tokens")
-    add(data, "--judge", "auto", "which judge; auto tests them first",
-        choices=("auto", "letter", "likelihood"))
+    add(data, "--judge", "auto", "auto tests the model's judges and takes one; or force one; none "
+        "distils every context's answer; FILE.py is a rule of yours (docs/forking.md)",
+        type=judge_name, metavar="|".join((*JUDGE_NAMES, "FILE.py")))
     data.add_argument("--judge-model", metavar="ID|DIR", help="judge with another model, which is "
                       "then no self-verification (default: the model itself)")
     gate = p.add_argument_group("stage 4: the gate")
@@ -119,6 +122,14 @@ def threshold(text: str) -> float | None:
     return None if text == "auto" else float(text)
 
 
+def judge_name(text: str) -> str:
+    """--judge: one of JUDGE_NAMES, or a file of Python."""
+    if text not in JUDGE_NAMES and not asks_no_model(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(JUDGE_NAMES)}, or a "
+                                         "rule (FILE.py)")
+    return text
+
+
 def check(args: argparse.Namespace) -> None:
     """Fill in what --quick decides and refuse values out of range."""
     for name, value in (QUICK if args.quick else PAPER).items():
@@ -134,6 +145,9 @@ def check(args: argparse.Namespace) -> None:
         if value is not None and not low <= value <= high:  # also refuses NaN
             raise InputError(f"--{name.replace('_', '-')} is {value}, it must be in [{low:g}, "
                              f"{high:g}]")
+    if judge_in_place(args.judge) and args.judge_model:
+        raise InputError(f"--judge-model {args.judge_model}: no model judges with --judge "
+                         f"{args.judge}; leave one of them out")
     if args.out is None:
         args.out = Path("out") / args.model.rstrip("/").split("/")[-1].lower()
 
@@ -170,6 +184,8 @@ def answer_room(tokenizer: Tokenizer, contexts: Sequence[str], judge: str, conte
 def check_judge(args: argparse.Namespace, folder: Path, personas: Sequence[Persona]) -> str | None:
     """Refuse a judge that could not read the answers: after the stages before it, it would cost
     hours. Returns the fingerprint of --judge-model."""
+    if asks_no_model(args.judge):
+        return None
     judging = resolve(args.judge_model) if args.judge_model else folder
     config = Config.from_json(read_json(judging / "config.json"), str(judging))
     tokenizer, context = Tokenizer(judging), config.max_position_embeddings
@@ -197,7 +213,8 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
                  "base_fingerprint": fingerprint(folder),
                  "text_fingerprint": text_fingerprint(folder), "device": net.device.type,
                  "dtype": str(net.dtype).removeprefix("torch."), "slots": SLOTS,
-                 "judge_fingerprint": judge_fingerprint, "answer_temperature": ANSWER_TEMPERATURE}
+                 "judge_fingerprint": judge_fingerprint,
+                 "rule_sha256": rule_hash(args.judge), "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.
     for name, rules in (("query_rules", QUERY_RULES), ("verdict_rules", VERDICT_RULES),
                         ("gate_rules", GATE_RULES), ("lora_rules", LORA_RULES)):

@@ -24,7 +24,9 @@ from support import benchmarks
 from support.benchmarks import (HUMANITIES, OTHER, SOCIAL_SCIENCES, Item, score_number,
                                 score_refusal)
 from support.hub import InputError
-from support.stats import bootstrap_mean
+from support.probes import read_verdicts
+from support.report import share
+from support.stats import auc, bootstrap_mean
 from tokenizer import Tokenizer
 import evaluate
 import gate
@@ -522,6 +524,48 @@ def test_kl_is_the_runs_own(evaluated: Callable[..., Path], adapter: Path) -> No
         assert value == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
+@pytest.fixture(scope="module")
+def long_wins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rule: at least 20 characters in one of the two answers."""
+    path = tmp_path_factory.mktemp("rule") / "long.py"
+    path.write_text("def judge(query, persona, expert, base):\n"
+                    "    assert query and persona != query and base == ''\n"
+                    "    return 'expert' if len(expert) >= 20 else 'tie'\n")
+    return path
+
+
+def test_own_is_the_rules_share_on_held_out_queries(evaluated: Callable[..., Path], adapter: Path,
+                                                    personas: Path, long_wins: Path) -> None:
+    """Other queries would be asked than the held-out ones, by another expert than their context, or
+    be scored by another rule; or the shares by route not be those of the rows."""
+    out = evaluated("--tasks", "own", "--judge", str(long_wins), "--strategies",
+                    "expert,ungated,random_gate,prism")
+    rows = rows_of(out)
+    _, verdicts, held = read_verdicts(adapter)
+    base = {r["id"]: r["output"] for r in rows if r["strategy"] == "base"}
+    assert set(base) == {f"{persona}/{index}" for persona, index in held} and len(base) > 5
+    for r in rows:
+        assert r["scores"] == {"rule": float(len(r["output"]) >= 20),
+                               "changed": float(r["output"] != base[r["id"]])}
+        text = (personas / f"{r['category']}.txt").read_text()
+        assert r["system"] == (text if r["strategy"] == "expert" else "")
+    assert {r["score"] for r in rows} == {0.0, 1.0}  # or no share was tested
+    page, prism = (out / "table.md").read_text(), [r for r in rows if r["strategy"] == "prism"]
+    for route, word in ((True, "open"), (False, "closed")):
+        ids = [r["id"] for r in prism if r["routed"] is route]
+        cells = []
+        for s in ("base", "expert", "ungated", "prism"):
+            hits = sum(r["score"] for r in rows if r["strategy"] == s and r["id"] in ids)
+            cells.append(share(hits, len(ids)))
+        changed = sum(r["output"] != base[r["id"]] for r in prism if r["id"] in ids)
+        assert f"| {word} | {len(ids)} | {' | '.join(cells)} | {changed} of {len(ids)} |" in page
+        assert page.count(f"**{word}** (gate ") == min(3, len(ids))
+    won = {v.persona for v in verdicts if v.target}
+    area, *_ = auc([r["gate"] for r in prism if r["category"] in won],
+                   [r["gate"] for r in prism if r["category"] not in won])
+    assert ("others: -." if area is None else f"others: {area:.3f} [") in page
+
+
 def test_outputs(evaluated: Callable[..., Path], data: Path) -> None:
     """Every task and study in one run: a file or field would be missing, of ours or of the public
     checker's."""
@@ -607,14 +651,17 @@ def test_damaged_work_is_refused(tmp_path: Path) -> None:
     (["--tasks", "mmlu"], "--data"),
     (["--tasks", "mmlu", "--data", "{data}", "--strategies", "prism"], "--adapter"),
     (["--tasks", "mmlu", "--data", "{data}", "--personas", "{data}"], "personas"),
-    (["--tasks", "harmbench", "--data", "{twice}"], "do_harm")])
+    (["--tasks", "harmbench", "--data", "{twice}"], "do_harm"),
+    (["--tasks", "own", "--adapter", "{run}"], "--judge"),
+    (["--tasks", "own", "--adapter", "{run}", "--judge", "{data}/rule.py"], "rule.py: no such"),
+    (["--tasks", "own", "--judge", "{data}/rule.py"], "--adapter")])
 def test_wrong_input_is_one_line(flags: list[str], says: str, data: Path, folder: Path,
-                                 tmp_path: Path, capsys: Capture) -> None:
+                                 adapter: Path, tmp_path: Path, capsys: Capture) -> None:
     """What does not go together would be a traceback or leave files; or HarmBench, published whole
     and in parts, would count items twice. (All other wrong flags: test_hostile.py.)"""
     twice = Path(shutil.copytree(data, tmp_path / "data"))
     shutil.copy(twice / "harmbench/some.csv", twice / "harmbench/all.csv")
-    argv = [f.format(data=data, twice=twice) for f in flags]
+    argv = [f.format(data=data, twice=twice, run=adapter) for f in flags]
     status = evaluate.main(["--model", str(folder), "--out", str(tmp_path / "out"), *argv])
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and says in error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gate
 from gate import (choose_thresholds, gate_targets, open_share, out_of_fold, read_traffic,
-                  train_gate, write_traffic)
+                  train_gate, with_losses, write_traffic)
 from generate import gate_features
 from judge import conversation
 from model import Transformer
@@ -106,6 +106,18 @@ def test_intent_is_the_personas_rate() -> None:
     assert len(set(targets.tolist())) == 2
     assert 0.8 < float(targets[0]) < 0.9 and 0.1 < float(targets[-1]) < 0.2
     assert torch.equal(gate_targets(labels, names, "verdict"), labels)
+
+
+def test_traffic_stands_in_for_losses() -> None:
+    """A gate that has seen nothing but wins would open for everything; or traffic would be taken
+    for losses where there are real ones."""
+    x, targets = planted(120, 60, 5.0, 0)
+    won, ordinary = x[targets == 1], x[targets == 0]
+    features, labels, names = with_losses(won, torch.ones(60), ["a"] * 60, ordinary)
+    assert labels.tolist() == [1.0] * 60 + [0.0] * 60 and len(names) == len(features) == 120
+    made = fitted(features, gate_targets(labels, names, "intent"))
+    assert open_share(made, won, 0.5) > 0.95 and open_share(made, ordinary, 0.5) < 0.05
+    assert with_losses(x, targets, ["a"] * 120, ordinary)[0] is x
 
 
 def world(per_persona: int, rates: float, query: float, seed: int) -> tuple:

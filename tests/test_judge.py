@@ -332,6 +332,8 @@ def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenize
         with pytest.raises(InputError, match=r"cannot verify itself.*letter on 0 of 4 pairs "
                                              r"\(echo\); likelihood on \d+ of \d+"):
             choose_judge("auto", net, tok, known)
+        with pytest.raises(InputError, match=r"--judge FILE\.py.*--judge none"):
+            choose_judge("auto", net, tok, known)
         chosen, [test] = choose_judge("letter", net, tok, known)
         assert chosen.name == "letter" and not test["trusted"]
         counts = test["kinds"]["echo"]

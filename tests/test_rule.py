@@ -1,0 +1,194 @@
+"""support/rule.py: a rule, or nobody, in the judge's place, from the command line to the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_run import contents, error_of, rows_of, run_train, timeless, verdict
+
+from bootstrap import Verdict
+from judge import Comparison
+from support.report import judge_lines, swap_lines
+from support.rule import FREE, NoJudge, Rule, RuleJudge, judge_in_place
+
+Capture = pytest.CaptureFixture[str]
+# The longer answer wins; letters only, so that both answers of a tiny model count.
+LONGER = '''
+def judge(query, persona, expert, base):
+    if len(expert) == len(base):
+        return "tie"
+    return "expert" if len(expert) > len(base) else "base"
+'''
+
+
+def rule_file(folder: Path, text: str) -> Path:
+    """A file with a rule."""
+    path = folder / "my_rule.py"
+    path.write_text(text)
+    return path
+
+
+def returning(value: str, before: str = "") -> str:
+    """A rule that returns an expression."""
+    return f"{before}\ndef judge(query, persona, expert, base):\n    return {value}\n"
+
+
+@pytest.fixture
+def judged(finished: Path, tmp_path: Path) -> Path:
+    """A finished run whose first two stages another judge may take up."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def test_a_rule_is_told_who_asked_what_and_who_said_what(tmp_path: Path) -> None:
+    """Query, context, expert's and base answer would not come in their order; or what a rule says
+    of the swapped answers would count."""
+    rule = rule_file(tmp_path, LONGER + '    \nassert judge("", "", "ab", "a") == "expert"\n')
+    asked = [Comparison("q", "c", "long", "s"), Comparison("q", "c", "s", "long"),
+             Comparison("q", "c", "as", "as")]
+    results, cost = RuleJudge(Rule(rule)).compare(asked)
+    assert results == [("expert", ["expert", "base"]), ("base", ["base", "expert"]),
+                       ("tie", ["tie", "tie"])] and cost == FREE
+    rule = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
+                                         '["q", "shop", "e", "b"] else "base"'))
+    [(winner, said)], _ = RuleJudge(Rule(rule)).compare(
+        [Comparison("q", "text of the context", "e", "b", persona="shop")])
+    assert winner == "expert" and said == ["expert", "base"]
+
+
+def test_nobody_judges_but_contrast_contexts(tmp_path: Path) -> None:
+    """An answer would not be distilled with --judge none, or a contrast context's would be."""
+    asked = [Comparison("q", "c", "", "b", persona=name) for name in ("shop", "contrast_cook")]
+    assert NoJudge().compare(asked) == ([("expert", []), ("base", [])], FREE)
+    assert judge_in_place("auto") is judge_in_place("letter") is None
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    (None, "no such file"),
+    ("x = 1\n", "no function judge(query, persona, expert, base)"),
+    ("judge = 3\n", "no function judge"),
+    ("def judge(:\n", "SyntaxError"),
+    ("import no_such_module_here\n", "ModuleNotFoundError: No module named"),
+    ('raise ValueError("one\\ntwo")\n', "ValueError: one two"),
+    ("raise SystemExit(0)\n", "SystemExit")])
+def test_a_file_that_holds_no_rule_is_refused_at_once(
+        text: str | None, says: str, command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    """A missing file or function, or a file that does not run, would be noticed after the stages
+    before it, with a traceback, or leave something behind."""
+    path = tmp_path / "my_rule.py"
+    if text is not None:
+        rule_file(tmp_path, text)
+    assert run_train(*command, "--judge", path, "--out", tmp_path / "out") == 2
+    said = error_of(capsys)
+    assert says in said and str(path) in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "says"), [
+    ("1 / 0", "judge() raised ZeroDivisionError: division by zero"),
+    ("exit(0)", "judge() raised SystemExit: 0"),
+    ('"Expert"', 'returned \'Expert\', not "expert", "base" or "tie"'),
+    ("None", "returned None"), ("True", "returned True"), ('["expert"]', "returned ['expert']"),
+    ("judge(query)", "judge() raised TypeError")])
+def test_a_rule_that_fails_names_file_and_query(
+        value: str, says: str, command: list[str], judged: Path, tmp_path: Path,
+        capsys: Capture) -> None:
+    """An exception, or another value than the three, would be a traceback or a made-up verdict."""
+    path = rule_file(tmp_path, returning(value))
+    assert run_train(*command, "--judge", path, "--overwrite", "--out", judged) == 2
+    said, query = error_of(capsys), rows_of(judged, "queries.jsonl")[0]["query"]
+    assert says in said and str(path) in said and " ".join(repr(query).split()) in said
+    assert not (judged / "verdicts.jsonl").exists()
+
+
+def test_a_run_judged_by_a_rule(command: list[str], judged: Path, tmp_path: Path,
+                                capsys: Capture) -> None:
+    """The rows would not be what the rule says, or cost something; the report would not say who
+    judged; or an edited rule would go unnoticed."""
+    path = rule_file(tmp_path, LONGER)
+    argv = [*command, "--judge", path, "--out", judged]
+    assert run_train(*argv, "--overwrite") == 0
+    answers, verdicts = rows_of(judged, "answers.jsonl"), rows_of(judged, "verdicts.jsonl")
+    for a, v in zip(answers, verdicts, strict=True):
+        more = len(a["expert"]) - len(a["base"])
+        winner = "tie" if not more else "expert" if more > 0 else "base"
+        assert (v["winner"], v["target"], v["judge"]) == (winner, int(more > 0), "rule")
+    report = (judged / "report.md").read_text()
+    assert "judged by a rule" in report and "WARNING: this judge" not in report
+    assert f"the rule turned round on {len(answers)} of {len(answers)} pairs" in report
+    rows = [m for m in rows_of(judged, "metrics.jsonl") if m["stage"] in ("judge", "verdicts")]
+    assert len(rows) == 3 and all(m.get("flops", 0) == 0 for m in rows)
+    settings = json.loads((judged / "run.json").read_text())["settings"]
+    assert settings["rule_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    whole = contents(judged)
+    path.write_text(LONGER + "# another word\n")
+    capsys.readouterr()
+    assert run_train(*argv) == 2 and "rule_sha256" in error_of(capsys)
+    assert contents(judged) == whole
+
+
+def test_a_cut_run_with_a_rule_continues(command: list[str], finished: Path,
+                                         tmp_path: Path) -> None:
+    """A run that was interrupted within a rule would lose its first chunk, or end in other files
+    than one that was not."""
+    stop = tmp_path / "stop"
+    text = LONGER.replace("persona, expert, base):", "persona, expert, base):\n"
+                          "    calls.append(query)\n"
+                          "    if len(calls) > 64 and stop.exists():\n"
+                          "        raise KeyboardInterrupt")
+    path = rule_file(tmp_path, f"from pathlib import Path\nstop, calls = Path({str(stop)!r}), []\n"
+                     + text)
+    outs = [Path(shutil.copytree(finished, tmp_path / name)) for name in ("cut", "whole")]
+    stop.touch()
+    argv = [*command, "--judge", path, "--out", outs[0]]
+    assert run_train(*argv, "--overwrite") == 130
+    assert len(rows_of(outs[0], "verdicts.jsonl")) == 32  # a chunk; each pair is asked twice
+    stop.unlink()
+    assert run_train(*argv) == 0
+    assert run_train(*command, "--judge", path, "--out", outs[1], "--overwrite") == 0
+    assert timeless(outs[0]) == timeless(outs[1])
+
+
+def test_a_run_judged_by_nobody(command: list[str], judged: Path) -> None:
+    """--judge none would ask a model, or leave an answer out of the distill set."""
+    assert run_train(*command, "--judge", "none", "--overwrite", "--out", judged) == 0
+    verdicts = rows_of(judged, "verdicts.jsonl")
+    assert verdicts and all((v["winner"], v["target"], v["judge"]) == ("expert", 1, "none")
+                            for v in verdicts)
+    report = (judged / "report.md").read_text()
+    assert "judged by nobody" in report and "distill / retain: 34 / 0" in report
+    assert "fails its own test" not in report and "nothing to tell apart" not in report
+    assert not any(m.get("flops") for m in rows_of(judged, "metrics.jsonl")
+                   if m["stage"] in ("judge", "verdicts"))
+
+
+def test_no_model_beside_a_rule(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    """A --judge-model that nobody asks would be fetched and named as the judge."""
+    for name in ("none", str(rule_file(tmp_path, LONGER))):
+        assert run_train(*command, "--judge", name, "--judge-model", "some/model", "--out",
+                         tmp_path / "out") == 2
+        assert "--judge-model some/model" in error_of(capsys)
+
+
+def said_of(forward: str, swapped: str, count: int) -> list[Verdict]:
+    """Verdicts of a rule that says this of a pair and of the pair swapped."""
+    row = verdict(0, forward)
+    return [Verdict(row.persona, i, forward, row.target, "rule", [forward, swapped])
+            for i in range(count)]
+
+
+def test_same_prompt_control_of_a_rule() -> None:
+    """A rule that prefers the expert's place, whoever stands there, would pass as one that compares
+    the answers; or one that compares them would be warned about; or a model's verdicts be asked."""
+    fair = said_of("expert", "base", 30) + said_of("tie", "tie", 3)
+    [line] = swap_lines(fair)
+    assert "turned round on 33 of 33 pairs" in line
+    assert "expert's place won 30 times and the base's 30 times" in line
+    for place in ("expert", "base"):
+        line, warning = swap_lines(said_of(place, place, 30))
+        assert "turned round on 0 of 30" in line and warning.startswith("WARNING")
+    assert swap_lines([verdict(0, "expert")]) == []
+    assert judge_lines({"chosen": "rule", "tests": [], "forced": False}) == [
+        "judged by a rule, not by the model"]
