@@ -60,7 +60,8 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     ordinary, read_too = gate_features(prism, tokenizer, [conversation(t) for t in traffic])
 
     labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
-    queries, labels, personas = with_losses(queries, labels, [v.persona for v in verdicts], ordinary)
+    personas = [v.persona for v in verdicts]
+    queries, labels, personas = with_losses(queries, labels, personas, ordinary)
     kinds = ("verdict", "intent") if args.gate_target == "auto" else (args.gate_target,)
     scored = {kind: out_of_fold(queries, labels, personas, kind, args.seed) for kind in kinds}
     losses = {kind: calibrated_log_loss(probability, labels.tolist())
