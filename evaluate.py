@@ -180,7 +180,7 @@ class Work:
 @dataclass(frozen=True)
 class Strategy:
     """How the queries are answered: with which system text (of an item), by which weights ("base",
-    "adapter" or "sft"), and who decides on the adapter ("", "gate" or "random")."""
+    "adapter" or "sft"), and who decides on the text or the adapter ("", "gate" or "random")."""
 
     name: str
     persona: Callable[[Item], str] | None = None
@@ -242,8 +242,16 @@ class Evaluator:
         return dict(total)
 
     def messages(self, item: Item, strategy: Strategy) -> Messages:
-        """What stands before the user's first turn."""
-        return ([{"role": "system", "content": strategy.persona(item)}] if strategy.persona else [])
+        """What stands before the user's first turn, before any gate has opened."""
+        if strategy.persona is None or strategy.gate:
+            return []
+        return [{"role": "system", "content": strategy.persona(item)}]
+
+    def prompted(self, talk: Messages, item: Item, strategy: Strategy, opened: bool) -> Messages:
+        """A conversation, with the system text in front that a gate has opened for."""
+        if strategy.persona is None or not (strategy.gate and opened):
+            return talk
+        return [{"role": "system", "content": strategy.persona(item)}, *talk]
 
     def render(self, talk: Messages, in_user: bool = False,
                thinking: bool = True) -> tuple[list[int], int]:
@@ -412,6 +420,8 @@ def run_choices(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequ
         talks = [[*e.messages(item, strategy), {"role": "user", "content": item.turns[0]}]
                  for item in items]
         probability, routed = e.opened(strategy, [item.id for item in items], talks)
+        talks = [e.prompted(talk, item, strategy, opened)
+                 for talk, item, opened in zip(talks, items, routed)]
         prompts = [e.raw_prompt(talk, item, shots) if shots else
                    e.render(talk, strategy.in_user, thinking=False)
                    for talk, item in zip(talks, items)]
@@ -422,8 +432,8 @@ def run_choices(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequ
             means[strategy.name] = letter_means(logs)
         base = base or [pick(log) for log in logs]  # the first strategy is the base
         for i, item in enumerate(items):
-            prior = means[strategy.name if not strategy.gate else "ungated" if routed[i]
-                          and "ungated" in means else "base"]
+            adapted = routed[i] and strategy.weights == "adapter" and "ungated" in means
+            prior = means[strategy.name if not strategy.gate else "ungated" if adapted else "base"]
             chosen, centred = pick(logs[i]), pick([x - m for x, m in zip(logs[i], prior)])
             scores = {"accuracy": float(chosen == item.answer),
                       "centred": float(centred == item.answer),
@@ -493,8 +503,9 @@ def run_chats(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequen
             heat = [TEMPERATURES.get(items[i].category, 0.7) if task == "mt_bench" else 0.0
                     for i in now]
             # The same random numbers for every strategy.
-            made = e.answers(task, strategy.name, [e.render(talks[i], strategy.in_user)
-                                                   for i in now],
+            asked = [e.prompted(talks[i], items[i], strategy, opened)
+                     for i, opened in zip(now, routed)]
+            made = e.answers(task, strategy.name, [e.render(t, strategy.in_user) for t in asked],
                              weights, heat, [derive_seed(e.seed, name) for name in names])
             for at, i in enumerate(now):
                 item, said = items[i], made[at]["text"]
@@ -505,7 +516,7 @@ def run_chats(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequen
                 rows.append(Row(
                     task, item.id, item.category, strategy.name, item.turns[turn], answer,
                     probability[at], routed[at], next(iter(scores.values()), None), scores, turn,
-                    system_text(talks[i]), item.answer,
+                    system_text(asked[at]), item.answer,
                     {"stop": made[at]["stop"]} | ({} if said == answer else {"whole": said})))
     return rows
 
@@ -930,8 +941,9 @@ OPPOSED = ("xstest", "jailbreakbench")  # half should be refused, half should no
 RECOVERABLE = ("accuracy", "centred", "refusal", "rating", "win", "kl",
                "rule")  # scores, not diagnostics
 TASKS = (*CHOICE_TASKS, *CHAT_TASKS, *RUN_TASKS)
-STRATEGIES = ("base", "expert", "random_persona", "neutral", "ungated", "random_gate", "sft",
-              "prism")
+STRATEGIES = ("base", "expert", "random_persona", "neutral", "ungated", "random_gate",
+              "gated_prompt", "sft", "prism")
+WITH_ADAPTER = ("ungated", "random_gate", "gated_prompt", "prism")
 STUDIES = ("length", "placement", "persona-matrix")
 
 
@@ -998,11 +1010,11 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}, it must be in [{low}, 1e6]")
     if args.strategies is None:
         args.strategies = [s for s in STRATEGIES if not (
-            (s in ("ungated", "random_gate", "prism") and not args.adapter)
+            (s in WITH_ADAPTER and not args.adapter)
             or (s == "sft" and not args.sft_adapter))]
     args.strategies = ["base", *(s for s in args.strategies if s != "base")]
-    if not args.adapter and set(args.strategies) & {"ungated", "random_gate", "prism"}:
-        raise InputError("the strategies ungated, random_gate and prism need --adapter")
+    if not args.adapter and set(args.strategies) & set(WITH_ADAPTER):
+        raise InputError(f"the strategies {', '.join(WITH_ADAPTER)} need --adapter")
     if "sft" in args.strategies and not args.sft_adapter:
         raise InputError("the strategy sft needs --sft-adapter (train.py --loss sft)")
     if set(args.tasks) & set(RUN_TASKS) and not args.adapter:
@@ -1123,6 +1135,7 @@ def make_strategies(args: argparse.Namespace, personas: Sequence[Persona],
         "neutral": lambda: Strategy("neutral", neutral()),
         "ungated": lambda: Strategy("ungated", None, "adapter"),
         "random_gate": lambda: Strategy("random_gate", None, "adapter", "random"),
+        "gated_prompt": lambda: Strategy("gated_prompt", experts(args.personas), gate="gate"),
         "sft": lambda: Strategy("sft", None, "sft"),
         "prism": lambda: Strategy("prism", None, "adapter", "gate")}
     chosen = [make[name]() for name in args.strategies]
@@ -1275,8 +1288,8 @@ def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies
     if task == "kl":
         return run_kl(e, strategies, args.adapter, personas, args.limit)
     texts = {p.name: p.text for p in personas}
-    own = [replace(s, persona=lambda item: texts[item.category]) if s.name == "expert" else s
-           for s in strategies]
+    own = [replace(s, persona=lambda item: texts[item.category])
+           if s.name in ("expert", "gated_prompt") else s for s in strategies]
     if task == "latency":
         return run_latency(e, own, items)
     if task == "own":

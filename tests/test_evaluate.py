@@ -458,8 +458,9 @@ def test_choices_are_the_models_own(evaluated: Callable[..., Path], adapter: Pat
 
 def test_closed_rows_are_the_bases(adapter: Path, data: Path, personas: Path, net: Transformer,
                                    tok: Tokenizer, tmp_path: Path) -> None:
-    """A closed row would not be the base's item by item, or an open one the adapter's; something
-    would be computed for them; or the random gate would open more or less often."""
+    """A closed row would not be the base's item by item, or an open one the adapter's (for a gated
+    prompt, the expert's); something would be computed for them; or the random gate would open more
+    or less often."""
     prompts = [i.turns[0] for i in benchmarks.read_mmlu(data, None)]
     run = half_open(adapter, tmp_path / "adapter", prompts, net, tok)
     with_randomized = PRISM.load(run, net)
@@ -476,6 +477,10 @@ def test_closed_rows_are_the_bases(adapter: Path, data: Path, personas: Path, ne
             for name in ("output", "score", "scores", "evidence"):
                 assert row[name] == twin[name], (strategy, item)
             routed[strategy, row["task"], row["routed"]] += 1
+        if strategy == "gated_prompt":  # the gate reads the query alone
+            assert row["routed"] == by["prism", *item]["routed"]
+            twin = by["expert" if row["routed"] else "base", *item]
+            assert (row["output"], row["system"]) == (twin["output"], twin["system"])
         if strategy == "prism":
             assert row["routed"] == (row["gate"] >= with_randomized.threshold)
     assert routed["prism", "mmlu", True] and routed["prism", "mmlu", False]
@@ -566,12 +571,12 @@ def test_own_is_the_rules_share_on_held_out_queries(evaluated: Callable[..., Pat
     assert ("others: -." if area is None else f"others: {area:.3f} [") in page
 
 
-def test_outputs(evaluated: Callable[..., Path], data: Path) -> None:
+def test_outputs(evaluated: Callable[..., Path], data: Path, long_wins: Path) -> None:
     """Every task and study in one run: a file or field would be missing, of ours or of the public
     checker's."""
     out = evaluated("--tasks", ",".join(evaluate.TASKS), "--limit", "2", "--study",
                     "length,placement,persona-matrix", "--strategies",
-                    "expert,random_persona,neutral,prism")
+                    "expert,random_persona,neutral,prism", "--judge", str(long_wins))
     rows, results = rows_of(out), json.loads((out / "results.json").read_text())
     assert set(rows[0]) >= {"task", "id", "category", "strategy", "prompt", "output", "gate",
                             "routed", "score"}
