@@ -11,9 +11,9 @@ from typing import Callable
 
 import torch
 
-from bootstrap import OVERSAMPLE, RIVALS
 from engine import SLOTS
 from prism import PRISM
+from queries import OVERSAMPLE, RIVALS, STYLES, TRIAL, TRIAL_PERSONAS
 from support.distributed import world
 from support.memory import recomputes, training_flops
 
@@ -34,6 +34,8 @@ def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     flops, personas = prism.net.flops, len(settings["personas"])
     queries = personas * settings["queries"]
     candidates = queries * OVERSAMPLE * ROUNDS
+    tried = len(STYLES[settings["query_style"]]) - 1  # styles whose trial is for nothing
+    candidates += tried * TRIAL * min(personas, TRIAL_PERSONAS)
     answer = ANSWER * (1 - math.exp(-settings["max_new_tokens"] / ANSWER))
     written = candidates * CANDIDATE + 2 * queries * answer
     scored = candidates * WELL_FORMED * (1 + 0.8 * min(RIVALS, personas - 1)) * QUERY
