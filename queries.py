@@ -50,9 +50,9 @@ WISHES = ("It is short.", "It is long and detailed.", "It gives a task.",
           "It contains the text to work on.", "It is unusual.")
 TEMPERATURE = {"instruct": 0.9, "continue": 0.8, "openings": 0.8}
 QUERY_TOKENS = 96  # the longest candidate
-TRIAL, TRIAL_PERSONAS = 6, 4  # candidates of each style for each of so many personas
+TRIAL, TRIAL_PERSONAS = 4, 4  # candidates of each style for each of so many personas
 CANDIDATE_CHUNK = 96  # candidates that are done, and committed, together
-OVERSAMPLE, ROUNDS = 3, 4  # candidates per lacking query in a round; most rounds
+OVERSAMPLE, FEWEST, ROUNDS = 3, 6, 4  # candidates per lacking query, and at least; rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # for each persona
 RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its own must lead
 MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
@@ -63,7 +63,7 @@ NO_MESSAGE = "..."  # what a persona's own words would be an answer to
 OPENINGS = word_list("openings")
 # Everything above that decides a query: a run notices when it is changed.
 QUERY_RULES = (STYLES, CURATOR, INSTRUCTION, WISHES, sorted(TEMPERATURE.items()), QUERY_TOKENS,
-               TRIAL, TRIAL_PERSONAS, NO_MESSAGE, CANDIDATE_CHUNK, OVERSAMPLE, ROUNDS,
+               TRIAL, TRIAL_PERSONAS, NO_MESSAGE, CANDIDATE_CHUNK, OVERSAMPLE, FEWEST, ROUNDS,
                MOST_OPENINGS, FEWEST_OPENINGS, RIVALS, LEAD, IDENTIFY_PROMPT, OPENINGS, MIN_WORDS,
                MAX_WORDS, ECHO_WORDS, NEAR_DUPLICATE)
 
@@ -114,17 +114,17 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     """
     if (run.path / "queries.jsonl").exists():
         return check_queries(run.rows("queries.jsonl", Query), personas, run.path)
-    writer = QueryWriter(run, net, tokenizer, personas)
+    writer = QueryWriter(run, net, tokenizer, personas, style)
     styles = STYLES[style]
     drafted: Counter = Counter()
     chunks: list[list[Draft]] = []
     lacking = {p.name: wanted for p in personas}
     for _ in range(ROUNDS + (len(styles) > 1)):
-        counts = {name: max(OVERSAMPLE * count, TRIAL) for name, count in lacking.items()}
+        counts = {name: max(OVERSAMPLE * count, FEWEST) for name, count in lacking.items()}
         if len(styles) > 1:
             counts = {p.name: TRIAL for p in trial_personas(personas)}
         for tried in styles:
-            chunks += split_chunks(drafts(counts, tried, drafted, seed), CANDIDATE_CHUNK)
+            chunks += split_chunks(new_drafts(counts, tried, drafted, seed), CANDIDATE_CHUNK)
         for chunk in run.todo("queries", "candidates.jsonl", Candidate, chunks):
             run.commit(*writer.write(chunk))
         # A continued run may find later rounds on disk already; a round is judged by its own past.
@@ -144,7 +144,7 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     return queries
 
 
-def drafts(counts: dict[str, int], style: str, drafted: Counter, seed: int) -> list[Draft]:
+def new_drafts(counts: dict[str, int], style: str, drafted: Counter, seed: int) -> list[Draft]:
     """So many new drafts for each persona; `drafted` counts all there are."""
     found = []
     for name, count in counts.items():
@@ -205,8 +205,8 @@ class QueryWriter:
     when the first chunk is asked for."""
 
     def __init__(self, run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-                 personas: Sequence[Persona]):
-        self.run, self.net, self.tokenizer = run, net, tokenizer
+                 personas: Sequence[Persona], style: str):
+        self.run, self.net, self.tokenizer, self.style = run, net, tokenizer, style
         self.stop_ids = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
         if not self.stop_ids:
             raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever "
@@ -215,6 +215,7 @@ class QueryWriter:
         self.turns = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
         self.headers = {p.name: tokenizer.render(conversation(NO_MESSAGE, p.text), thinking=False)
                         for p in personas}
+        self.reader = PrefixReader(net)  # the personas are read once for all comparisons
         self.instructions: dict[str, list[list[int]]] = {}
         self.openings: dict[str, list[str]] = {}
         self.rivals: dict[str, list[str]] = {}
@@ -222,9 +223,7 @@ class QueryWriter:
     def write(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
         """The candidates of a chunk, and what they cost."""
         if not self.rivals:
-            self.find_rivals()
-        if drafts[0].style == "openings" and not self.openings:
-            self.find_openings()
+            self.look_at_personas()
         candidates, written = self.sample(drafts)
         asked = {}
         for at, candidate in enumerate(candidates):
@@ -278,79 +277,71 @@ class QueryWriter:
         """For each (persona, query) the persona itself if the query is likelier under it by LEAD
         than under every rival, otherwise the first rival that comes within LEAD; None if it is
         likelier as an answer of the persona's than as a message to it. And the cost."""
-        reader = PrefixReader(self.net)  # the personas are read once for all comparisons
-        own, cost = self.score(asked, reader)
-        said, more = self.score(asked, reader, "assistant")
+        own, cost = self.score(asked)
+        said, more = self.score(asked, "assistant")
         costs, suited = [cost, more], []
         for (persona, _), user, assistant in zip(asked, own, said):
             suited.append(persona if user > assistant else None)
         for place in range(min(RIVALS, len(self.turns) - 1)):
             left = [i for i, (persona, _) in enumerate(asked) if suited[i] == persona]
             rivals = [(self.rivals[asked[i][0]][place], asked[i][1]) for i in left]
-            scores, cost = self.score(rivals, reader)
+            scores, cost = self.score(rivals)
             costs.append(cost)
             for i, (rival, _), score in zip(left, rivals, scores):
                 if own[i] - score < LEAD:
                     suited[i] = rival
         return suited, add_costs(costs)
 
-    def score(self, asked: Sequence[tuple[str, str]], reader: PrefixReader,
+    def score(self, asked: Sequence[tuple[str, str]],
               role: str = "user") -> tuple[list[float], dict]:
         """log P(query | the persona) of (persona, query) pairs, as a user's message to it or as an
         "assistant"'s answer of its own."""
-        before = self.turns if role == "user" else self.headers
-        return log_likelihoods(self.net, [
-            (before[persona], self.tokenizer.encode_turn(role, query, system=True))
-            for persona, query in asked], reader)
+        rows, shared = [], []
+        for persona, query in asked:
+            turn = self.turns[persona]
+            before = turn if role == "user" else self.headers[persona]
+            rows.append((before, self.tokenizer.encode_turn(role, query, system=True)))
+            shared.append(common_prefix(turn, before))
+        return log_likelihoods(self.net, rows, shared, self.reader)
 
-    def find_rivals(self) -> None:
-        """Which other personas are most like each: known without a look where these are all."""
-        names = list(self.turns)
-        if len(names) - 1 <= RIVALS:
-            self.rivals = {name: [other for other in names if other != name] for name in names}
-            return
-        begun = time.perf_counter()
-        turns = list(self.turns.values())
-        common = min(common_prefix(turns[0], turn) for turn in turns[1:])
-        states, read = hidden_states(self.net, turns, [common] * len(turns), bar="personas")
-        means = torch.stack([state.float().mean(0) for state in states])
-        for name, rivals in zip(names, most_alike(means)):
+    def look_at_personas(self) -> None:
+        """Read every persona, which the reader keeps, and find out its rivals and openings."""
+        begun, turns = time.perf_counter(), list(self.turns.values())
+        ends = [len(turn) - 1 for turn in turns]
+        states, read = hidden_states(self.net, turns, ends, ends, reader=self.reader)
+        names, costs = list(self.turns), [cost_of(self.net, len(turns), read)]
+        for name, rivals in zip(names, most_alike(torch.cat(states).float())):
             self.rivals[name] = [names[k] for k in rivals]
-        self.note("rivals", begun, cost_of(self.net, len(turns), read))
-
-    def find_openings(self) -> None:
-        """Which openings suit which persona, by the model's own probabilities."""
-        begun = time.perf_counter()
-        likelihoods, cost = opening_likelihoods(self.net, self.tokenizer, list(self.turns.values()))
-        for name, chosen in zip(self.turns, assign_openings(likelihoods)):
-            self.openings[name] = [OPENINGS[o] for o in chosen]
-        self.note("openings", begun, cost)
-
-    def note(self, what: str, begun: float, cost: dict) -> None:
-        """Record what looking at the personas cost, once in a run."""
-        if what not in self.run.latest():
-            self.run.record(what, 0, **cost, scoring_flops=cost["flops"],
+        if "openings" in STYLES[self.style]:
+            likelihoods, cost = opening_likelihoods(self.net, self.tokenizer, turns, self.reader)
+            costs.append(cost)
+            for name, chosen in zip(names, assign_openings(likelihoods)):
+                self.openings[name] = [OPENINGS[o] for o in chosen]
+        if "personas" not in self.run.latest():  # once in a run, however often it is continued
+            cost = add_costs(costs)
+            self.run.record("personas", 0, **cost, scoring_flops=cost["flops"],
                             seconds=round(time.perf_counter() - begun, 3))
 
 
-def most_alike(means: Tensor) -> list[list[int]]:
-    """For each persona the RIVALS others most like it: by the cosine of their mean hidden states
-    [K, d], from which what all have in common is taken away."""
-    centred = means - means.mean(0)
-    unit = centred / centred.norm(dim=1, keepdim=True)
+def most_alike(states: Tensor) -> list[list[int]]:
+    """For each persona its rivals, the RIVALS others after which users write most alike: by the
+    cosine of the states [K, d] from which the user's message begins, less what all have in common.
+    """
+    centred = states - states.mean(0)
+    unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-9)
     likeness = (unit @ unit.T).fill_diagonal_(-math.inf)  # [K, K]
-    return likeness.topk(RIVALS, dim=1).indices.tolist()
+    return likeness.topk(min(RIVALS, len(states) - 1), dim=1).indices.tolist()
 
 
-def opening_likelihoods(net: Transformer, tokenizer: Tokenizer,
-                        turns: Sequence[list[int]]) -> tuple[Tensor, dict]:
+def opening_likelihoods(net: Transformer, tokenizer: Tokenizer, turns: Sequence[list[int]],
+                        reader: PrefixReader) -> tuple[Tensor, dict]:
     """log P(opening | opened user turn) of the K personas and of a conversation without one,
     [K + 1, O], and what it cost."""
     begun = [tokenizer.encode_turn("user", words, system=True) for words in OPENINGS]
     alone = [tokenizer.encode_turn("user", words) for words in OPENINGS]
     asked = [(ids, words) for ids in turns for words in begun]
     asked += [(tokenizer.open_user_turn(None), words) for words in alone]
-    scores, cost = log_likelihoods(net, asked)
+    scores, cost = log_likelihoods(net, asked, reader=reader)
     return torch.tensor(scores).view(len(turns) + 1, len(OPENINGS)), cost
 
 
@@ -377,11 +368,12 @@ def longest_opening(tokenizer: Tokenizer) -> int:
     return max(map(len, map(tokenizer.encode, OPENINGS)))
 
 
-def log_likelihoods(net: Transformer, asked: Sequence[tuple],
+def log_likelihoods(net: Transformer, asked: Sequence[tuple], shared: Sequence[int] | None = None,
                     reader: PrefixReader | None = None) -> tuple[list[float], dict]:
-    """log P(ids | ids before them) of (ids before, ids) pairs, and what it cost."""
+    """log P(ids | ids before them) of (ids before, ids) pairs, and what it cost; `shared` as in
+    `hidden_states`, all but the last of the ids before by default."""
     prompts, targets = [before for before, _ in asked], [ids for _, ids in asked]
-    shared = [len(before) - 1 for before in prompts]
+    shared = shared or [len(before) - 1 for before in prompts]
     logs, read = token_log_probabilities(net, prompts, targets, shared, "scoring", reader)
     cost = cost_of(net, len(prompts), read, 0, sum(map(len, targets)))
     return [float(values.sum()) for values in logs], cost

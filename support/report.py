@@ -74,8 +74,8 @@ def bill_table(metrics: Sequence[dict]) -> str:
 
 WAYS = {"instruct": "the model was asked for a message to each expert, as in the paper",
         "continue": "the model went on as the user",
-        "openings": f"the model went on as the user, and queries were begun with {len(OPENINGS)} "
-                    "hand-written openings"}
+        "openings": "the model went on as the user; queries were begun with the model's choice of "
+                    f"{len(OPENINGS)} hand-written openings"}
 
 
 def style_lines(style: dict) -> list[str]:

@@ -47,7 +47,7 @@ FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.
 # The file that a stage is made from, which a person may edit between two commands.
 SOURCES = {"answers": "queries.jsonl", "verdicts": "answers.jsonl", "gate": "verdicts.jsonl"}
 # Metrics rows that are recorded within a stage
-WITHIN = {"rivals": "queries", "openings": "queries", "style": "queries", "quality": "queries",
+WITHIN = {"personas": "queries", "style": "queries", "quality": "queries",
           "judge": "verdicts", "kl": "lora"}
 CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 

@@ -101,7 +101,7 @@ def test_pipeline_on_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert before == (bench.train.train_lora, bench.train.hidden_states, queries.Engine)
     parts = [r.part.split(" (")[0] for r in rows]
     assert parts == [f"train.py --quick: {n}" for n in (
-        "whole command", "queries", "openings", "style", "quality", "answers", "judge",
+        "whole command", "personas", "queries", "style", "quality", "answers", "judge",
         "verdicts", "gate", "lora")]
     assert all(r.ours > 0 and (r.peer or 0) > 0 for r in rows)
 

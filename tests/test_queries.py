@@ -12,7 +12,7 @@ from tiny_run import rows_of
 from torch import Tensor
 
 import queries
-from engine import PrefixReader, derive_seed, token_log_probabilities
+from engine import derive_seed, token_log_probabilities
 from judge import conversation
 from model import Transformer
 from queries import (CURATOR, FEWEST_OPENINGS, INSTRUCTION, LEAD, MOST_OPENINGS, RIVALS, STYLES,
@@ -140,7 +140,7 @@ def drafts(personas: Sequence[Persona], count: int, style: str) -> list[Draft]:
 def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
     """A style would ask with another's prompt, the wishes or openings not take turns, or the
     persona's part, which is read once, reach into what differs."""
-    writer = QueryWriter(run, net, tok, PERSONAS)
+    writer = QueryWriter(run, net, tok, PERSONAS, "auto")
     writer.openings = {p.name: ["How do I", "Why does my"] for p in PERSONAS}
     for persona in PERSONAS:
         begun = []
@@ -172,14 +172,14 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
     asked: list[tuple[str, str, str]] = []
     real = QueryWriter.score
 
-    def counted(writer: QueryWriter, some: Sequence[tuple[str, str]], reader: PrefixReader,
+    def counted(writer: QueryWriter, some: Sequence[tuple[str, str]],
                 role: str = "user") -> tuple:
         asked.extend((role, *pair) for pair in some)
-        return real(writer, some, reader, role)
+        return real(writer, some, role)
 
     monkeypatch.setattr(QueryWriter, "score", counted)
     with one_thread():
-        writer = QueryWriter(run, net, tok, NINE)
+        writer = QueryWriter(run, net, tok, NINE, "instruct")
         rows, cost = writer.write(drafts(NINE, 9, "continue"))
     kinds, cleaned = [], 0
     for row in rows:
@@ -193,9 +193,8 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         assert mine[:2] == [("user", own), ("assistant", own)]
         rivals = [persona for _, persona in mine[2:]]
         assert rivals == writer.rivals[own][:len(rivals)]
-        reader = PrefixReader(net)
-        (user, *others), _ = real(writer, [(name, text) for name in (own, *rivals)], reader)
-        (assistant,), _ = real(writer, [(own, text)], reader, "assistant")
+        (user, *others), _ = real(writer, [(name, text) for name in (own, *rivals)])
+        (assistant,), _ = real(writer, [(own, text)], "assistant")
         close = [name for name, score in zip(rivals, others) if user - score < LEAD]
         expected = None if user <= assistant else close[0] if close else own
         assert row.suits == expected and close == rivals[-1:] * len(close)
@@ -203,7 +202,7 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         kinds.append("own" if expected == own else "rival" if expected else "answer")
     assert cleaned > 9 and set(kinds) >= {"rival", "answer"}
     assert 0 < cost["scoring_flops"] < cost["flops"]
-    assert run.latest()["rivals"]["prompts"] == 9 and "openings" not in run.latest()
+    assert run.latest()["personas"]["prompts"] == 9  # no opening was looked at
 
 
 def test_the_style_with_most_identifiable_queries_is_taken(

@@ -133,7 +133,7 @@ def test_a_stage_file_cut_anywhere_is_completed(run: RunFolder, kept: int) -> No
 
 SETTINGS = {"queries": 5, "seed": 0, "max_new_tokens": 12, "query_rules": "a", "judge": "letter",
             "verdict_rules": "b", "gate_layer": None, "gate_rules": "c", "lr": 0.1, "rank": 4}
-WITHIN_STAGE = {"rivals": 0, "openings": 0, "queries": 0, "style": 0, "quality": 0, "answers": 1,
+WITHIN_STAGE = {"personas": 0, "queries": 0, "style": 0, "quality": 0, "answers": 1,
                 "judge": 2, "verdicts": 2, "gate": 3, "lora": 4, "kl": 4}
 
 
