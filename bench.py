@@ -54,7 +54,7 @@ from tokenizer import Tokenizer, common_prefix
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
 NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
 QUICK = ["--quick"]  # the pipeline's settings
-STAGES = ("openings", "queries", "quality", "answers", "judge", "verdicts", "gate", "lora")
+STAGES = ("personas", "queries", "style", "quality", "answers", "judge", "verdicts", "gate", "lora")
 TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
 
 

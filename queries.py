@@ -52,7 +52,7 @@ TEMPERATURE = {"instruct": 0.9, "continue": 0.8, "openings": 0.8}
 QUERY_TOKENS = 96  # the longest candidate
 TRIAL, TRIAL_PERSONAS = 4, 4  # candidates of each style for each of so many personas
 CANDIDATE_CHUNK = 96  # candidates that are done, and committed, together
-OVERSAMPLE, FEWEST, ROUNDS = 3, 6, 4  # candidates per lacking query, and at least; rounds
+OVERSAMPLE, FEWEST, ROUNDS = 2, 6, 6  # candidates per lacking query, and at least; rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # for each persona
 RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its own must lead
 MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
@@ -395,17 +395,18 @@ def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     tried = trial_personas(personas)
     with main_first():  # the others find it recorded
         if "style" not in run.latest():
-            begun, tables, costs = time.perf_counter(), {}, []
+            begun, queries, tables = time.perf_counter(), [], {}
             for style in dict.fromkeys(c.style for c in candidates):
                 mine = [c for c in candidates if c.style == style]
-                queries = keep_queries([replace(c, suits=c.suits and c.persona) for c in mine],
-                                       tried, len(mine))
-                hits, cost = identify(net, tokenizer, tried, queries)
-                costs.append(cost)
-                tables[style] = {"candidates": len(mine),
-                                 "complete": sum(c.complete for c in mine),
-                                 "distinct": len(queries), "identifiable": hits}
-            cost = add_costs(costs)
+                distinct = keep_queries([replace(c, suits=c.suits and c.persona) for c in mine],
+                                        tried, len(mine))
+                queries += distinct
+                tables[style] = {"candidates": len(mine), "distinct": len(distinct),
+                                 "complete": sum(c.complete for c in mine)}
+            hits, cost = identify(net, tokenizer, tried, queries)
+            for table in tables.values():
+                table["identifiable"] = sum(hits[:table["distinct"]])
+                del hits[:table["distinct"]]
             run.record("style", 0, chosen=max(tables, key=lambda s: tables[s]["identifiable"]),
                        styles=tables, chance=1 / len(tried), **cost, scoring_flops=cost["flops"],
                        seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
@@ -413,15 +414,15 @@ def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
 
 
 def identify(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
-             queries: Sequence[Query]) -> tuple[int, dict]:
-    """How many queries are likeliest after the description of their own expert, of all that are
-    given, in words that stage 1 does not use (IDENTIFY_PROMPT); and what it cost."""
+             queries: Sequence[Query]) -> tuple[list[bool], dict]:
+    """Whether each query is likeliest after the description of its own expert, of all that are
+    given, in words that no style uses (IDENTIFY_PROMPT); and what it cost."""
     prompts = [conversation(IDENTIFY_PROMPT.format(persona=p.text)) for p in personas]
     contexts = [tokenizer.render(prompt, thinking=False) for prompt in prompts]
     written = [tokenizer.encode_turn("assistant", q.query) for q in queries]
     scores, cost = log_likelihoods(net, [(ids, query) for query in written for ids in contexts])
     guesses = torch.tensor(scores).view(len(queries), len(contexts)).argmax(1).tolist()
-    return sum(personas[guess].name == q.persona for guess, q in zip(guesses, queries)), cost
+    return [personas[guess].name == q.persona for guess, q in zip(guesses, queries)], cost
 
 
 def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
@@ -430,7 +431,8 @@ def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     MEASURED evenly spaced ones are identified; chance is one in the number of personas."""
     begun = time.perf_counter()
     some = queries[::math.ceil(len(queries) / MEASURED)]
-    hits, cost = identify(net, tokenizer, personas, some)
+    right, cost = identify(net, tokenizer, personas, some)
+    hits = sum(right)
     return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),
             "well_formed": sum(c.suits is not None for c in candidates),
             "fits_its_persona": sum(c.suits == c.persona for c in candidates),
