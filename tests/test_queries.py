@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -226,22 +227,25 @@ def test_the_style_with_most_identifiable_queries_is_taken(
     assert try_styles(run, net, tok, PERSONAS, found[2:]) == "instruct"  # recorded
     other = RunFolder(run.path / "other")
     assert try_styles(other, net, tok, PERSONAS, found[2:]) == "continue"  # a draw
+    whole = [replace(c, complete=True) for c in found[2:]]
+    third = RunFolder(run.path / "third")
+    assert try_styles(third, net, tok, PERSONAS, whole) == "openings"  # all end, not all differ
 
 
 def test_a_query_is_identified_by_its_own_description(net: Transformer, tok: Tokenizer) -> None:
     """The query would be scored after another text than the expert's description, or the highest
-    not be taken: chosen by hand from the same probabilities, the counts agree."""
+    not be taken: chosen by hand from the same probabilities, the same are right."""
     asked = [Query(p.name, i, f"What do you know about {word}?") for p in NINE[:3]
              for i, word in enumerate(("tides", "bread", "iron", "wine"))]
     prompts = {p.name: tok.render(conversation(queries.IDENTIFY_PROMPT.format(persona=p.text)))
                for p in NINE[:3]}
-    hits = 0
+    right = []
     for q in asked:
         logs, _ = token_log_probabilities(net, list(prompts.values()),
                                           [tok.encode_turn("assistant", q.query)] * 3)
         best = max(range(3), key=lambda k: float(logs[k].sum()))
-        hits += list(prompts)[best] == q.persona
-    assert sum(identify(net, tok, NINE[:3], asked)[0]) == hits and 0 < hits < len(asked)
+        right.append(list(prompts)[best] == q.persona)
+    assert identify(net, tok, NINE[:3], asked)[0] == right and {*right} == {True, False}
 
 
 def test_the_trial_is_small_and_its_candidates_are_used(
