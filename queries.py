@@ -50,7 +50,7 @@ WISHES = ("It is short.", "It is long and detailed.", "It gives a task.",
           "It contains the text to work on.", "It is unusual.")
 TEMPERATURE = {"instruct": 0.9, "continue": 0.8, "openings": 0.8}
 QUERY_TOKENS = 96  # the longest candidate
-TRIAL, TRIAL_PERSONAS = 4, 4  # candidates of each style for each of so many personas
+TRIAL, TRIAL_PERSONAS = 3, 4  # candidates of each style for each of so many personas
 CANDIDATE_CHUNK = 96  # candidates that are done, and committed, together
 OVERSAMPLE, FEWEST, ROUNDS = 2, 6, 6  # candidates per lacking query, and at least; rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # for each persona
