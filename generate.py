@@ -134,7 +134,7 @@ def gate_features(prism: Router, tokenizer: Tokenizer,
                   conversations: Sequence[list[dict]]) -> tuple[Tensor, int]:
     """h(x) [n, d] of each conversation, by the very function that routes at inference; and the
     tokens read."""
-    parts, tokens = [], 0
+    parts, tokens = [torch.empty(0, prism.net.config.hidden_size, device=prism.net.device)], 0
     for some in progress_bar("reading the gate's layer", "batch", split_chunks(conversations)):
         ids, lengths, mask = gate_inputs(prism.gate_pool, tokenizer, some, prism.net.device)
         with torch.inference_mode():

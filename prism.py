@@ -281,8 +281,11 @@ class PRISM(Router):
 
 
 def gate_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy of gate logits [B] against t(x) in [0, 1], shape [B]."""
-    return F.binary_cross_entropy_with_logits(logits, targets)
+    """Binary cross-entropy of gate logits [B] against targets [B] in [0, 1], balanced: wins and
+    losses weigh the same in all, as if the rarer of the two were drawn more often."""
+    won = (targets * F.softplus(-logits)).sum() / targets.sum().clamp(min=1e-6)
+    lost = ((1 - targets) * F.softplus(logits)).sum() / (1 - targets).sum().clamp(min=1e-6)
+    return (won + lost) / 2
 
 
 def kl_and_gradient(teacher: Tensor, student: Tensor, temperature: float,

@@ -1,10 +1,11 @@
 """Text <-> token ids, and the ONLY place where a conversation becomes a prompt.
 
 The ids are those of transformers' `apply_chat_template`: the checkpoint's own Jinja chat template,
-in a sandbox, encoded without a second BOS. Two things are stricter here. Text that comes from
-people or models never yields a control token: a spelled-out "<|im_end|>" stays plain characters.
-And a template that has no system role (or drops it silently) gets the system text in front of the
-first user message.
+in a sandbox, encoded without a second BOS. (tokenizer.json is read as it stands, as transformers 4
+did; version 5 builds some classes anew, and then splits digits or spaces otherwise.) Two things
+are stricter here. Text that comes from people or models never yields a control token: a spelled-out
+"<|im_end|>" stays plain characters. And a template that has no system role (or drops it silently)
+gets the system text in front of the first user message.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from support.hub import InputError, optional_json
 from support.template import compile_template
-from support.vocabulary import read_tokenizer
+from support.vocabulary import THOUGHTS, read_tokenizer
 
-THINK, END_THINK = "<think>", "</think>"  # what a reasoning model puts around its thoughts
+THINK, END_THINK = THOUGHTS
 PROBE = "prism probe text"  # shows whether a template renders what it is given
+ROLES = ("system", "user", "assistant")
 
 
 class Tokenizer:
@@ -54,6 +56,9 @@ class Tokenizer:
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         spellings = "|".join(map(re.escape, longest_first))
         self._spelled = re.compile(spellings) if spellings else None
+        # What stands for a character that the vocabulary lacks is no control token in a text.
+        unknown = self._plain.encode("\U0010ffff", add_special_tokens=False).ids
+        self._control_ids = set(self.special_ids.values()) - set(unknown)
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
         self._add_placeholders()
@@ -64,7 +69,7 @@ class Tokenizer:
         marks, found = self._plain_talk(), {}
         for number, token in self._rendered.get_added_tokens_decoder().items():
             text = token.content
-            marks_turn = text.strip() and text in marks and text not in (THINK, END_THINK)
+            marks_turn = text.strip() and text in marks and text not in THOUGHTS
             if token.special or marks_turn:
                 found[text] = number
         return found
@@ -92,7 +97,18 @@ class Tokenizer:
 
     def _pieces(self, text: str) -> list[int]:
         """Plain text that begins a text -> ids, without a BOS."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        return [i for number in ids for i in self._letters(number)]
+
+    def _letters(self, number: int) -> list[int]:
+        """An id of plain text; of a control token the ids of its letters. A vocabulary may have one
+        among the pieces that it puts plain text together from (Unigram)."""
+        if number not in self._control_ids:
+            return [number]
+        token = self._plain.id_to_token(number)
+        return [i for letter in token if letter != token for i in self.encode(letter)]
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -102,8 +118,8 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
-        whole = self._plain.encode("x").ids
-        front = whole[:whole.index(self._pieces("x")[0])]
+        word = self._plain.encode("x")
+        front = word.ids[:[*word.special_tokens_mask, 0].index(0)]  # an "x" may have no id at all
         return self._known([*front, *self._pieces(text)])
 
     def encode_turn(self, role: str, text: str, system: bool = False,
@@ -122,9 +138,11 @@ class Tokenizer:
             self._places[place] = self._place(*place)
         before, ids = self._places[place]
         whole = self._rendered.encode(before + self._defuse(text), add_special_tokens=False).ids
-        if whole[:len(ids)] != ids:  # the text grows together with what is before it
+        said = whole[len(ids):]
+        # The text grows together with what is before it, or a normalizer makes a token out of it.
+        if whole[:len(ids)] != ids or not self._control_ids.isdisjoint(said):
             return self.encode(text)
-        return self._known(self._plain_ids(whole[len(ids):]))
+        return self._known(self._plain_ids(said))
 
     def _place(self, role: str, system: bool, thinking: bool) -> tuple[str, list[int]]:
         """What stands before a text in a short conversation, as text and as ids."""
@@ -280,15 +298,17 @@ class Tokenizer:
         shape = *((m["role"], bool(m["content"].strip())) for m in messages), *how
         if shape not in self._control_counts:
             harmless = [{**m, "content": "x" if m["content"].strip() else ""} for m in messages]
-            self._control_counts[shape] = self._count_control(self._text(harmless, *how))
-        if self._count_control(text) > self._control_counts[shape]:
+            probe = self._rendered.encode(self._text(harmless, *how), add_special_tokens=False)
+            self._control_counts[shape] = self._count_control(probe.ids)
+        if self._count_control(encoding.ids) > self._control_counts[shape]:
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
         return text, encoding
 
-    def _count_control(self, text: str) -> int:
-        """How many control tokens a rendered text has."""
-        return len(self._spelled.findall(text)) if self._spelled else 0
+    def _count_control(self, ids: list[int]) -> int:
+        """How many control tokens a rendering has. Ids, not spellings, are what the model reads: a
+        normalizer may make a token out of other characters."""
+        return sum(i in self._control_ids for i in ids)
 
     def _plain_ids(self, ids: list[int]) -> list[int]:
         """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""
@@ -349,7 +369,8 @@ def check_messages(messages: list[dict]) -> list[dict]:
 
     Raises:
         InputError: it is not a non-empty list of {"role": str, "content": str} and nothing else, in
-            valid Unicode, or a role is not a plain word (it goes into the template as it is).
+            valid Unicode, or a role is not one of ROLES: a template may write it as it is, so that
+            another word could make a control token.
     """
     if not isinstance(messages, list) or not messages:
         raise InputError("a conversation is a non-empty list of messages")
@@ -357,8 +378,8 @@ def check_messages(messages: list[dict]) -> list[dict]:
         if not isinstance(m, dict) or not all(isinstance(m.get(f), str)
                                               for f in ("role", "content")):
             raise InputError('every message needs a "role" and a "content", both text')
-        if not re.fullmatch(r"[A-Za-z_-]{1,32}", m["role"]):
-            raise InputError(f"{m['role'][:40]!r} is not a role")
+        if m["role"] not in ROLES:
+            raise InputError(f"{m['role'][:40]!r} is not a role (roles: {', '.join(ROLES)})")
         unknown = set(m) - {"role", "content"}
         if unknown:
             raise InputError(f"a message has the field {min(unknown)!r}; only role and content are "

@@ -4,7 +4,7 @@
 
 x is a query, c a persona (any context), y_0 and y_c the answers without and with it, t(x) the
 verdict, h(x) what the gate reads, R(x) its probability. Stage 1 is in queries.py, stages 2 and 3 in
-bootstrap.py and judge.py, the gate and the losses in prism.py; stages 4 and 5 are below. A fifth of
+bootstrap.py and judge.py, stage 4 in gate.py, the losses in prism.py; stage 5 is below. A fifth of
 the queries is held out from stage 5; the gate is scored out of fold and then fitted on all.
 Everything under --out can be continued after a kill by running the same command again.
 """
@@ -25,25 +25,24 @@ from tqdm import tqdm
 from bootstrap import (Pair, Verdict, check_order, hold_out, won_pairs, write_answers,
                        write_verdicts)
 from engine import derive_seed, hidden_states
-from generate import gate_features
+from gate import run_gate
 from judge import conversation, pick_judge
 from model import Transformer, load
-from prism import PRISM, Gate, answer_loss, distill_loss, gate_loss
+from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
+from support.card import write_card
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
-from support.estimate import announce
+from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
 from support.memory import dry_run, recomputes, training_flops
 from support.personas import Persona
 from support.report import summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
                           run_date, save_training_state, split_chunks)
-from support.settings import (CLIP, FIRST_STAGE, GATE_BATCH, GATE_DEPTH, GATE_FOLDS, GATE_OPTIMIZER,
-                              GATE_STEPS, TRAIN_TOKENS, WARMUP, WEIGHT_DECAY, check,
-                              check_judge, choose_personas, parser, run_settings)
-from support.stats import decision_scores, fold_thresholds, roc
+from support.settings import (CLIP, FIRST_STAGE, GATE_DEPTH, TRAIN_TOKENS, WARMUP, WEIGHT_DECAY,
+                              check, check_judge, choose_personas, parser, run_settings)
 from tokenizer import Tokenizer
 
 CHECKPOINT_EVERY = 20  # optimizer steps
@@ -74,7 +73,7 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
     won = won_pairs(pairs, verdicts)
     if not won:
         return 3
-    # 4. The gate R(x) = sigmoid(MLP(h(x))) learns t(x) from the bare query.
+    # 4. The gate R(x) = sigmoid(MLP(h(x))) learns t(x), or x's intent, from the bare query.
     with main_first():  # the others load what it trained
         run_gate(run, prism, tokenizer, pairs, verdicts, args)
     if stops == 3:
@@ -82,6 +81,7 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
+        write_card(run, args.persona_names, summarize(run, args))
         write_report(run, args)
     return 0
 
@@ -104,87 +104,6 @@ def verify(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Seq
     with main_first():
         judge = pick_judge(run, net, tokenizer, judging, pairs, args)
     return write_verdicts(run, judge, personas, pairs)
-
-
-# --------------------------------------------------------------------------------------------------
-# Stage 4: the gate
-
-
-def train_gate(gate: Gate, features: Tensor, targets: Tensor, seed: int) -> float:
-    """Stage 4: fit a gate to targets [n] in [0, 1] by balanced binary cross-entropy.
-
-    Every batch draws both classes (t above one half, or not) equally often: the minority is
-    resampled. Returns the mean loss of the last tenth of the steps.
-    """
-    gate.mean.copy_(features.mean(0))
-    gate.deviation.copy_(features.std(0, correction=0).clamp(min=1e-4))
-    generator = torch.Generator().manual_seed(derive_seed(seed, "gate"))
-    classes = [torch.nonzero((targets > 0.5) == side).flatten().cpu() for side in (False, True)]
-    classes = [c for c in classes if len(c)]
-    optimizer = torch.optim.AdamW(gate.mlp.parameters(), **GATE_OPTIMIZER)
-    losses = []
-    for _ in range(GATE_STEPS):
-        rows = torch.cat([c[torch.randint(len(c), (GATE_BATCH // len(classes),),
-                                          generator=generator)] for c in classes])
-        rows = rows.to(features.device)
-        loss = gate_loss(gate(features[rows]), targets[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    tail = torch.stack(losses[-(GATE_STEPS // 10):])
-    loss = float(tail.mean())  # the only wait for the device
-    if not math.isfinite(loss):
-        raise InputError("stage 4: the gate's loss is not finite; try --dtype float32")
-    return loss
-
-
-def out_of_fold(features: Tensor, targets: Tensor, seed: int) -> tuple[list[float], list[int]]:
-    """The probability of every query under a gate fitted without it, and its fold (5-fold
-    cross-validation). Folds are dealt out within each class, in an order that depends on the seed
-    alone."""
-    n = len(targets)
-    order = sorted(range(n), key=lambda i: (bool(targets[i] > 0.5), derive_seed(seed, "fold", i)))
-    fold = torch.empty(n, dtype=torch.long, device=targets.device)
-    numbers = torch.arange(n, device=targets.device) % GATE_FOLDS
-    fold[torch.tensor(order, device=targets.device)] = numbers
-    probability = torch.full((n,), 0.5, device=targets.device)
-    for number in progress_bar("gate, out of fold", "fold", range(GATE_FOLDS)):
-        held = fold == number
-        if held.any() and not held.all():
-            gate = Gate(features.shape[1], seed).to(features.device)
-            train_gate(gate, features[~held], targets[~held], seed)
-            with torch.no_grad():
-                probability[held] = gate(features[held]).sigmoid()
-    return probability.tolist(), fold.tolist()
-
-
-def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
-             verdicts: Sequence[Verdict], args: argparse.Namespace) -> None:
-    """Stage 4 as a resumable step: score the gate out of fold, then fit one on all queries."""
-    done = run.latest().get("gate")
-    if done and (run.path / "gate.safetensors").exists():
-        prism.load_gate(run.path)
-        prism.threshold = done["threshold"]
-        return
-    begun = time.perf_counter()
-    run.note_source("gate")
-    features, tokens = gate_features(prism, tokenizer, [conversation(p.query) for p in pairs])
-    labels = [v.target for v in verdicts]
-    targets = torch.tensor(labels, dtype=torch.float32, device=features.device)
-    probability, fold = out_of_fold(features, targets, args.seed)
-    thresholds = fold_thresholds(probability, labels, fold)
-    if args.gate_threshold is not None:
-        thresholds = dict.fromkeys(thresholds, args.gate_threshold)
-    opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
-    prism.threshold = thresholds[None]
-    loss = train_gate(prism.gate, features, targets, args.seed)
-    prism.save_gate(run.path)
-    cost = cost_of(prism.net, len(pairs), tokens)
-    cost["flops"] = cost["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)
-    run.record("gate", 0, loss=loss, folds=GATE_FOLDS, threshold=prism.threshold,
-               **decision_scores(probability, opened, labels), roc=roc(probability, labels),
-               **cost, seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,6 +234,20 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
 
 
+def prompt_cost(net: Transformer, samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean prompt tokens of a query with its context and without, and the seconds that reading so
+    many takes: what the adapter saves where the gate opens."""
+    cost = {}
+    for name, tokens in (("with", [s.read - s.answer_tokens for s in samples]),
+                         ("without", [s.start for s in samples])):
+        mean = sum(tokens) / len(tokens)
+        ids = torch.zeros(1, round(mean), dtype=torch.long, device=net.device)
+        with torch.inference_mode():
+            taken = seconds(lambda: net.hidden(ids), net.device)
+        cost |= {f"tokens_{name}": mean, f"seconds_{name}": taken}
+    return cost
+
+
 def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                args: argparse.Namespace) -> None:
     """Stage 5: distil the persona's answers into prism.adapter, from the last checkpoint on.
@@ -371,17 +304,18 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     if not fit:
         raise InputError(f"no answer fits in --max-len {args.max_len} beside its persona; raise it")
     before = held_out_kl(prism, test)  # B is zero: this is the base model
-    seconds = time.perf_counter() - begun
+    spent = time.perf_counter() - begun
     train_lora(run, prism, fit, args)
     begun = time.perf_counter()
     after = held_out_kl(prism, test)
-    seconds += time.perf_counter() - begun
+    spent += time.perf_counter() - begun
     tokens = sum(s.answer_tokens for s in test)
     # Two evaluations of the held-out answers, each with the head for teacher and student.
     read = sum(s.read for s in samples) + 2 * sum(len(s.ids) for s in test)
     cost = cost_of(prism.net, len(samples), read, scored=4 * tokens)
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
-               answer_tokens=tokens, **cost, seconds=round(seconds, 3), peak_memory=peak_memory())
+               answer_tokens=tokens, **prompt_cost(prism.net, samples), **cost,
+               seconds=round(spent, 3), peak_memory=peak_memory())
     if run.writes:
         prism.save(run.path)
         state.unlink(missing_ok=True)

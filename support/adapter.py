@@ -220,6 +220,8 @@ def read_peft_settings(folder: Path) -> dict:
         InputError: a value that makes no sense, or makes the adapter more than a LoRA, by name.
     """
     fields = Fields(read_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
+    if "peft_type" not in fields.values:  # as in the files of the same name that MLX writes
+        fields.refuse("peft_type", "is missing; it is not an adapter of PEFT's")
     for name, value in fields.values.items():
         neutral = PEFT_NEUTRAL.get(name)
         if name.startswith("use_") and name != "use_rslora":

@@ -28,6 +28,8 @@ FUSED = {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj
 NORM_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights may be stored in
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "chat_template.jinja", "generation_config.json")
 FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
 
 
@@ -196,6 +198,16 @@ def copy_weights(expected: dict[str, Place], files: dict[str, Path]) -> None:
             raise InputError(f"{files[name]}: tensor {name} holds NaN or infinity in "
                              f"{str(part.dtype).removeprefix('torch.')}; the file is damaged, or "
                              "needs another --dtype")
+
+
+def text_fingerprint(folder: Path) -> str:
+    """SHA-256 over the files that turn text into ids and end an answer: a run notices an edited
+    chat template."""
+    digest = hashlib.sha256()
+    for name in TEXT_FILES:
+        path = folder / name
+        digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
+    return digest.hexdigest()
 
 
 def fingerprint(folder: Path) -> str:

@@ -13,7 +13,8 @@ from support.config import Config, cache_bytes, kept_tokens
 from support.device import choose_dtype
 from support.hub import read_json, resolve_config
 from support.report import table
-from support.settings import GATE_BATCH, GATE_DEPTH, TRAIN_TOKENS
+from support.runs import CHUNK
+from support.settings import GATE_DEPTH, TRAIN_TOKENS
 
 PLAN_PROMPT = 512  # tokens of persona and query that --dry-run plans for
 PLAN_ROW = 1024  # tokens of a training row it plans for: the default --max-len
@@ -88,7 +89,7 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: 
                         "sampling": slots * logits},
         "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
                        "shared beginnings": shared, "logits": 3 * 4 * SCORE_LOGITS},
-        "4 gate": {"weights": weights, "reading prompts": GATE_BATCH * PLAN_PROMPT * reading},
+        "4 gate": {"weights": weights, "reading prompts": CHUNK * PLAN_PROMPT * reading},
         # fp32 master, gradient and two moments, and the cast copy
         "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
                       "activations": activations,

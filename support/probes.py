@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bootstrap import Pair, Query, Verdict, check_order, hold_out
+from gate import choose_thresholds, gate_targets, out_of_fold, read_traffic, train_gate
 from generate import gate_features
 from judge import conversation
 from prism import PRISM, Gate
@@ -24,7 +25,6 @@ from support.report import table
 from support.runs import RunFolder
 from support.stats import auc, youden_threshold
 from tokenizer import Tokenizer
-from train import out_of_fold, train_gate
 
 MOST_PROMPTS = 400  # of each set, evenly spaced, so that every MMLU subject is there
 
@@ -65,7 +65,11 @@ def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
     gates = {"the gate": (prism.gate, prism.threshold)}
     names = list(dict.fromkeys(q.persona for q in queries))
     for name in names if len(names) > 1 else ():
-        gates[name] = fit_probe(own, [int(q.persona == name) for q in queries], seed)
+        labels = torch.tensor([float(q.persona == name) for q in queries], device=own.device)
+        gate = Gate(own.shape[1], seed).to(own.device)
+        train_gate(gate, own, labels)
+        p, _ = out_of_fold(own, labels, [""] * len(labels), "verdict", seed)
+        gates[name] = gate, youden_threshold(p, labels.tolist())
     rows = {}
     for name, (gate, threshold) in gates.items():
         with torch.no_grad():
@@ -74,15 +78,6 @@ def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
         rows[name] = {"auc": area, "auc_interval": [low, high], "threshold": threshold,
                       "routed": {k: sum(x >= threshold for x in v) / len(v) for k, v in p.items()}}
     return {"sets": {name: len(h) for name, h in features.items()}, "gates": rows}
-
-
-def fit_probe(features: Tensor, labels: Sequence[int], seed: int) -> tuple[Gate, float]:
-    """A gate for these labels and its threshold, chosen out of fold."""
-    targets = torch.tensor(labels, dtype=torch.float32, device=features.device)
-    threshold = youden_threshold(out_of_fold(features, targets, seed)[0], labels)
-    gate = Gate(features.shape[1], seed).to(features.device)
-    train_gate(gate, features, targets, seed)
-    return gate, threshold
 
 
 def run_settings(folder: Path) -> dict:
@@ -112,13 +107,19 @@ def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gat
     """A run's gate as stage 4 would fit it without the held-out queries, and its threshold: what
     the run's own queries have to be routed by. The saved gate has learned their verdicts."""
     pairs, verdicts, held = read_verdicts(folder)
-    settings = run_settings(folder)
+    settings, run = run_settings(folder), RunFolder(folder, read_only=True)
     kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
-    asked = [conversation(pairs[i].query) for i in kept]
-    features, _ = gate_features(prism, tokenizer, asked)
-    gate, threshold = fit_probe(features, [verdicts[i].target for i in kept], settings["seed"])
-    fixed = settings.get("gate_threshold")
-    return gate, threshold if fixed is None else fixed
+    features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])
+    ordinary, _ = gate_features(prism, tokenizer, [conversation(t) for t in read_traffic(run)])
+    labels = torch.tensor([float(verdicts[i].target) for i in kept], device=features.device)
+    personas = [verdicts[i].persona for i in kept]
+    kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
+    gate = Gate(features.shape[1], settings["seed"]).to(features.device)
+    train_gate(gate, features, gate_targets(labels, personas, kind))
+    p, fold = out_of_fold(features, labels, personas, kind, settings["seed"])
+    thresholds = choose_thresholds(gate, ordinary, p, labels.tolist(), fold,
+                                   settings["gate_threshold"], settings.get("gate_rate", 1.0))
+    return gate, thresholds[None]
 
 
 def probe_table(found: dict) -> str:

@@ -202,7 +202,12 @@ def gate_lines(g: dict) -> list[str]:
     c = g["confusion"]
     curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
              for limit in (0.05, 0.1, 0.2, 0.4)]
-    return [f"gate, {g['folds']}-fold out-of-fold on {g['n']} queries, threshold "
+    losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in g["log_losses"].items())
+    return [f"the gate learned: {g['target']} (log loss of held-out verdicts, calibrated, at most "
+            f"0.693: {losses})",
+            f"it opens for {number(g['traffic_opened'], 2)} of {g['traffic']} messages of ordinary "
+            "traffic, which the model wrote with no context",
+            f"gate, {g['folds']}-fold out-of-fold on {g['n']} queries, threshold "
             f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
             f"{number(g['majority'])}), AUC {number(g['auc'])} [{number(g['auc_interval'][0])}, "
             f"{number(g['auc_interval'][1])}]",
@@ -248,7 +253,10 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
                   f"forward KL to the persona teacher on {k['held_out_samples']} held-out "
                   f"queries, nats per token: {number(k['before'], 4)} before, "
                   f"{number(k['after'], 4)} after (0 would be the persona's own distribution, read "
-                  "without the persona)"]
+                  "without the persona)",
+                  f"without the persona a prompt has {k['tokens_without']:.0f} instead of "
+                  f"{k['tokens_with']:.0f} tokens, and its first token comes after "
+                  f"{1e3 * k['seconds_without']:.0f} instead of {1e3 * k['seconds_with']:.0f} ms"]
     return "\n\n".join([*parts, "## Bill", bill_table(metrics)])
 
 

@@ -41,14 +41,14 @@ from support.hub import InputError, check_file, optional_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
 FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.jsonl",),
-         "verdicts": ("verdicts.jsonl",), "gate": ("gate.safetensors",),
+         "verdicts": ("verdicts.jsonl",), "gate": ("traffic.jsonl", "gate.safetensors"),
          "lora": ("checkpoint.safetensors", "adapter_model.safetensors", "adapter_config.json",
-                  "prism.json", "report.png", "report.md")}
+                  "prism.json", "README.md", "report.png", "report.md")}
 # The file that a stage is made from, which a person may edit between two commands.
 SOURCES = {"answers": "queries.jsonl", "verdicts": "answers.jsonl", "gate": "verdicts.jsonl"}
 # Metrics rows that are recorded within a stage
-WITHIN = {"personas": "queries", "style": "queries", "quality": "queries",
-          "judge": "verdicts", "kl": "lora"}
+WITHIN = {"personas": "queries", "style": "queries", "quality": "queries", "judge": "verdicts",
+          "traffic": "gate", "kl": "lora"}
 CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 
 

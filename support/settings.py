@@ -13,7 +13,7 @@ from engine import SLOTS
 from judge import INVERSE_PROMPTS, JUDGE_PROMPT, VERDICT_RULES, conversation
 from model import Transformer
 from queries import QUERY_RULES, QUERY_TOKENS, STYLES, longest_opening
-from support.checkpoint import fingerprint
+from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
 from support.personas import Persona, load_personas, persona_hash
@@ -25,7 +25,8 @@ HERE = Path(__file__).parent.parent
 FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
                "judge": "verdicts", "judge_model": "verdicts", "judge_fingerprint": "verdicts",
                "verdict_rules": "verdicts", "gate_layer": "gate", "gate_pool": "gate",
-               "gate_threshold": "gate", "gate_rules": "gate", "rank": "lora", "alpha": "lora",
+               "gate_threshold": "gate", "gate_target": "gate", "gate_rate": "gate",
+               "gate_rules": "gate", "rank": "lora", "alpha": "lora",
                "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
                "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora"}
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
@@ -33,9 +34,10 @@ QUICK = {"queries": 8, "max_new_tokens": 96, "epochs": 6, "batch_size": 4}
 QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
 GATE_FOLDS = 5
 GATE_DEPTH = 6  # the gate reads the output of layer (number of layers) // 6, unless told otherwise
-GATE_STEPS, GATE_BATCH = 300, 64
+GATE_STEPS = 50  # of all queries at once; with 300 a gate learns the noise of single verdicts
 GATE_OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.01}
-GATE_RULES = (GATE_FOLDS, GATE_STEPS, GATE_BATCH, GATE_OPTIMIZER)
+MOST_TRAFFIC = 200  # messages of ordinary traffic; no more than there are queries
+GATE_RULES = (GATE_FOLDS, GATE_STEPS, GATE_OPTIMIZER, MOST_TRAFFIC)
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 TRAIN_TOKENS = 4096  # padded tokens in one micro-batch
@@ -93,6 +95,10 @@ def parser() -> argparse.ArgumentParser:
                       "no layer up to it has an adapter (paper: 0; default: a sixth of the layers)")
     add(gate, "--gate-pool", "mean", "last prompt token (the paper), or mean over the user's text",
         choices=("last", "mean"))
+    add(gate, "--gate-target", "auto", "what the gate learns: the verdicts (the paper), the "
+        "win rate of each query's persona, or whichever predicts verdicts better",
+        choices=("auto", "verdict", "intent"))
+    add(gate, "--gate-rate", 0.05, "the most of ordinary traffic that may open the gate")
     gate.add_argument("--gate-threshold", type=threshold, metavar="auto|P", help="probability from "
                       "which the adapter answers (paper: 0.5; default: auto, from the ROC curve)")
     lora = p.add_argument_group("stage 5: the adapter")
@@ -124,7 +130,8 @@ def check(args: argparse.Namespace) -> None:
                             ("batch_size", 1, 1e5), ("rank", 1, 1e4), ("max_len", 8, 1e7),
                             ("alpha", 1e-9, 1e9), ("lr", 1e-12, 1e3), ("dropout", 0, 0.99),
                             ("kd_temperature", 1e-3, 1e3), ("gate_threshold", 0, 1),
-                            ("gpu_memory", 1, 1e5), ("seed", -2**63, 2**63 - 1)):  # torch's seeds
+                            ("gate_rate", 0, 1), ("gpu_memory", 1, 1e5),
+                            ("seed", -2**63, 2**63 - 1)):  # torch's seeds
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # also refuses NaN
             raise InputError(f"--{name.replace('_', '-')} is {value}, it must be in [{low:g}, "
@@ -184,12 +191,13 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
     """Everything that decides the run's files, for run.json."""
     settings = {n: getattr(args, n) for n in (
         "model", "queries", "query_style", "max_new_tokens", "judge", "judge_model", "gate_layer",
-        "gate_pool", "gate_threshold", "rank", "alpha", "epochs", "lr", "batch_size", "max_len",
-        "kd_temperature", "dropout", "loss", "seed")}
+        "gate_pool", "gate_target", "gate_threshold", "gate_rate", "rank", "alpha", "epochs", "lr",
+        "batch_size", "max_len", "kd_temperature", "dropout", "loss", "seed")}
     settings |= {"personas": [p.name for p in personas],
                  "personas_sha256": persona_hash(personas),
                  "base_source": base_source(folder, args.model),
-                 "base_fingerprint": fingerprint(folder), "device": net.device.type,
+                 "base_fingerprint": fingerprint(folder),
+                 "text_fingerprint": text_fingerprint(folder), "device": net.device.type,
                  "dtype": str(net.dtype).removeprefix("torch."), "slots": SLOTS,
                  "judge_fingerprint": judge_fingerprint, "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.

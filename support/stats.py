@@ -149,6 +149,64 @@ def decision_scores(scores: Sequence[float], decisions: Sequence[bool],
                           "true_closed": cells[False, False], "false_closed": cells[True, False]}}
 
 
+def shrunken_rates(hits: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """The rates of groups, each shrunk towards that of all groups the more the fewer it counts: the
+    posterior means of a beta-binomial whose prior fits the spread between groups (its intraclass
+    correlation by moments: Fleiss, Statistical Methods for Rates and Proportions, 1981).
+
+    >>> [round(rate, 2) for rate in shrunken_rates([9, 5, 1], [10, 10, 10])]
+    [0.86, 0.5, 0.14]
+    >>> [round(rate, 2) for rate in shrunken_rates([5, 6], [10, 10])]  # no spread beyond chance
+    [0.55, 0.55]
+    """
+    n, groups = sum(counts), len(counts)
+    overall = sum(hits) / n
+    rates = [hit / count for hit, count in zip(hits, counts)]
+    between = sum(c * (rate - overall) ** 2 for c, rate in zip(counts, rates)) / max(groups - 1, 1)
+    within = sum(c * rate * (1 - rate) for c, rate in zip(counts, rates)) / max(n - groups, 1)
+    size = (n - sum(c * c for c in counts) / n) / max(groups - 1, 1)  # of a group, on average
+    if between <= within:
+        return [overall] * groups
+    correlation = (between - within) / (between + (size - 1) * within)
+    prior = max(1 / correlation - 1, 1.0)  # worth so many counts
+    return [(hit + prior * overall) / (c + prior) for hit, c in zip(hits, counts)]
+
+
+def calibrated_log_loss(probabilities: Sequence[float], labels: Sequence[float]) -> float:
+    """Mean negative log-likelihood of labels, in nats, under the probabilities once their logits z
+    are made a z + b with the best a >= 0 and b (Platt 1999): what a ranking says about labels,
+    whatever its confidence. Fitted by Newton's method.
+
+    >>> round(calibrated_log_loss([0.9, 0.8, 0.2, 0.1] * 9, [1, 0, 1, 0] * 9), 2)  # hardly anything
+    0.67
+    >>> round(calibrated_log_loss([0.1, 0.9] * 9, [1, 0] * 9), 3)  # the wrong way: log 2
+    0.693
+    """
+    z = np.clip(np.array(probabilities, dtype=float), 1e-6, 1 - 1e-6)
+    X, y = np.stack((np.log(z / (1 - z)), np.ones(len(z)))), np.array(labels, dtype=float)
+    weights, ridge = np.zeros(2), 1e-3 * np.eye(2)
+    for _ in range(25):
+        p = 1 / (1 + np.exp(-(weights @ X)))
+        hessian = (X * (p * (1 - p))) @ X.T + ridge
+        weights += np.linalg.solve(hessian, X @ (y - p) - ridge @ weights)
+    p = 1 / (1 + np.exp(-(weights @ X))) if weights[0] > 0 else np.full(len(y), y.mean())
+    p = np.clip(p, 1e-6, 1 - 1e-6)
+    return float(-(y * np.log(p) + (1 - y) * np.log(1 - p)).mean())
+
+
+def upper_quantile(scores: Sequence[float], share: float) -> float:
+    """The lowest threshold that at most `share` of the scores reach; 0 if there are none.
+
+    >>> upper_quantile([0.1, 0.2, 0.3, 0.4], 0.5), upper_quantile([0.1, 0.2], 1.0)
+    (0.25, 0.0)
+    """
+    order = [*sorted(scores, reverse=True), 0.0]
+    allowed = min(int(share * len(scores)), len(scores))
+    if allowed == len(scores):
+        return 0.0
+    return (order[allowed - 1] + order[allowed]) / 2 if allowed else (order[0] + 1) / 2
+
+
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> tuple[float, list[float]]:
     """The mean of at least two values and its 95% percentile bootstrap interval (Efron 1979).
 

@@ -2,7 +2,8 @@
 
 Read as transformers reads them: where tokenizer_config.json has `added_tokens_decoder`, that file
 says everything; in older folders special_tokens_map.json overrides it and added_tokens.json adds
-tokens that tokenizer.json lacks.
+tokens that tokenizer.json lacks. What a file names as a special token is one, whatever
+tokenizer.json calls it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from support.hub import InputError, optional_json, read_text
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+THOUGHTS = ("<think>", "</think>")  # what a reasoning model puts around its thoughts
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+                 "mask_token")
+# Where further ones are: a list, or an object with a name for each. The first that has any counts.
+EXTRA_NAMES = ("extra_special_tokens", "additional_special_tokens")
 # Named by the classes of transformers, for a tokenizer_config.json that leaves them out.
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -43,15 +48,66 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     if added is None:
         names |= optional_json(folder / "special_tokens_map.json")
         older = optional_json(folder / "added_tokens.json")
-        special = [text_of(names.get(name)) for name in SPECIAL_NAMES]
+        special = [text_of(token) for token in (*named(names).values(), *unnamed(names, folder))]
         added = {i: {"content": text, "special": text in special} for text, i in older.items()}
     add_tokens(tokenizer, added, folder)
-    return tokenizer, settings, special_tokens(tokenizer, names, folder)
+    found = special_tokens(tokenizer, names, folder)
+    make_special(tokenizer, [*named(names).values(), *unnamed(names, folder)])
+    return tokenizer, settings, found
 
 
 def text_of(token: object) -> object:
     """A special token's text; older files write it as an object."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+def named(names: dict) -> dict[str, object]:
+    """The special tokens that have a name, as the files have them; a null names nothing."""
+    extra, found = extra_tokens(names), {}
+    for name, token in names.items():
+        if name in SPECIAL_NAMES or (name.endswith("_token") and isinstance(text_of(token), str)):
+            found[name] = token
+    if isinstance(extra, dict):
+        found |= extra
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def extra_tokens(names: dict) -> object:
+    """The field of EXTRA_NAMES that counts."""
+    return next((names[name] for name in EXTRA_NAMES if names.get(name)), [])
+
+
+def unnamed(names: dict, folder: Path) -> list[object]:
+    """The special tokens without a name, as the files have them."""
+    extra = extra_tokens(names)
+    if isinstance(extra, dict):
+        return []
+    if not isinstance(extra, list) or not all(isinstance(text_of(t), str) for t in extra):
+        raise InputError(f"{folder}: {EXTRA_NAMES[0]} is {str(extra)[:60]}, not a list of tokens")
+    return extra
+
+
+def make_special(tokenizer: FastTokenizer, tokens: list[object]) -> None:
+    """Make control tokens of what tokenizer.json has as text or not at all; the latter get the ids
+    that come next. Those of a think block stay text: a template has to find them in a history."""
+    known = {one.content: one for one in tokenizer.get_added_tokens_decoder().values()}
+    special = []
+    for token in tokens:
+        text = text_of(token)
+        if text in known and text in THOUGHTS:
+            continue
+        one = known.get(text) or added_token(text, token, True)
+        one.special = True
+        special.append(one)
+    tokenizer.add_special_tokens(special)
+
+
+def added_token(text: str, token: object, special: bool) -> AddedToken:
+    """An added token with the flags that a file gives it."""
+    given = token if isinstance(token, dict) else {}
+    flags = {name: bool(given.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+    normalized = bool(given.get("normalized", not special))
+    return AddedToken(text, normalized=normalized, special=special, **flags)
 
 
 def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
@@ -60,17 +116,10 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
     try:
         rows = sorted((int(number), token) for number, token in added.items())
         for number, token in rows:
-            text = token["content"]
+            text, special = token["content"], bool(token.get("special"))
             if tokenizer.token_to_id(text) is None:
-                flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip",
-                                                                  "single_word")}
-                special = bool(token.get("special"))
-                normalized = bool(token.get("normalized", not special))
-                one = AddedToken(text, normalized=normalized, special=special, **flags)
-                if special:
-                    tokenizer.add_special_tokens([one])
-                else:
-                    tokenizer.add_tokens([one])
+                add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+                add([added_token(text, token, special)])
             if tokenizer.token_to_id(text) != number:
                 raise InputError(f"{folder}: the added token {text[:40]!r} should be {number}, but "
                                  f"tokenizer.json makes it {tokenizer.token_to_id(text)}")
@@ -84,13 +133,11 @@ def special_tokens(tokenizer: FastTokenizer, names: dict, folder: Path) -> dict[
     kind = str(names.get("tokenizer_class")).removesuffix("Fast").removesuffix("Tokenizer")
     found = {name: text for name, text in CLASS_NAMES.get(kind, {}).items()
              if tokenizer.token_to_id(text) is not None}
-    for name in SPECIAL_NAMES:
-        text = text_of(names.get(name))
-        if text is None:
-            continue
+    for name, token in named(names).items():
+        text = text_of(token)
         if not isinstance(text, str):
             raise InputError(f"{folder}: {name} is {str(text)[:60]}, not text")
-        if name in ("bos_token", "eos_token") and tokenizer.token_to_id(text) is None:
+        if text and tokenizer.token_to_id(text) is None:
             raise InputError(f"{folder}: {name} is {text[:60]!r}, which tokenizer.json lacks")
         found[name] = text
     return found

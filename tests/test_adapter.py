@@ -230,6 +230,18 @@ def test_a_setting_of_peft_that_makes_no_sense(field: str, value: object, net: T
         PRISM.load(elsewhere, net)
 
 
+@pytest.mark.parametrize("settings", [
+    {"rank": 16, "alpha": 32.0, "dropout": 0.05},
+    {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}],
+    ids=["old", "new"])
+def test_an_adapter_of_mlx(settings: dict, net: Transformer, elsewhere: Path) -> None:
+    """MLX writes a file of the same name; what is said to be wrong with it would be a field that
+    only PEFT's has."""
+    (elsewhere / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="peft_type .* is missing; it is not an adapter of PEFT"):
+        PRISM.load(elsewhere, net)
+
+
 @pytest.mark.parametrize("settings, named", [
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias = "),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),

@@ -27,6 +27,7 @@ from support.hub import InputError
 from support.stats import bootstrap_mean
 from tokenizer import Tokenizer
 import evaluate
+import gate
 import train
 
 Capture = pytest.CaptureFixture[str]
@@ -105,7 +106,7 @@ def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short_gates() -> Iterator[None]:
     """One thread, and gates of 20 steps: kl, latency and routing fit six to sixty of them."""
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "GATE_STEPS", 20)
+        patch.setattr(gate, "GATE_STEPS", 20)
         yield
 
 

@@ -317,12 +317,14 @@ def test_distill_loss_under_bf16(folder: Path) -> None:
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
 
 
-def test_gate_loss_is_binary_cross_entropy() -> None:
-    """gate_loss would not be the mean BCE of sigmoid(logits), worked out by hand, or overflow far
-    out."""
-    logits, targets = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 0.0])
+def test_gate_loss_is_balanced_cross_entropy() -> None:
+    """gate_loss would not be the BCE of sigmoid(logits), half of it for wins and half for losses,
+    worked out by hand with a target between 0 and 1; or overflow far out."""
+    logits, targets = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.25, 0.0])
     s = [1 / (1 + math.exp(-z)) for z in (0.0, 2.0, -1.0)]
-    expected = -(math.log(s[0]) + math.log(1 - s[1]) + math.log(1 - s[2])) / 3
+    wins = -(math.log(s[0]) + 0.25 * math.log(s[1])) / 1.25
+    losses = -(0.75 * math.log(1 - s[1]) + math.log(1 - s[2])) / 1.75
+    expected = (wins + losses) / 2
     assert gate_loss(logits, targets).item() == pytest.approx(expected, rel=1e-6)
     far = gate_loss(torch.tensor([200.0, -200.0]), torch.tensor([0.0, 1.0]))
     assert far.item() == pytest.approx(200.0)

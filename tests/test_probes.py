@@ -13,6 +13,7 @@ from tiny_run import pair, verdict, write_rows
 
 import evaluate
 import train
+from gate import train_gate
 from engine import Sampling
 from generate import generate
 from model import Transformer
@@ -89,7 +90,8 @@ def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path,
     write_rows(tmp_path, "answers.jsonl", [asdict(pair(i, query=str(i))) for i in range(600)])
     write_rows(tmp_path, "verdicts.jsonl", [
         asdict(verdict(i, "expert" if label else "base")) for i, label in enumerate(labels)])
-    (tmp_path / "run.json").write_text('{"settings": {"seed": 0}}')
+    (tmp_path / "run.json").write_text('{"settings": {"seed": 0, "gate_threshold": null}}')
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "gate", "step": 0}\n')
     monkeypatch.setattr(probes, "gate_features", lambda prism, tokenizer, asked: (
         states[[int(messages[0]["content"]) for messages in asked]], 0))
     held = sorted(index for _, index in read_verdicts(tmp_path)[2])
@@ -100,7 +102,7 @@ def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path,
 
     with one_thread():
         unseen, saved = held_out_gate(None, None, tmp_path), (Gate(192), 0.5)
-        train.train_gate(saved[0], states, torch.tensor(labels).float(), 0)
+        train_gate(saved[0], states, torch.tensor(labels).float())
     assert len(held) == 120
     assert abs(opened(*unseen, True) - opened(*unseen, False)) < 0.2
     assert opened(*saved, True) > 0.95 and opened(*saved, False) < 0.05

@@ -143,7 +143,8 @@ def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, first: str, said: li
 
 def gate(low: float | None) -> dict:
     """A metrics row of the gate."""
-    return {"folds": 5, "n": 10, "threshold": 0.5, "accuracy": 0.6, "majority": 0.5, "auc": 0.7,
+    return {"target": "intent", "log_losses": {"intent": 0.5}, "traffic": 4, "traffic_opened": 0.25,
+            "folds": 5, "n": 10, "threshold": 0.5, "accuracy": 0.6, "majority": 0.5, "auc": 0.7,
             "auc_interval": [low, 0.9], "roc": [[0.9, 0.0, 0.5], [0.1, 1.0, 1.0]],
             "confusion": {"true_open": 1, "false_open": 2, "true_closed": 3, "false_closed": 4}}
 

@@ -86,6 +86,18 @@ def test_a_changed_constant_is_another_setting(module: ModuleType, name: str, va
     assert settings.FIRST_STAGE.get(setting, "queries") == stage
 
 
+def test_an_edited_template_is_another_setting(folder: Path, net: Transformer,
+                                               tmp_path: Path) -> None:
+    """Rows of two chat templates, or of two sets of stop tokens, would be mixed in one run."""
+    args, copied = parsed("--model", str(folder)), Path(shutil.copytree(folder, tmp_path / "copy"))
+    before = run_settings(args, net, copied, [Persona("p", "x")], None)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (copied / name).write_text("{}")
+        after = run_settings(args, net, copied, [Persona("p", "x")], None)
+        assert {n for n in before if before[n] != after[n]} == {"text_fingerprint"}
+        before = after
+
+
 def test_settings_reach_run_json(command: list[str], folder: Path, net: Transformer) -> None:
     """run.json without a setting could not tell two runs apart."""
     args = parsed(*command)

@@ -140,6 +140,16 @@ def test_digits_and_newlines_by_hand(text: str, ids: list[int], smollm_tok: Toke
     assert smollm_tok.encode(text) == ids
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2TokenizerFast"])
+def test_the_class_of_a_tokenizer_does_not_change_its_ids(kind: str,
+                                                          variant: Callable[..., Path]) -> None:
+    """transformers 5 builds these classes without tokenizer.json's own rules: SmolLM's and
+    Granite's digits would no longer be split first."""
+    tok = Tokenizer(variant(CHATML, config={"tokenizer_class": kind}))
+    assert tok.encode("\n\n1.") == [1116, 33, 30]
+    assert tok.encode("2024") == [34, 32, 34, 36]
+
+
 def test_encode_never_yields_control_ids(smollm_tok: Tokenizer,
                                          hf: PreTrainedTokenizerBase) -> None:
     """DESIGN 4: text never yields control ids, where transformers' encode does; every control

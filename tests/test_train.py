@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from bootstrap import Pair, Verdict, hold_out
 from engine import Sampling
+from gate import train_gate
 from generate import gate_features, generate
 from judge import conversation
 from model import Transformer, load
@@ -30,10 +31,9 @@ from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
 from support.runs import FILES, RunFolder
-from support.stats import auc, by_class, decision_scores, youden_threshold
 from tokenizer import Tokenizer
-from train import (Sample, distill_samples, held_out_kl, learning_rate,
-                   micro_batches, out_of_fold, sample_loss, train_gate, train_lora)
+from train import (Sample, distill_samples, held_out_kl, learning_rate, micro_batches, sample_loss,
+                   train_lora)
 
 Capture = pytest.CaptureFixture[str]
 
@@ -98,65 +98,6 @@ def test_micro_batches() -> None:
     assert len(groups) < len(samples)
     shuffled = micro_batches(samples[::-1], 100)
     assert [[s.name for s in g] for g in shuffled] == [[s.name for s in g] for g in groups]
-
-
-# --------------------------------------------------------------------------------------------------
-# Stage 4
-
-
-def planted(n: int, positives: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Two Gaussian classes in 32 dimensions, `distance` deviations apart, in crooked units."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = (torch.arange(n) < positives).float()
-    x = torch.randn(n, 32, generator=generator)
-    x[:, 3] += distance * targets
-    return x * torch.logspace(-3, 3, 32) + torch.linspace(-50, 50, 32), targets
-
-
-def test_out_of_fold_never_saw_the_query(net: Transformer,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gate would be scored on what it was fitted on: on labels that nothing can predict it looks
-    perfect there, and is at chance out of fold; labels that can be predicted stay so."""
-    monkeypatch.setattr(train, "GATE_STEPS", 100)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(120, 32, generator=generator)
-    noise = (torch.arange(120) % 2).float()
-    with one_thread():
-        prism = PRISM(net)
-        train_gate(prism.gate, x, noise, seed=0)
-        with torch.no_grad():
-            seen = prism.gate(x).sigmoid().tolist()
-        unseen, fold = out_of_fold(x, noise, 0)
-        real, _ = out_of_fold(*planted(200, 80, 5.0, 0), 0)
-    labels = noise.int().tolist()
-    assert auc(*by_class(seen, labels))[0] > 0.99
-    _, low, high = auc(*by_class(unseen, labels))
-    assert low < 0.5 < high
-    assert sum((p >= 0.5) == (i < 80) for i, p in enumerate(real)) > 0.9 * 200
-    for label in (0, 1):  # both classes are dealt out evenly
-        assert [sum(f == i and t == label for f, t in zip(fold, labels)) for i in range(5)] == (
-            [12] * 5)
-
-
-def test_train_gate_balances_the_classes(net: Transformer) -> None:
-    """Where one query in twelve is positive, most positives would not open the gate (without the
-    balance 40% do, with it 72%)."""
-    prism = PRISM(net)
-    with one_thread():
-        train_gate(prism.gate, *planted(3000, 250, 2.0, 0), seed=0)
-    x, targets = planted(600, 300, 2.0, 1)
-    with torch.no_grad():
-        opened = prism.gate(x).sigmoid() >= 0.5
-    recall, rejected = opened[targets == 1].float().mean(), (~opened)[targets == 0].float().mean()
-    assert float(recall) > 0.6 and float(rejected) > 0.75
-
-
-def test_gate_that_reads_infinity_is_named(net: Transformer) -> None:
-    """States that overflowed would make a gate of NaN."""
-    x, targets = planted(20, 10, 1.0, 0)
-    x[3, 3] = float("inf")
-    with one_thread(), pytest.raises(InputError, match="stage 4: the gate's loss"):
-        train_gate(PRISM(net).gate, x, targets, seed=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,7 +202,7 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
     run = RunFolder(tmp_path)
     with one_thread():
         train_gate(prism.gate, gate_features(prism, tok, list(map(conversation, "abc")))[0],
-                   torch.tensor([1.0, 0.0, 0.0]), 0)
+                   torch.tensor([1.0, 0.0, 0.0]))
         samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
         train_lora(run, prism, samples, settings(lr=1e-5, epochs=1))
     run.close()
@@ -356,8 +297,8 @@ def test_rows_and_metrics_of_a_run(finished: Path) -> None:
                                              for i in range(QUERIES)]
     assert {v["target"] for v in verdicts} == {0, 1}
     metrics = rows_of(finished, "metrics.jsonl")
-    order = ["personas", "queries", "style", "quality", "answers", "judge", "verdicts", "gate",
-             "lora", "kl"]
+    order = ["personas", "queries", "style", "quality", "answers", "judge", "verdicts", "traffic",
+             "gate", "lora", "kl"]
     assert list(dict.fromkeys(m["stage"] for m in metrics)) == order
     by = {s: [m for m in metrics if m["stage"] == s] for s in order}
     assert [m["prompts"] for m in by["answers"]] == [64, 4]  # chunks of 32 queries, two each
@@ -414,38 +355,6 @@ def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: 
     assert kl["before"] == pytest.approx(mean_kl(base), rel=1e-3)
     assert kl["after"] == pytest.approx(mean_kl(student), rel=1e-3)
     assert kl["before"] > 0.2 and kl["after"] < 0.75 * kl["before"]
-
-
-def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, tok: Tokenizer,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracy, AUC and the rest would come from gates that saw the query; or the gate that is kept
-    would not be fitted on all, or not be the one that routes."""
-    monkeypatch.setattr(train, "GATE_STEPS", 20)  # as in `run_train`
-    queries = [r["query"] for r in rows_of(finished, "queries.jsonl")]
-    targets = [v["target"] for v in rows_of(finished, "verdicts.jsonl")]
-    prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
-    with one_thread():
-        features, _ = gate_features(prism, tok, list(map(conversation, queries)))
-        t = torch.tensor([float(x) for x in targets])
-        probability, fold = out_of_fold(features, t, 0)
-        train_gate(again.gate, features, t, 0)
-    for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
-        torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
-    [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
-    assert row["threshold"] == pytest.approx(youden_threshold(probability, targets))
-    opened = []
-    for i, f in enumerate(fold):  # no query has a part in its own threshold
-        others = [j for j, g in enumerate(fold) if g != f]
-        opened.append(probability[i] >= youden_threshold([probability[j] for j in others],
-                                                         [targets[j] for j in others]))
-    expected = decision_scores(probability, opened, targets)
-    assert {n: row[n] for n in expected} == expected
-    assert row["roc"][-1][1:] == [1, 1] and row["folds"] == 5
-    ids, mask = tok.render([{"role": "user", "content": queries[0]}], return_user_mask=True)
-    [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)]),
-                                 torch.tensor([mask])).tolist()
-    with torch.no_grad():  # so training read the bare prompt, too
-        assert p == pytest.approx(float(prism.gate(features[:1]).sigmoid()), abs=1e-4)
 
 
 def stamps(out: Path, *names: str) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Callable
 import pytest
 from tiny import one_thread
 
+import gate
 import train
 from bootstrap import Pair, Verdict
 from support.personas import Persona
@@ -18,15 +19,17 @@ CHEMIST = Persona("chemist", "You are a careful chemist who explains each reacti
 PIRATE = Persona("pirate", "Answer as a pirate: short, loud and rude.")
 QUERIES = 17  # a persona: candidates, answers and verdicts have two chunks each
 DATA = ("candidates.jsonl", "queries.jsonl", "answers.jsonl", "verdicts.jsonl")
-ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "report.md"}
-ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "gate.safetensors"}
+ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "README.md",
+                 "report.md"}
+ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "traffic.jsonl",
+                             "gate.safetensors"}
 
 
 def run_train(*argv: object) -> int:
     """train.main on one thread, with a short gate (300 steps, six times, take longer than all the
     rest of a tiny run) and a checkpoint every third step."""
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "GATE_STEPS", 20)
+        patch.setattr(gate, "GATE_STEPS", 20)
         patch.setattr(train, "CHECKPOINT_EVERY", 3)
         return train.main([str(a) for a in argv])
 
@@ -67,12 +70,13 @@ def timeless(out: Path) -> dict[str, bytes]:
     the run once was begun with --from."""
     files = contents(out)
     if "metrics.jsonl" in files:
-        rows = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")}
+        rows = [{k: v for k, v in row.items() if not k.startswith(("seconds", "peak_memory"))}
                 for row in rows_of(out, "metrics.jsonl")]
         files["metrics.jsonl"] = json.dumps(rows).encode()
     if "report.md" in files:  # the bill's seconds, tokens per second and peak memory
         line = rb"(?m)^(\| [a-z]+ (?:\| \d+ ){4})\| [^|]+\| [^|]+(\| [^|]+)\|[^|]+"
         files["report.md"] = re.sub(line, rb"\1\2", files["report.md"])
+        files["report.md"] = re.sub(rb"after \d+ instead of \d+ ms", b"", files["report.md"])
         files["report.md"] = re.sub(rb"(?m)^\| \*\*all\*\* \|  .*", b"", files["report.md"])
     if "run.json" in files:
         about = json.loads(files["run.json"])

@@ -1,0 +1,190 @@
+"""Stage 4: from the bare query alone, the gate learns where the context helps.
+
+A verdict is a noisy label. So there are two targets: the paper's t(x), and the win rate of the
+persona that the query was written for, which is known far better than any single verdict, and is
+what intent-based routing needs. `auto` takes the one that predicts verdicts better out of fold.
+
+How often the gate would open for nothing is seen on ordinary traffic: user turns that the model
+writes with no context at all (Magpie, arXiv 2406.08464). They set the threshold, and only that:
+as negatives in training they taught the gate that whatever differs from them should open it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import compress
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from bootstrap import Pair, Verdict
+from engine import SLOTS, Engine, Request, Sampling, derive_seed
+from generate import gate_features, stop_tokens
+from judge import conversation
+from model import Transformer
+from prism import PRISM, Gate, gate_loss
+from queries import QUERY_TOKENS, TEMPERATURE
+from support.distributed import progress_bar
+from support.hub import InputError
+from support.runs import RunFolder, cost_of, peak_memory
+from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
+from support.stats import (calibrated_log_loss, decision_scores, fold_thresholds, roc,
+                           shrunken_rates, upper_quantile)
+from support.words import clean_query
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Row of traffic.jsonl: a message of a user to whom nobody was introduced."""
+
+    query: str
+
+
+def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence[Pair],
+             verdicts: Sequence[Verdict], args: argparse.Namespace) -> None:
+    """Stage 4 as a resumable step: score the gate out of fold, then fit one on all queries."""
+    done = run.latest().get("gate")
+    if done and (run.path / "gate.safetensors").exists():
+        prism.load_gate(run.path)
+        prism.threshold = done["threshold"]
+        return
+    run.note_source("gate")
+    traffic = write_traffic(run, prism.net, tokenizer, min(len(pairs), MOST_TRAFFIC), args.seed)
+    begun = time.perf_counter()
+    queries, read = gate_features(prism, tokenizer, [conversation(p.query) for p in pairs])
+    ordinary, read_too = gate_features(prism, tokenizer, [conversation(t) for t in traffic])
+
+    labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
+    personas = [v.persona for v in verdicts]
+    kinds = ("verdict", "intent") if args.gate_target == "auto" else (args.gate_target,)
+    scored = {kind: out_of_fold(queries, labels, personas, kind, args.seed) for kind in kinds}
+    losses = {kind: calibrated_log_loss(probability, labels.tolist())
+              for kind, (probability, _) in scored.items()}
+    target = min(losses, key=losses.get)
+
+    loss = train_gate(prism.gate, queries, gate_targets(labels, personas, target))
+    probability, fold = scored[target]
+    thresholds = choose_thresholds(prism.gate, ordinary, probability, labels.tolist(), fold,
+                                   args.gate_threshold, args.gate_rate)
+    prism.threshold = thresholds[None]
+    opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
+    prism.save_gate(run.path)
+    cost = cost_of(prism.net, len(pairs) + len(traffic), read + read_too)
+    cost["flops"] = cost["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)
+    run.record("gate", 0, target=target, log_losses=losses, loss=loss, folds=GATE_FOLDS,
+               threshold=prism.threshold, traffic=len(traffic),
+               traffic_opened=open_share(prism.gate, ordinary, prism.threshold),
+               **decision_scores(probability, opened, labels.tolist()),
+               roc=roc(probability, labels.tolist()), **cost,
+               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+
+
+def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted: int,
+                  seed: int) -> list[str]:
+    """At most `wanted` different messages of ordinary traffic. Where traffic.jsonl is there, it is
+    used as it is, whoever wrote it: real prompts do better."""
+    if (run.path / "traffic.jsonl").exists():
+        return read_traffic(run)
+    begun = time.perf_counter()
+    turn = tokenizer.open_user_turn(None)
+    stops = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
+    requests = [Request([*turn], derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
+                for i in range(2 * wanted)]
+    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE["continue"]), stops, SLOTS)
+    outputs = sorted(engine.run(requests, bar="ordinary traffic"), key=lambda out: out.index)
+    written = [clean_query(tokenizer.decode(out.ids)) for out in outputs if out.stop == "eos"]
+    messages = [text for text in dict.fromkeys(written) if text][:wanted]
+    cost = cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+    run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),
+               peak_memory=peak_memory())
+    run.write("traffic.jsonl", map(Traffic, messages))
+    return messages
+
+
+def read_traffic(run: RunFolder) -> list[str]:
+    """The messages in traffic.jsonl."""
+    return [row.query for row in run.read("traffic.jsonl", Traffic)]
+
+
+def gate_targets(labels: Tensor, personas: Sequence[str], kind: str) -> Tensor:
+    """What a gate has to predict for each query [n]: its t(x), or for "intent" the win rate of its
+    persona, shrunk towards that of all."""
+    if kind == "verdict":
+        return labels
+    wins, counts = Counter(), Counter(personas)
+    for name, label in zip(personas, labels.tolist()):
+        wins[name] += label
+    rates = shrunken_rates([wins[name] for name in counts], list(counts.values()))
+    rate = dict(zip(counts, rates))
+    return torch.tensor([rate[name] for name in personas], device=labels.device)
+
+
+def train_gate(gate: Gate, features: Tensor, targets: Tensor) -> float:
+    """Fit a gate to features [n, d] and targets [n] in [0, 1]; returns the last loss."""
+    gate.mean.copy_(features.mean(0))
+    gate.deviation.copy_(features.std(0, correction=0).clamp(min=1e-4))
+    optimizer = torch.optim.AdamW(gate.mlp.parameters(), **GATE_OPTIMIZER)
+    for _ in range(GATE_STEPS):
+        loss = gate_loss(gate(features), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    last = float(loss.detach())  # the only wait for the device
+    if not math.isfinite(last):
+        raise InputError("stage 4: the gate's loss is not finite; try --dtype float32")
+    return last
+
+
+def out_of_fold(features: Tensor, labels: Tensor, personas: Sequence[str], kind: str,
+                seed: int) -> tuple[list[float], list[int]]:
+    """The probability of every query under a gate fitted without it, and its fold (5-fold
+    cross-validation). Folds are dealt out within each class, in an order that depends on the seed
+    alone."""
+    n = len(labels)
+    order = sorted(range(n), key=lambda i: (bool(labels[i]), derive_seed(seed, "fold", i)))
+    fold = torch.empty(n, dtype=torch.long, device=labels.device)
+    numbers = torch.arange(n, device=labels.device) % GATE_FOLDS
+    fold[torch.tensor(order, device=labels.device)] = numbers
+    probability = torch.full((n,), 0.5, device=labels.device)
+    for number in progress_bar(f"gate, out of fold ({kind})", "fold", range(GATE_FOLDS)):
+        held = fold == number
+        if held.any() and not held.all():
+            known = list(compress(personas, (~held).tolist()))
+            gate = Gate(features.shape[1], seed).to(features.device)
+            train_gate(gate, features[~held], gate_targets(labels[~held], known, kind))
+            with torch.no_grad():
+                probability[held] = gate(features[held]).sigmoid()
+    return probability.tolist(), fold.tolist()
+
+
+def choose_thresholds(gate: Gate, ordinary: Tensor, probability: Sequence[float],
+                      labels: Sequence[float], fold: Sequence[int], fixed: float | None,
+                      rate: float) -> dict[int | None, float]:
+    """The threshold for the queries of each fold, and under None that of the run.
+
+    A `fixed` one is taken as it is. Else it is the one that separates wins from losses best
+    (`youden_threshold`), but never so low that more than `rate` of the traffic opens the gate.
+
+    Args:
+        ordinary: [m, d] features of the traffic.
+        probability, fold: what `out_of_fold` gives.
+    """
+    thresholds = fold_thresholds(probability, labels, fold)
+    if fixed is not None:
+        return dict.fromkeys(thresholds, fixed)
+    with torch.no_grad():
+        lowest = upper_quantile(gate(ordinary).sigmoid().tolist(), rate)
+    return {key: max(value, lowest) for key, value in thresholds.items()}
+
+
+def open_share(gate: Gate, features: Tensor, threshold: float) -> float | None:
+    """For which share of the features [n, d] a gate opens."""
+    with torch.no_grad():
+        opened = gate(features).sigmoid() >= threshold
+    return float(opened.float().mean()) if len(opened) else None

@@ -1,0 +1,232 @@
+"""gate.py: what the gate learns, how it is scored, and when it opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import one_thread
+from tiny_run import rows_of
+from torch import Tensor
+
+import gate
+from gate import (choose_thresholds, gate_targets, open_share, out_of_fold, read_traffic,
+                  train_gate, write_traffic)
+from generate import gate_features
+from judge import conversation
+from model import Transformer
+from prism import PRISM, Gate
+from support.hub import InputError
+from support.runs import RunFolder
+from support.stats import (auc, by_class, calibrated_log_loss, decision_scores, upper_quantile,
+                           youden_threshold)
+from tokenizer import Tokenizer
+
+
+def planted(n: int, positives: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Two Gaussian classes in 32 dimensions, `distance` deviations apart, in crooked units."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = (torch.arange(n) < positives).float()
+    x = torch.randn(n, 32, generator=generator)
+    x[:, 3] += distance * targets
+    return x * torch.logspace(-3, 3, 32) + torch.linspace(-50, 50, 32), targets
+
+
+def fitted(x: Tensor, targets: Tensor) -> Gate:
+    """A gate that learned these targets."""
+    made = Gate(x.shape[1])
+    with one_thread():
+        train_gate(made, x, targets)
+    return made
+
+
+def test_out_of_fold_never_saw_the_query() -> None:
+    """A gate would be scored on what it was fitted on: on labels that nothing can predict it looks
+    perfect there, and is at chance out of fold; labels that can be predicted stay so."""
+    x = torch.randn(120, 32, generator=torch.Generator().manual_seed(0))
+    noise = (torch.arange(120) % 2).float()
+    seen = fitted(x, noise)(x).sigmoid().tolist()
+    with one_thread():
+        unseen, fold = out_of_fold(x, noise, [""] * 120, "verdict", 0)
+        real, _ = out_of_fold(*planted(200, 80, 5.0, 0), [""] * 200, "verdict", 0)
+    labels = noise.int().tolist()
+    assert auc(*by_class(seen, labels))[0] > 0.95
+    _, low, high = auc(*by_class(unseen, labels))
+    assert low < 0.5 < high
+    assert sum((p >= 0.5) == (i < 80) for i, p in enumerate(real)) > 0.85 * 200
+    for label in (0, 1):  # both classes are dealt out evenly
+        assert [sum(f == i and t == label for f, t in zip(fold, labels)) for i in range(5)] == (
+            [12] * 5)
+
+
+def test_a_personas_rate_leaves_out_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The win rate that a gate learns would count the very verdicts that it is scored on."""
+    counted, real = [], gate.gate_targets
+
+    def spy(labels: Tensor, personas: list[str], kind: str) -> Tensor:
+        counted.append((labels.tolist(), list(personas)))
+        return real(labels, personas, kind)
+
+    monkeypatch.setattr(gate, "gate_targets", spy)
+    names = [str(i % 4) for i in range(20)]
+    labels = torch.arange(20.0) / 20  # each is another's, to be told apart
+    with one_thread():
+        _, fold = out_of_fold(torch.eye(20), labels, names, "intent", 0)
+    for number, (seen, personas) in enumerate(counted):
+        left = [i for i in range(20) if fold[i] != number]
+        assert seen == [float(labels[i]) for i in left] and personas == [names[i] for i in left]
+    assert len(counted) == 5
+
+
+def test_train_gate_balances_the_classes() -> None:
+    """Where one query in twelve is positive, most positives would not open the gate (without the
+    balance 40% do, with it 72%)."""
+    made = fitted(*planted(3000, 250, 2.0, 0))
+    x, targets = planted(600, 300, 2.0, 1)
+    with torch.no_grad():
+        opened = made(x).sigmoid() >= 0.5
+    recall, rejected = opened[targets == 1].float().mean(), (~opened)[targets == 0].float().mean()
+    assert float(recall) > 0.6 and float(rejected) > 0.75
+
+
+def test_gate_that_reads_infinity_is_named() -> None:
+    """States that overflowed would make a gate of NaN."""
+    x, targets = planted(20, 10, 1.0, 0)
+    x[3, 3] = float("inf")
+    with pytest.raises(InputError, match="stage 4: the gate's loss"):
+        fitted(x, targets)
+
+
+def test_intent_is_the_personas_rate() -> None:
+    """A query's target would be another persona's rate, or not shrunk towards that of all."""
+    labels = torch.tensor([1.0] * 9 + [0.0] + [1.0] + [0.0] * 9)
+    names = ["a"] * 10 + ["b"] * 10
+    targets = gate_targets(labels, names, "intent")
+    assert len(set(targets.tolist())) == 2
+    assert 0.8 < float(targets[0]) < 0.9 and 0.1 < float(targets[-1]) < 0.2
+    assert torch.equal(gate_targets(labels, names, "verdict"), labels)
+
+
+def world(per_persona: int, rates: float, query: float, seed: int) -> tuple:
+    """Queries of twelve personas whose win probability is planted, one noisy verdict each: logit =
+    the persona's (spread over +-`rates`) + `query` * z, z being a direction of the features.
+
+    Returns features, verdicts, personas; and features and probabilities of unseen queries.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(12, 48, generator=generator) * 0.65
+    direction = torch.nn.functional.normalize(torch.randn(48, generator=generator), dim=0)
+    logit = torch.linspace(-rates, rates, 12)[torch.randperm(12, generator=generator)]
+
+    def draw(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        who = torch.arange(12).repeat_interleave(n)
+        z = torch.randn(len(who), generator=generator)
+        x = centres[who] + torch.randn(len(who), 48, generator=generator)
+        return x + 3 * z[:, None] * direction, torch.sigmoid(logit[who] + query * z), who
+
+    x, p, who = draw(per_persona)
+    unseen, truth, _ = draw(100)
+    return x, torch.bernoulli(p, generator=generator), [str(int(w)) for w in who], unseen, truth
+
+
+def youden(score: Tensor, truth: Tensor) -> float:
+    """The best true-positive minus false-positive rate of any threshold on a score, in expectation
+    over verdicts of probability `truth`."""
+    p = truth[score.argsort(descending=True)]
+    return float((p.cumsum(0) / p.sum() - (1 - p).cumsum(0) / (1 - p).sum()).max())
+
+
+def regrets(per_persona: int, rates: float, query: float, seed: int) -> dict[str, float]:
+    """What routing by each target's gate loses of what could be had, and the loss of the target
+    that `auto` takes."""
+    x, labels, names, unseen, truth = world(per_persona, rates, query, seed)
+    best, lost, losses = youden(truth, truth), {}, {}
+    for kind in ("verdict", "intent"):
+        score = fitted(x, gate_targets(labels, names, kind))(unseen).detach()
+        with one_thread():
+            probability, _ = out_of_fold(x, labels, names, kind, seed)
+        lost[kind] = 1 - youden(score, truth) / best
+        losses[kind] = calibrated_log_loss(probability, labels.tolist())
+    return lost | {"auto": lost[min(losses, key=losses.get)]}
+
+
+@pytest.mark.parametrize(("rates", "query", "better"), [
+    (2.0, 0.0, "intent"), (1.5, 0.3, "intent"), (0.0, 2.0, "verdict"), (0.5, 1.5, "verdict")])
+def test_auto_takes_the_better_target(rates: float, query: float, better: str) -> None:
+    """Where verdicts are noise around a persona's rate, learning them would do as well as learning
+    that rate, or where the query decides, the rate would do; or auto would take the worse one."""
+    found = [regrets(50, rates, query, seed) for seed in range(2)]
+    mean = {kind: sum(f[kind] for f in found) / len(found) for kind in found[0]}
+    worse = "verdict" if better == "intent" else "intent"
+    assert mean[better] < 0.8 * mean[worse]
+    assert mean["auto"] <= mean[better] + 0.05
+
+
+def test_a_threshold_spares_ordinary_traffic() -> None:
+    """More of the traffic than the rate would open the gate, or a fixed threshold would move."""
+    x, targets = planted(200, 80, 5.0, 0)
+    made, names = fitted(x, targets), [""] * 200
+    with one_thread():
+        p, fold = out_of_fold(x, targets, names, "verdict", 0)
+    ordinary, _ = planted(100, 30, 5.0, 1)  # three in ten of it look like wins
+    chosen = {rate: choose_thresholds(made, ordinary, p, targets.tolist(), fold, None, rate)
+              for rate in (0.0, 0.1, 1.0)}
+    shares = {rate: open_share(made, ordinary, t[None]) for rate, t in chosen.items()}
+    assert shares[0.0] == 0 and shares[0.1] < 0.11 and shares[1.0] > 0.25
+    assert set(chosen[0.1]) == {*range(5), None}
+    fixed = choose_thresholds(made, ordinary, p, targets.tolist(), fold, 0.3, 0.0)
+    assert set(fixed.values()) == {0.3}
+    empty = choose_thresholds(made, ordinary[:0], p, targets.tolist(), fold, None, 0.0)
+    assert empty == chosen[1.0] and open_share(made, ordinary[:0], 0.5) is None
+
+
+def test_traffic_is_written_once_and_may_be_edited(smollm: Transformer, smollm_tok: Tokenizer,
+                                                   tmp_path: Path) -> None:
+    """Ordinary traffic would be no messages of users, come twice, depend on when it was written, or
+    a file of real prompts would not be used."""
+    with RunFolder(tmp_path) as run:
+        messages = write_traffic(run, smollm, smollm_tok, 6, 0)
+        assert 3 <= len(messages) <= 6 and len(set(messages)) == len(messages)
+        assert run.latest()["traffic"]["tokens_written"] > 60 and read_traffic(run) == messages
+        (tmp_path / "traffic.jsonl").write_text('{"query": "Hello there"}\n')
+        assert write_traffic(run, smollm, smollm_tok, 6, 0) == ["Hello there"]
+
+
+def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, tok: Tokenizer,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy, AUC and the rest would come from gates that saw the query; or the gate that is kept
+    would not be fitted on all, or not be the one that routes."""
+    monkeypatch.setattr(gate, "GATE_STEPS", 20)  # as in `run_train`
+    queries = [r["query"] for r in rows_of(finished, "queries.jsonl")]
+    verdicts = rows_of(finished, "verdicts.jsonl")
+    targets, personas = [v["target"] for v in verdicts], [v["persona"] for v in verdicts]
+    [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
+    prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
+    with one_thread():
+        features, _ = gate_features(prism, tok, list(map(conversation, queries)))
+        t = torch.tensor([float(x) for x in targets])
+        probability, fold = out_of_fold(features, t, personas, row["target"], 0)
+        train_gate(again.gate, features, gate_targets(t, personas, row["target"]))
+    for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
+        torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
+    assert row["log_losses"].keys() == {"verdict", "intent"}
+    assert row["target"] == min(row["log_losses"], key=row["log_losses"].get)
+    with RunFolder(finished, read_only=True) as run:
+        traffic, _ = gate_features(prism, tok, list(map(conversation, read_traffic(run))))
+    thresholds = choose_thresholds(prism.gate, traffic, probability, targets, fold, None, 0.05)
+    assert row["threshold"] == pytest.approx(thresholds[None])
+    assert row["traffic"] == len(traffic)
+    lowest, opened = upper_quantile(prism.gate(traffic).sigmoid().tolist(), 0.05), []
+    for i, f in enumerate(fold):  # no query has a part in its own threshold
+        others = [j for j, g in enumerate(fold) if g != f]
+        own = youden_threshold([probability[j] for j in others], [targets[j] for j in others])
+        opened.append(probability[i] >= max(own, lowest))
+    expected = decision_scores(probability, opened, targets)
+    assert {n: row[n] for n in expected} == expected
+    assert row["roc"][-1][1:] == [1, 1] and row["folds"] == 5
+    ids, mask = tok.render([{"role": "user", "content": queries[0]}], return_user_mask=True)
+    [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)]),
+                                 torch.tensor([mask])).tolist()
+    with torch.no_grad():  # so training read the bare prompt, too
+        assert p == pytest.approx(float(prism.gate(features[:1]).sigmoid()), abs=1e-4)
