@@ -54,7 +54,7 @@ from tokenizer import Tokenizer, common_prefix
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
 NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
 QUICK = ["--quick"]  # the pipeline's settings
-STAGES = ("openings", "queries", "quality", "answers", "judge", "verdicts", "gate", "lora")
+STAGES = ("personas", "queries", "style", "quality", "answers", "judge", "verdicts", "gate", "lora")
 TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
 
 
@@ -655,8 +655,8 @@ def replacements(s: Setup) -> dict[str, object]:
 
     @torch.inference_mode()
     def log_probabilities(net: Transformer, prompts: Sequence, targets: Sequence,
-                          shared: Sequence | None = None,
-                          bar: str | None = None) -> tuple[list[Tensor], int]:
+                          shared: Sequence | None = None, bar: str | None = None,
+                          reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
         """Every row read whole, 8 at a time, the logits of all its tokens."""
         rows = [[*p, *t] for p, t in zip(prompts, targets)]
         found = [None] * len(rows)
@@ -701,8 +701,8 @@ def replacements(s: Setup) -> dict[str, object]:
             run.record("lora", step, loss=loss.item(), samples=len(batch), flops=0,
                        tokens_trained=len(target), seconds=time.perf_counter() - begun)
 
-    return {"bootstrap.Engine": PeerEngine, "generate.Engine": PeerEngine,
-            "bootstrap.token_log_probabilities": log_probabilities,
+    return {"queries.Engine": PeerEngine, "generate.Engine": PeerEngine,
+            "queries.token_log_probabilities": log_probabilities,
             "engine.token_log_probabilities": log_probabilities,
             "judge.token_log_probabilities": log_probabilities,
             "judge.hidden_states": states_by(8), "train.hidden_states": states_by(1),

@@ -393,8 +393,8 @@ class Engine:
 
 def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Sequence[int],
                   shared: Sequence[int] | None = None,
-                  adapter: nn.ModuleList | None = None,
-                  bar: str | None = None) -> tuple[list[Tensor], int]:
+                  adapter: nn.ModuleList | None = None, bar: str | None = None,
+                  reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """Post-norm hidden states of each row of ids from position starts[i] to its end, [n_i, d].
 
     Rows are batched by length under a token budget; the batching depends only on the rows.
@@ -404,6 +404,7 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
             a beginning runs through the model only once.
         adapter: on for all rows (a PRISM's `adapter`); None reads with the base model.
         bar: what a progress bar calls this work, if it takes seconds.
+        reader: one of several calls, so that a beginning they share runs through the model once.
 
     Returns:
         the states, and the number of tokens that went through the model.
@@ -415,7 +416,8 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
                          f"{context}; use shorter personas or fewer --max-new-tokens")
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]) - shared[i], i))
     states: list[Tensor] = [torch.empty(0)] * len(rows)
-    reader = PrefixReader(net, adapter)
+    reader = reader or PrefixReader(net, adapter)
+    before = reader.tokens
     total = sum(map(len, rows)) - sum(shared)
     with torch.inference_mode(), progress_bar(bar, "token", total=total) as shown:
         while order:
@@ -436,17 +438,19 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
             for at, i in enumerate(batch):
                 states[i] = hidden[at, starts[i] - skip[at]:len(rows[i]) - skip[at]].clone()
             shown.update(sum(len(rows[i]) for i in batch) - sum(skip))
-    return states, reader.tokens
+    return states, reader.tokens - before
 
 
 def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
                             targets: Sequence[Sequence[int]],
                             shared: Sequence[int] | None = None,
-                            bar: str | None = None) -> tuple[list[Tensor], int]:
+                            bar: str | None = None,
+                            reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """log P(target token | all before it) of each prompt + target: fp32 tensors [len(target)], and
-    the number of tokens read. `shared` and `bar` as in `hidden_states`."""
+    the number of tokens read. `shared`, `bar` and `reader` as in `hidden_states`."""
     rows = [[*p, *t] for p, t in zip(prompts, targets)]
-    states, read = hidden_states(net, rows, [len(p) - 1 for p in prompts], shared, bar=bar)
+    states, read = hidden_states(net, rows, [len(p) - 1 for p in prompts], shared, bar=bar,
+                                 reader=reader)
     if not rows:
         return [], 0
     flat = torch.cat([s[:-1] for s in states])  # [N, d], N tokens of all targets together

@@ -22,12 +22,13 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from bootstrap import QUERY_SAMPLING, Pair, Verdict
+from bootstrap import Pair, Verdict
 from engine import SLOTS, Engine, Request, Sampling, derive_seed
 from generate import gate_features, stop_tokens
 from judge import conversation
 from model import Transformer
 from prism import PRISM, Gate, gate_loss
+from queries import QUERY_TOKENS, TEMPERATURE
 from support.distributed import progress_bar
 from support.hub import InputError
 from support.runs import RunFolder, cost_of, peak_memory
@@ -96,7 +97,7 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
     stops = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
     requests = [Request([*turn], derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
                 for i in range(2 * wanted)]
-    engine = Engine(net, Sampling(**QUERY_SAMPLING), stops, SLOTS)
+    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE["continue"]), stops, SLOTS)
     outputs = sorted(engine.run(requests, bar="ordinary traffic"), key=lambda out: out.index)
     written = [clean_query(tokenizer.decode(out.ids)) for out in outputs if out.stop == "eos"]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]

@@ -3,10 +3,10 @@
     python train.py --quick
 
 x is a query, c a persona (any context), y_0 and y_c the answers without and with it, t(x) the
-verdict, h(x) what the gate reads, R(x) its probability. Stages 1-3 are in bootstrap.py and
-judge.py, stage 4 in gate.py, the losses in prism.py; stage 5 is below. A fifth of the queries is
-held out from stage 5; the gate is scored out of fold and then fitted on all. Everything under --out
-can be continued after a kill by running the same command again.
+verdict, h(x) what the gate reads, R(x) its probability. Stage 1 is in queries.py, stages 2 and 3 in
+bootstrap.py and judge.py, stage 4 in gate.py, the losses in prism.py; stage 5 is below. A fifth of
+the queries is held out from stage 5; the gate is scored out of fold and then fitted on all.
+Everything under --out can be continued after a kill by running the same command again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bootstrap import (Pair, Verdict, check_order, hold_out, won_pairs, write_answers,
-                       write_queries, write_verdicts)
+                       write_verdicts)
 from engine import derive_seed, hidden_states
 from gate import run_gate
 from judge import conversation, pick_judge
 from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
+from queries import write_queries
 from support.card import write_card
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes,
@@ -53,11 +54,12 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
     net = prism.net
     stops = STAGES.index(args.stop_after or STAGES[-1])
     # 1. For each persona c the model writes queries x that this expert would shine at.
-    queries = write_queries(run, net, tokenizer, personas, args.queries, args.seed)
+    queries = write_queries(run, net, tokenizer, personas, args.queries, args.seed,
+                            args.query_style)
     if not queries:
-        raise InputError("no candidate became a query (too short, no request, cut off, or likelier "
-                         f"under another persona: see {run.path / 'candidates.jsonl'}); try more "
-                         "--queries, other personas or a larger model")
+        raise InputError("no candidate became a query (too short, cut off, an echo, an answer, or "
+                         f"likelier under another persona: see {run.path / 'candidates.jsonl'}); "
+                         "try more --queries, other personas or a larger model")
     if stops == 0:
         return 0
     # 2. It answers each twice: y_0 ~ P(.|x) and y_c ~ P(.|c, x).

@@ -11,16 +11,16 @@ from typing import Callable
 
 import torch
 
-from bootstrap import OVERSAMPLE, RIVALS
 from engine import SLOTS
 from prism import PRISM
+from queries import OVERSAMPLE, RIVALS, STYLES, TRIAL, TRIAL_PERSONAS
 from support.distributed import world
 from support.memory import recomputes, training_flops
 from support.rule import asks_no_model
 
 # What SmolLM2-135M-Instruct does; other models differ by some tens of per cent.
-QUERY, CANDIDATE = 22, 47  # tokens of a query, and of a candidate while it is written
-WELL_FORMED, ROUNDS = 0.55, 1.2  # share of candidates that are scored; rounds of stage 1
+QUERY, CANDIDATE = 30, 47  # tokens of a query, and of a candidate while it is written
+WELL_FORMED, ROUNDS = 0.7, 1.2  # share of candidates that are scored; rounds of stage 1
 ANSWER = 540  # mean tokens of an answer that no limit cuts: 88 of at most 96, 330 of at most 512
 WON = 0.4  # share of queries that the persona wins
 TEMPLATE = 40  # tokens of a template, a system default, a judge's wording
@@ -35,10 +35,13 @@ def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     flops, personas = prism.net.flops, len(settings["personas"])
     queries = personas * settings["queries"]
     candidates = queries * OVERSAMPLE * ROUNDS
+    styles, few = len(STYLES[settings["query_style"]]), min(personas, TRIAL_PERSONAS)
+    candidates += (styles - 1) * TRIAL * few  # the trial of the styles that are not chosen
     answer = ANSWER * (1 - math.exp(-settings["max_new_tokens"] / ANSWER))
     written = candidates * CANDIDATE + 2 * queries * answer
-    scored = candidates * WELL_FORMED * (1 + 0.8 * min(RIVALS, personas - 1)) * QUERY
+    scored = candidates * WELL_FORMED * (2 + 0.7 * min(RIVALS, personas - 1)) * QUERY
     scored += min(queries, 96) * personas * QUERY
+    scored += (styles > 1) * styles * TRIAL * few * WELL_FORMED * few * QUERY
     pairs = queries + TEST_PAIRS
     judged = pairs * (2 * (answer + TEMPLATE) + 4 * (QUERY + TEMPLATE))  # which query?
     judged += pairs * 4 * (QUERY + answer)  # how likely an answer?

@@ -13,7 +13,8 @@ import statistics
 from collections import Counter
 from typing import Sequence
 
-from bootstrap import Pair, Query, Verdict
+from bootstrap import Pair, Verdict
+from queries import OPENINGS, Query
 from support.hub import write_file
 from support.personas import CONTRAST
 from support.rule import NOBODY, RuleJudge
@@ -76,9 +77,30 @@ def bill_table(metrics: Sequence[dict]) -> str:
                   "TFLOP", "peak GiB so far"), rows)
 
 
+WAYS = {"instruct": "the model was asked for a message to each expert, as in the paper",
+        "continue": "the model went on as the user; half of the candidates were begun with its "
+                    f"choice of {len(OPENINGS)} hand-written openings"}
+
+
+def style_lines(style: dict) -> list[str]:
+    """The trial of the ways to write queries."""
+    rows = []
+    for name, t in style["styles"].items():
+        n, distinct = t["candidates"], t["distinct"]
+        rows.append([name, n, share(t["complete"], n), share(distinct, n), t["identifiable"],
+                     share(t["identifiable"], distinct)])
+    return ["The styles were tried first, and the one with most identifiable queries was taken. "
+            "Complete: it ended by itself. Distinct: a query, and unlike those before. "
+            "Identifiable: the model tells its expert from the others, in words that no style "
+            f"uses (chance {style['chance']:.2f}).",
+            table(("style", "candidates", "complete", "distinct", "identifiable", "of distinct"),
+                  rows)]
+
+
 def quality_lines(quality: dict, wanted: int, kept: Counter, personas: int) -> list[str]:
     """What stage 1 delivered."""
-    lines = [f"queries kept: {quality['kept']} (wanted {wanted} for each of {personas} personas), "
+    lines = [f"query style: {quality['style']} ({WAYS[quality['style']]})",
+             f"queries kept: {quality['kept']} (wanted {wanted} for each of {personas} personas), "
              f"from {quality['candidates']} candidates: {quality['complete']} complete, "
              f"{quality['well_formed']} well-formed, {quality['fits_its_persona']} clearly "
              "likeliest under their own persona",
@@ -239,6 +261,8 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> str:
     parts = ["## Queries", f"{kept.total()} queries, not written by stage 1"]
     if "quality" in last:
         parts = ["## Queries", *quality_lines(last["quality"], args.queries, kept, len(kept))]
+    if "style" in last:
+        parts += style_lines(last["style"])
     if "judge" in last:
         parts += ["## Self-verification", *judge_lines(last["judge"])]
     if verdicts:

@@ -47,8 +47,8 @@ FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.
 # The file that a stage is made from, which a person may edit between two commands.
 SOURCES = {"answers": "queries.jsonl", "verdicts": "answers.jsonl", "gate": "verdicts.jsonl"}
 # Metrics rows that are recorded within a stage
-WITHIN = {"openings": "queries", "quality": "queries", "judge": "verdicts", "traffic": "gate",
-          "kl": "lora"}
+WITHIN = {"personas": "queries", "style": "queries", "quality": "queries", "judge": "verdicts",
+          "traffic": "gate", "kl": "lora"}
 CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 
 

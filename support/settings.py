@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 from typing import Sequence
 
-from bootstrap import (ANSWER_TEMPERATURE, HELD_OUT, QUERY_RULES, QUERY_SAMPLING,
-                       longest_opening)
+from bootstrap import ANSWER_TEMPERATURE, HELD_OUT
 from engine import SLOTS
 from judge import INVERSE_PROMPTS, JUDGE_PROMPT, VERDICT_RULES, conversation
 from model import Transformer
+from queries import QUERY_RULES, QUERY_TOKENS, STYLES, longest_opening
 from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
@@ -86,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("stages 1-3: the data")
     quick(data, "--queries", "queries a persona")
     quick(data, "--max-new-tokens", "longest answer, in tokens")
+    add(data, "--query-style", "auto", "how queries are written: the model is asked for one (the "
+        "paper), or goes on as the user; auto tries both", choices=tuple(STYLES))
     add(data, "--judge", "auto", "auto tests the model's judges and takes one; or force one; none "
         "distils every context's answer; FILE.py is a rule of yours (docs/forking.md)",
         type=judge_name, metavar="|".join((*JUDGE_NAMES, "FILE.py")))
@@ -189,7 +191,7 @@ def check_judge(args: argparse.Namespace, folder: Path, personas: Sequence[Perso
     judging = resolve(args.judge_model) if args.judge_model else folder
     config = Config.from_json(read_json(judging / "config.json"), str(judging))
     tokenizer, context = Tokenizer(judging), config.max_position_embeddings
-    longest_query = longest_opening(tokenizer) + QUERY_SAMPLING["max_new_tokens"]
+    longest_query = longest_opening(tokenizer) + QUERY_TOKENS
     room = answer_room(tokenizer, [p.text for p in personas], args.judge, context, longest_query)
     if args.max_new_tokens > room:
         left = f"room for answers of {room}" if room > 0 else "no room for an answer"
@@ -204,8 +206,8 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
                  personas: Sequence[Persona], judge_fingerprint: str | None) -> dict:
     """Everything that decides the run's files, for run.json."""
     settings = {n: getattr(args, n) for n in (
-        "model", "queries", "max_new_tokens", "judge", "judge_model", "gate_layer", "gate_pool",
-        "gate_target", "gate_threshold", "gate_rate", "rank", "alpha", "epochs", "lr",
+        "model", "queries", "query_style", "max_new_tokens", "judge", "judge_model", "gate_layer",
+        "gate_pool", "gate_target", "gate_threshold", "gate_rate", "rank", "alpha", "epochs", "lr",
         "batch_size", "max_len", "kd_temperature", "dropout", "loss", "seed")}
     settings |= {"personas": [p.name for p in personas],
                  "personas_sha256": persona_hash(personas),

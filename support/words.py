@@ -1,10 +1,9 @@
-"""What a query has to look like, and the hand-made English lists in support/data/."""
+"""Words of texts in any language, what a query has to look like, and the lists in support/data/."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from functools import cache
 from pathlib import Path
 
 from support.refusals import refuses
@@ -13,6 +12,9 @@ MIN_WORDS, MAX_WORDS = 5, 60  # of a query
 ECHO_WORDS = 5  # a text that repeats so many words of another in a row is an echo
 NEAR_DUPLICATE = 0.7  # Jaccard similarity of word sets from which two queries count as one
 UNSPACED = "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, Japanese and Chinese characters
+WORD = rf"{UNSPACED}|(?:(?!{UNSPACED})\w)+"
+QUOTES = ('""', "\u201c\u201d", "\u201e\u201c", "\u00ab\u00bb", "\u300c\u300d")
+CUT_OFF = (":", ",", "\uff1a", "\uff0c")  # what such a line announces, or goes on with, is missing
 
 
 def word_list(name: str) -> tuple[str, ...]:
@@ -31,15 +33,14 @@ def count_words(text: str) -> int:
     return unspaced // 2 + len(re.sub(UNSPACED, " ", text).split())
 
 
-@cache
-def request_words() -> frozenset[str]:
-    """English words that begin an imperative."""
-    return frozenset(word_list("request_words"))
-
-
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """The words of a text in lower case, without punctuation; in scripts that do not separate words
+    each character is one.
+
+    >>> words_of("What, then? \u6f6e\u6c50")
+    ['what', 'then', '\u6f6e', '\u6c50']
+    """
+    return re.findall(WORD, text.lower())
 
 
 def near_duplicates(one: set[str], other: set[str]) -> bool:
@@ -49,40 +50,25 @@ def near_duplicates(one: set[str], other: set[str]) -> bool:
 
 def echoes(text: str, source: str) -> bool:
     """Whether a text repeats ECHO_WORDS words of its source in a row."""
-    words, others = words_of(text), words_of(source)
-    runs = {tuple(others[i:i + ECHO_WORDS]) for i in range(len(others) - ECHO_WORDS + 1)}
-    return any(tuple(words[i:i + ECHO_WORDS]) in runs for i in range(len(words)))
+    words = words_of(text)
+    match = difflib.SequenceMatcher(None, words, words_of(source), False).find_longest_match()
+    return count_words(" ".join(words[match.a:match.a + match.size])) >= ECHO_WORDS
 
 
-def is_request(line: str) -> bool:
-    """Whether a line asks for something: a question, an imperative, a wish; not "the user ..."."""
-    words = re.findall(r"[\w']+", line.lower())
-    if not words or words[:2] in (["the", "user"], ["a", "user"]):
-        return False
-    wish = re.search(r"\b(?:please|help|advice|i (?:need|want)|i(?:'d| would) like|i wonder)\b",
-                     line.lower())
-    question = re.search("[?？؟;՞፧]$|[?？؟]", line)
-    return bool(question or words[0] in request_words() or wish
-                or line.startswith(("In three bullet points", "True or false")))
-
-
-def clean_query(text: str, persona: str = "") -> str | None:
-    """First non-empty line without list numbering or surrounding quotes; None if it is no question
-    or request, or repeats a run of ECHO_WORDS words of the persona.
-
-    What counts as a request is English (`is_request`); a question mark works in any language.
+def clean_query(text: str, *sources: str) -> str | None:
+    """First non-empty line without list numbering or surrounding quotes; None if it is too short,
+    too long or cut off, or repeats a run of ECHO_WORDS words of a source.
 
     >>> clean_query('1. "How do tides work in a bay?"')
     'How do tides work in a bay?'
     """
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
     line = re.sub(r"^(?:\d{1,2}[.)]|[-*])\s+", "", line).strip()
-    if len(line) > 1 and line[0] == line[-1] == '"':
+    if len(line) > 1 and line[0] + line[-1] in QUOTES:
         line = line[1:-1].strip()
-    # A line that ends in a colon announces something that the first-line rule has cut off.
-    if not MIN_WORDS <= count_words(line) <= MAX_WORDS or line.endswith((":", ",")):
+    if not MIN_WORDS <= count_words(line) <= MAX_WORDS or line.endswith(CUT_OFF):
         return None
-    return line if is_request(line) and not echoes(line, persona) else None
+    return None if any(echoes(line, source) for source in sources) else line
 
 
 def added_text(query: str, answer: str) -> str:
@@ -91,7 +77,7 @@ def added_text(query: str, answer: str) -> str:
     >>> added_text("How do tides work?", "You asked: How do tides work?")
     'You asked:  ?'
     """
-    asked, found = words_of(query), list(re.finditer(r"\w+", answer))
+    asked, found = words_of(query), list(re.finditer(WORD, answer))
     words = [word[0].lower() for word in found]
     match = difflib.SequenceMatcher(None, asked, words, autojunk=False).find_longest_match()
     if match.size < max(2, 0.8 * len(asked)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-import bootstrap
+import queries
 from bench import Row, bit_equal, main, medians, peak_bytes, saved_bytes, table
 from engine import Engine, Request, Sampling, hidden_states
 from tiny import one_thread, tiny_llama
@@ -95,14 +95,14 @@ def test_pipeline_on_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "--personas", str(personas), "--queries", "20", "--max-new-tokens", "8", "--judge",
         "likelihood", "--epochs", "2", "--batch-size", "2", "--rank", "4"])
     setup = bench.Setup(str(tiny_llama(tmp_path / "tiny")), "cpu", "float32", 1)
-    before = bench.train.train_lora, bench.train.hidden_states, bootstrap.Engine
+    before = bench.train.train_lora, bench.train.hidden_states, queries.Engine
     with one_thread():
         rows = bench.pipeline(setup)
-    assert before == (bench.train.train_lora, bench.train.hidden_states, bootstrap.Engine)
+    assert before == (bench.train.train_lora, bench.train.hidden_states, queries.Engine)
     parts = [r.part.split(" (")[0] for r in rows]
     assert parts == [f"train.py --quick: {n}" for n in (
-        "whole command", "openings", "queries", "quality", "answers", "judge", "verdicts", "gate",
-        "lora")]
+        "whole command", "personas", "queries", "style", "quality", "answers", "judge",
+        "verdicts", "gate", "lora")]
     assert all(r.ours > 0 and (r.peer or 0) > 0 for r in rows)
 
 
@@ -112,8 +112,8 @@ def test_replacements_compute_the_same(tmp_path: Path) -> None:
     setup = bench.Setup(str(tiny_llama(tmp_path / "tiny")), "cpu", "float32", 1)
     swapped, net = bench.replacements(setup), setup.net
     prompts, targets = [[5, 6, 7], [8, 9], [10] * 9], [[11, 12], [13, 14, 15], [16]]
-    ours, _ = bootstrap.token_log_probabilities(net, prompts, targets)
-    theirs, _ = swapped["bootstrap.token_log_probabilities"](net, prompts, targets)
+    ours, _ = queries.token_log_probabilities(net, prompts, targets)
+    theirs, _ = swapped["queries.token_log_probabilities"](net, prompts, targets)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     for name in ("judge.hidden_states", "train.hidden_states"):
@@ -122,5 +122,5 @@ def test_replacements_compute_the_same(tmp_path: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     sampling, requests = Sampling(12, 0.0), [Request(p) for p in prompts]
     ids = {o.index: o.ids for o in Engine(net, sampling, {2}).run(requests)}
-    assert ids == {o.index: o.ids for o in swapped["bootstrap.Engine"](
+    assert ids == {o.index: o.ids for o in swapped["queries.Engine"](
         net, sampling, {2}, 4).run(requests)}

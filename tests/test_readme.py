@@ -25,7 +25,8 @@ DOCS = {path.name: path.read_text(encoding="utf-8")
         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 ALL, README, FORKING = "\n".join(DOCS.values()), DOCS["README.md"], DOCS["forking.md"]
 COMMANDS = ("train", "generate", "evaluate", "bench")
-MODULES = (*COMMANDS, "bootstrap", "engine", "judge", "lora", "model", "prism", "tokenizer",
+MODULES = (*COMMANDS, "bootstrap", "engine", "judge", "lora", "model", "prism", "queries",
+           "tokenizer",
            *(f"support.{path.stem}" for path in (ROOT / "support").glob("*.py")))
 ENDINGS = ("py", "md", "txt", "json", "jsonl", "png", "safetensors", "jinja", "toml", "svg")
 # Files that a run, an evaluation or a checkpoint has, and the code's folder does not.
@@ -102,7 +103,7 @@ def test_every_flag_is_one_of_a_script() -> None:
     assert named and not named - known
 
 
-@pytest.mark.parametrize("option", ["judge", "stop-after", "from", "loss", "study"])
+@pytest.mark.parametrize("option", ["query-style", "judge", "stop-after", "from", "loss", "study"])
 def test_choices_are_those_of_the_flag(option: str) -> None:
     """A value beside a flag in the prose would be refused by it."""
     for words in re.findall(rf"`--{option} ([\w,-]+)`", ALL):

@@ -10,9 +10,10 @@ import pytest
 from tiny_run import QUERIES, contents, rows_of, verdict, write_rows
 
 from bootstrap import Pair, Verdict
-from support.report import (advice, gate_lines, judge_lines, no_better_than_base, number, quoted,
-                            share, split_warnings, stage_costs, summarize)
-from support.runs import RunFolder
+from support.report import (WAYS, advice, gate_lines, judge_lines, no_better_than_base, number,
+                            quoted, share, split_warnings, stage_costs, style_lines, summarize)
+from support.runs import WITHIN, RunFolder
+from support.words import word_list
 
 
 
@@ -38,6 +39,10 @@ def test_report_of_a_run(finished: Path) -> None:
                  "WARNING: the likelihood judge fails its own test",
                  "## What to try next\n\nThe judge failed its own test"):
         assert text in report
+    tried = next(m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "style")
+    assert f"query style: {tried['chosen']} (" in report and "(chance 0.50)" in report
+    for name, counts in tried["styles"].items():
+        assert f"| {name} | {counts['candidates']} | " in report
     for persona in ("chemist", "pirate"):
         mine = [v["winner"] for v in judged if v["persona"] == persona]
         counts = [mine.count(w) for w in ("expert", "base", "tie", "split", "unparsed")]
@@ -50,6 +55,18 @@ def test_report_of_a_run(finished: Path) -> None:
     tenth = max(1, len(losses) // 10)
     first = sum(losses[:tenth]) / tenth
     assert f"mean of every {tenth} of {len(losses)} steps: {first:.4f}, " in report
+
+
+def test_the_trial_of_styles() -> None:
+    """A share would be of another number than it says, or the hand-written openings be used
+    without a word."""
+    tables = {"instruct": {"candidates": 24, "complete": 24, "distinct": 16, "identifiable": 12},
+              "continue": {"candidates": 24, "complete": 6, "distinct": 0, "identifiable": 0}}
+    lines = style_lines({"styles": tables, "chance": 0.25})[1].splitlines()
+    assert lines[2] == ("| instruct | 24 | 1.00 [0.86, 1.00] | 0.67 [0.47, 0.82] | 12 | "
+                        "0.75 [0.51, 0.90] |")
+    assert lines[3] == "| continue | 24 | 0.25 [0.12, 0.45] | 0.00 [0.00, 0.14] | 0 | - |"
+    assert f"{len(word_list('openings'))} hand-written openings" in WAYS["continue"]
 
 
 def test_the_bill_is_the_sum_of_the_metrics(finished: Path) -> None:
@@ -68,7 +85,7 @@ def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path
     summary."""
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     write_rows(out, "metrics.jsonl", [m for m in rows_of(out, "metrics.jsonl")
-                                      if m["stage"] not in ("queries", "openings", "quality")])
+                                      if WITHIN.get(m["stage"]) != "queries" != m["stage"]])
     before = contents(out)
     run = RunFolder(out, read_only=True)
     args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"])

@@ -21,7 +21,8 @@ from test_hub import file_size_limit
 from tiny_run import DATA, contents, error_of, pair, rows_of, run_train, timeless, verdict
 from tqdm import tqdm
 
-from bootstrap import Candidate, Pair, Query, Verdict
+from bootstrap import Pair, Verdict
+from queries import Candidate, Query
 from support.hub import InputError
 from support.runs import (FILES, SOURCES, STAGES, RunFolder, load_training_state,
                           save_training_state, split_chunks)
@@ -132,8 +133,8 @@ def test_a_stage_file_cut_anywhere_is_completed(run: RunFolder, kept: int) -> No
 
 SETTINGS = {"queries": 5, "seed": 0, "max_new_tokens": 12, "query_rules": "a", "judge": "letter",
             "verdict_rules": "b", "gate_layer": None, "gate_rules": "c", "lr": 0.1, "rank": 4}
-WITHIN_STAGE = {"openings": 0, "queries": 0, "quality": 0, "answers": 1, "judge": 2, "verdicts": 2,
-                "gate": 3, "lora": 4, "kl": 4}
+WITHIN_STAGE = {"personas": 0, "queries": 0, "style": 0, "quality": 0, "answers": 1,
+                "judge": 2, "verdicts": 2, "gate": 3, "lora": 4, "kl": 4}
 
 
 def begin(folder: Path, overwrite: bool = False, redo: str | None = None,

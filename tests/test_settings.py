@@ -12,8 +12,8 @@ import pytest
 from conftest import edit_json
 from tiny_run import error_of, run_train
 
-import bootstrap
 import judge
+import queries
 import train
 from model import Transformer
 from support import settings
@@ -65,7 +65,7 @@ def test_default_out_is_named_after_the_model() -> None:
 
 
 @pytest.mark.parametrize(("module", "name", "value", "setting", "stage"), [
-    (bootstrap, "QUERY_RULES", ("other",), "query_rules", "queries"),
+    (queries, "QUERY_RULES", ("other",), "query_rules", "queries"),
     (judge, "VERDICT_RULES", ("other",), "verdict_rules", "verdicts"),
     (settings, "GATE_RULES", ("other",), "gate_rules", "gate"),
     (settings, "LORA_RULES", ("other",), "lora_rules", "lora"),
@@ -150,7 +150,7 @@ def test_room_of_the_default_settings(smollm_tok: Tokenizer) -> None:
     """The paper's 512 tokens would be refused in SmolLM2's context with all twelve personas, or in
     one of 2,048."""
     texts = [p.text for p in load_personas(settings.HERE / "personas")]
-    query = bootstrap.longest_opening(smollm_tok) + bootstrap.QUERY_SAMPLING["max_new_tokens"]
+    query = queries.longest_opening(smollm_tok) + queries.QUERY_TOKENS
     rooms = {name: settings.answer_room(smollm_tok, texts, name, 2048, query)
              for name in ("letter", "likelihood", "auto")}
     assert 512 <= rooms["auto"] == rooms["letter"] < rooms["likelihood"]

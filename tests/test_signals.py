@@ -15,11 +15,12 @@ from typing import Callable
 
 import pytest
 
-from bootstrap import Pair, write_answers, write_queries
+from bootstrap import Pair, write_answers
 from engine import derive_seed, token_log_probabilities
 from judge import (ENDING, ENDING_FLOOR, FLUENCY, MOST_PAIRS, Comparison, KnownPairs, LetterJudge,
                    LikelihoodJudge, Parts, conversation, degenerate, examine_judge, score_winner)
 from model import Transformer
+from queries import write_queries
 from support.hub import DEFAULT_MODEL
 from support.personas import load_personas
 from support.runs import RunFolder, split_chunks

@@ -20,18 +20,18 @@ from conftest import edit_json
 from tiny import END_LOGIT, one_thread, tiny_llama
 from transformers import AutoTokenizer
 
-import bootstrap
 import evaluate
 import generate
 import judge
-from bootstrap import (CONTRAST_OPENINGS, LONG_OPENINGS, OPENINGS, Query, measure_queries,
-                       write_answers, write_queries, write_verdicts)
+import queries
+from bootstrap import write_answers, write_verdicts
 from engine import Request, Sampling
 from evaluate import letter_tokens
 from generate import sample_answers
 from judge import INVERSE_PROMPTS, Comparison, LetterJudge, LikelihoodJudge, conversation
 from model import Transformer, load
 from prism import PRISM
+from queries import OPENINGS, Query, measure_queries, write_queries
 from support.personas import Persona
 from support.runs import RunFolder
 from tokenizer import Tokenizer
@@ -142,10 +142,9 @@ def test_the_user_does_not_think(tok: Tokenizer, folder: Path, tmp_path: Path,
     only = torch.full((writer.config.vocab_size,), -50.0).index_fill(0, torch.tensor(ASSISTANT), 0)
     monkeypatch.setattr(writer, "head", lambda x: only.expand(*x.shape[:-1], -1))
     with one_thread():
-        write_queries(RunFolder(tmp_path), writer, tok, [TUTOR], 2, 0)
+        write_queries(RunFolder(tmp_path), writer, tok, [TUTOR], 2, 0, "continue")
     rows = [json.loads(line) for line in (tmp_path / "candidates.jsonl").read_text().splitlines()]
-    begun = ("", *OPENINGS, *LONG_OPENINGS, *CONTRAST_OPENINGS)
-    assert all(row["complete"] and row["text"] in begun for row in rows)
+    assert all(row["complete"] and row["text"] in ("", *OPENINGS) for row in rows)
 
 
 def test_answers_are_kept_judged_and_distilled_whole(
@@ -209,7 +208,7 @@ def test_words_to_come_stand_behind_the_think_block(net: Transformer, tok: Token
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where a query is identified, and where words are put in the assistant's mouth."""
     closed = tok.encode("<think>\n\n</think>\n\n")
-    (ids,) = prompts_of(monkeypatch, bootstrap, "token_log_probabilities", lambda: measure_queries(
+    (ids,) = prompts_of(monkeypatch, queries, "token_log_probabilities", lambda: measure_queries(
         net, tok, [TUTOR], [Query("tutor", 0, "Why?")], []))
     assert ids[-len(closed):] == closed
     asked: list[list[int]] = []

@@ -297,8 +297,8 @@ def test_rows_and_metrics_of_a_run(finished: Path) -> None:
                                              for i in range(QUERIES)]
     assert {v["target"] for v in verdicts} == {0, 1}
     metrics = rows_of(finished, "metrics.jsonl")
-    order = ["openings", "queries", "quality", "answers", "judge", "verdicts", "traffic", "gate",
-             "lora", "kl"]
+    order = ["personas", "queries", "style", "quality", "answers", "judge", "verdicts", "traffic",
+             "gate", "lora", "kl"]
     assert list(dict.fromkeys(m["stage"] for m in metrics)) == order
     by = {s: [m for m in metrics if m["stage"] == s] for s in order}
     assert [m["prompts"] for m in by["answers"]] == [64, 4]  # chunks of 32 queries, two each
@@ -312,10 +312,10 @@ def test_rows_and_metrics_of_a_run(finished: Path) -> None:
     assert sum(m["samples"] for m in by["lora"]) == 4 * fit
     assert by["gate"][0]["n"] == len(verdicts)
     assert all(m["flops"] > 0 and m["seconds"] >= 0 for m in metrics)
-    assert all(m["peak_memory"] > 2**20 for m in metrics if m["stage"] not in ("lora", "openings"))
+    assert all(m["peak_memory"] > 2**20 for m in metrics if m["stage"] not in ("lora", "personas"))
     written = sum(len(r[side]) for r in answers for side in ("base_ids", "expert_ids"))
     assert sum(m["tokens_written"] for m in by["answers"]) == written
-    for row in (*by["openings"], *by["queries"], *by["quality"]):
+    for row in (*by["personas"], *by["queries"], *by["style"], *by["quality"]):
         assert 0 < row["scoring_flops"] <= row["flops"]
 
 

@@ -1,0 +1,440 @@
+"""Stage 1: the model writes the queries, in the style that suits its size.
+
+A query is what a user would send to this expert. There are two styles (`--query-style`):
+
+- instruct, the paper's: the model is told what the expert is and asked to write one message;
+- continue: the model reads the persona as its system message and goes on as the USER (Magpie, arXiv
+  2406.08464), where there is no instruction that a small model could echo. Half of these messages
+  are given their first words as well (support/data/openings.txt), which help a small model.
+
+`auto` tries both on two dozen candidates and takes the one that gives more (`try_styles`).
+Nothing in here knows words of a language, beside the prompts and that file.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from engine import (SLOTS, Engine, PrefixReader, Request, Sampling, derive_seed, hidden_states,
+                    token_log_probabilities)
+from generate import stop_tokens
+from judge import conversation
+from model import Transformer
+from support.distributed import main_first
+from support.hub import InputError
+from support.personas import Persona
+from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
+from support.stats import interval
+from support.words import (ECHO_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, clean_query,
+                           near_duplicates, word_list, words_of)
+from tokenizer import Tokenizer, common_prefix
+
+# What --query-style may say, and the styles that are then tried; of equals the first is taken.
+STYLES = {"auto": ("instruct", "continue"), "instruct": ("instruct",), "continue": ("continue",)}
+CURATOR = "You are a dataset curator who writes realistic user queries."
+INSTRUCTION = ("Here is the description of an expert:\n\n{persona}\n\n"
+               "Write exactly one realistic question or task that a user would bring to this "
+               "expert. {wish} Output only the user's words, in the language of the description.")
+# What `instruct` asks for in turn, so that one persona's messages differ.
+WISHES = ("It is short.", "It is long and detailed.", "It gives a task.",
+          "It begins with the user's situation.", "It is from a beginner.", "It is urgent.",
+          "It contains the text to work on.", "It is unusual.")
+TEMPERATURE = {"instruct": 0.9, "continue": 0.8}
+QUERY_TOKENS = 96  # the longest candidate
+TRIAL, TRIAL_PERSONAS = 3, 4  # candidates of each style for each of so many personas
+CANDIDATE_CHUNK = 96  # candidates that are done, and committed, together
+OVERSAMPLE, FEWEST, ROUNDS = 2, 6, 6  # candidates per lacking query, and at least; rounds
+MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # for each persona
+RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its own must lead
+MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
+IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
+                   "Write one message that a user would send to this expert.")
+NO_MESSAGE = "..."  # what a persona's own words would be an answer to
+# How a user's message may begin: ONE list for all, so that no persona has a format of its own.
+OPENINGS = word_list("openings")
+# Everything above that decides a query: a run notices when it is changed.
+QUERY_RULES = (STYLES, CURATOR, INSTRUCTION, WISHES, sorted(TEMPERATURE.items()), QUERY_TOKENS,
+               TRIAL, TRIAL_PERSONAS, NO_MESSAGE, CANDIDATE_CHUNK, OVERSAMPLE, FEWEST, ROUNDS,
+               MOST_OPENINGS, FEWEST_OPENINGS, RIVALS, LEAD, IDENTIFY_PROMPT, OPENINGS, MIN_WORDS,
+               MAX_WORDS, ECHO_WORDS, NEAR_DUPLICATE)
+
+
+@dataclass(frozen=True)
+class Query:
+    """Row of queries.jsonl."""
+
+    persona: str
+    index: int
+    query: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a candidate is written from; `number` counts those of its style and persona."""
+
+    persona: str
+    style: str
+    number: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Row of candidates.jsonl: a query as the model wrote it, before `keep_queries`.
+
+    `text` includes the opening. `complete`: the model ended it by itself. `suits`: its own persona,
+    or the first of the rivals that the cleaned query suits as well; None if it is no query.
+    """
+
+    persona: str
+    style: str
+    text: str
+    complete: bool
+    suits: str | None = None
+
+
+def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
+                  personas: Sequence[Persona], wanted: int, seed: int,
+                  style: str = "auto") -> list[Query]:
+    """Stage 1 (paper, section 3.1): `wanted` queries a persona, in the user's own voice.
+
+    Candidates are written in rounds; after each, one pure pass over all (`keep_queries`) says who
+    still lacks queries. Where there is a choice of styles, the first round is their trial.
+
+    Where queries.jsonl is there, it is used as it is, whoever wrote it.
+    """
+    if (run.path / "queries.jsonl").exists():
+        return check_queries(run.rows("queries.jsonl", Query), personas, run.path)
+    writer = QueryWriter(run, net, tokenizer, personas, style)
+    styles = STYLES[style]
+    drafted: Counter = Counter()
+    chunks: list[list[Draft]] = []
+    lacking = {p.name: wanted for p in personas}
+    for _ in range(ROUNDS + (len(styles) > 1)):
+        counts = {name: max(OVERSAMPLE * count, FEWEST) for name, count in lacking.items()}
+        if len(styles) > 1:
+            counts = {p.name: TRIAL for p in trial_personas(personas)}
+        for tried in styles:
+            chunks += split_chunks(new_drafts(counts, tried, drafted, seed), CANDIDATE_CHUNK)
+        for chunk in run.todo("queries", "candidates.jsonl", Candidate, chunks):
+            run.commit(*writer.write(chunk))
+        # A continued run may find later rounds on disk already; a round is judged by its own past.
+        candidates = run.rows("candidates.jsonl", Candidate)[:sum(map(len, chunks))]
+        if len(styles) > 1:
+            styles = (try_styles(run, net, tokenizer, personas, candidates),)
+        candidates = [c for c in candidates if c.style == styles[0]]
+        queries = keep_queries(candidates, personas, wanted)
+        kept = Counter(q.persona for q in queries)
+        lacking = {p.name: wanted - kept[p.name] for p in personas if kept[p.name] < wanted}
+        if not lacking:
+            break
+    if run.writes and queries:
+        run.record("quality", 0, style=styles[0],
+                   **measure_queries(net, tokenizer, personas, queries, candidates))
+        run.write("queries.jsonl", queries)
+    return queries
+
+
+def new_drafts(counts: dict[str, int], style: str, drafted: Counter, seed: int) -> list[Draft]:
+    """So many new drafts for each persona; `drafted` counts all there are."""
+    found = []
+    for name, count in counts.items():
+        for _ in range(count):
+            number = drafted[style, name]
+            found.append(Draft(name, style, number,
+                               derive_seed(seed, "query", style, name, number)))
+            drafted[style, name] += 1
+    return found
+
+
+def check_queries(queries: list[Query], personas: Sequence[Persona], folder: Path) -> list[Query]:
+    """The rows of queries.jsonl, which may have been edited; InputError if they cannot be used."""
+    names, seen = {p.name for p in personas}, set()
+    for number, q in enumerate(queries, 1):
+        if q.persona not in names or (q.persona, q.index) in seen or not q.query.strip():
+            raise InputError(f"{folder / 'queries.jsonl'}, line {number}: an empty query, a "
+                             "persona that is not in --personas, or an index that it has twice")
+        seen.add((q.persona, q.index))
+    return queries
+
+
+def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
+                 wanted: int) -> list[Query]:
+    """The pure pass of stage 1: keep the first `wanted` candidates of each persona that suit it
+    best and are no near-duplicate of one kept before, across personas."""
+    kept: list[Query] = []
+    seen: list[set[str]] = []
+    for persona in personas:
+        index = 0
+        for candidate in candidates:
+            if index == wanted:
+                break
+            if candidate.persona != persona.name or candidate.suits != persona.name:
+                continue
+            text = query_of(candidate, persona.text)
+            words = set(words_of(text or ""))
+            if not text or any(near_duplicates(words, other) for other in seen):
+                continue
+            seen.append(words)
+            kept.append(Query(persona.name, index, text))
+            index += 1
+    return kept
+
+
+def query_of(candidate: Candidate, persona: str) -> str | None:
+    """The cleaned query of a candidate; None if it is none, whoever wrote it."""
+    asked = [INSTRUCTION, *WISHES] if candidate.style == "instruct" else []
+    return clean_query(candidate.text, persona, *asked) if candidate.complete else None
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing and scoring candidates
+
+
+class QueryWriter:
+    """Writes and scores candidates; what it needs to know of the personas is read from the model
+    when the first chunk is asked for."""
+
+    def __init__(self, run: RunFolder, net: Transformer, tokenizer: Tokenizer,
+                 personas: Sequence[Persona], style: str):
+        self.run, self.net, self.tokenizer, self.style = run, net, tokenizer, style
+        self.stop_ids = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
+        if not self.stop_ids:
+            raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever "
+                             "end")
+        self.texts = {p.name: p.text for p in personas}
+        self.turns = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
+        self.headers = {p.name: tokenizer.render(conversation(NO_MESSAGE, p.text), thinking=False)
+                        for p in personas}
+        self.reader = PrefixReader(net)  # the personas are read once for all comparisons
+        self.instructions: dict[str, list[list[int]]] = {}
+        self.openings: dict[str, list[str]] = {}
+        self.rivals: dict[str, list[str]] = {}
+
+    def write(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
+        """The candidates of a chunk, and what they cost."""
+        if not self.rivals:
+            self.look_at_personas()
+        candidates, written = self.sample(drafts)
+        asked = {}
+        for at, candidate in enumerate(candidates):
+            text = query_of(candidate, self.texts[candidate.persona])
+            if text:
+                asked[at] = candidate.persona, text
+        suited, scored = self.find_suited(list(asked.values()))
+        for at, name in zip(asked, suited):
+            candidates[at] = replace(candidates[at], suits=name)
+        return candidates, add_costs([written, scored]) | {"scoring_flops": scored["flops"]}
+
+    def sample(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
+        """Sample each draft's message; and what it cost. A chunk is of one style."""
+        style, requests, begun = drafts[0].style, [], []
+        for draft in drafts:
+            request, first = self.instruct(draft) if style == "instruct" else self.go_on(draft)
+            requests.append(request)
+            begun.append(first)
+        engine = Engine(self.net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), self.stop_ids, SLOTS)
+        outputs = sorted(engine.run(requests, bar="sampling"), key=lambda out: out.index)
+        candidates = []
+        for draft, first, out in zip(drafts, begun, outputs):
+            text = self.tokenizer.decode([*first, *out.ids])
+            candidates.append(Candidate(draft.persona, style, text, out.stop == "eos"))
+        return candidates, cost_of(self.net, len(requests), engine.prompt_tokens, engine.new_tokens)
+
+    def instruct(self, draft: Draft) -> tuple[Request, list[int]]:
+        """The prompt of the paper's style, with the next wish; it begins no message."""
+        name = draft.persona
+        if name not in self.instructions:
+            self.instructions[name] = [self.tokenizer.render(conversation(
+                INSTRUCTION.format(persona=self.texts[name], wish=wish), CURATOR), thinking=False)
+                for wish in WISHES]
+        first, *others = prompts = self.instructions[name]
+        shared = min(common_prefix(first, other) for other in others)
+        return Request(prompts[draft.number % len(WISHES)], draft.seed, prefix=shared), []
+
+    def go_on(self, draft: Draft) -> tuple[Request, list[int]]:
+        """The opened turn of a user who talks to the persona, and the ids of the words that this
+        message begins with: every other one with an opening."""
+        words, own = "", self.openings[draft.persona]
+        if own and draft.number % 2 == 0:
+            words = own[draft.number // 2 % len(own)]
+        turn = self.turns[draft.persona]
+        first = self.tokenizer.encode_turn("user", words, system=True)
+        # The turn's last id stays: without an opening there must be one to read.
+        return Request([*turn, *first], draft.seed, prefix=len(turn) - 1), first
+
+    def find_suited(self, asked: Sequence[tuple[str, str]]) -> tuple[list[str | None], dict]:
+        """For each (persona, query) the persona itself if the query is likelier under it by LEAD
+        than under every rival, otherwise the first rival that comes within LEAD; None if it is
+        likelier as an answer of the persona's than as a message to it. And the cost."""
+        own, cost = self.score(asked)
+        said, more = self.score(asked, "assistant")
+        costs, suited = [cost, more], []
+        for (persona, _), user, assistant in zip(asked, own, said):
+            suited.append(persona if user > assistant else None)
+        for place in range(min(RIVALS, len(self.turns) - 1)):
+            left = [i for i, (persona, _) in enumerate(asked) if suited[i] == persona]
+            rivals = [(self.rivals[asked[i][0]][place], asked[i][1]) for i in left]
+            scores, cost = self.score(rivals)
+            costs.append(cost)
+            for i, (rival, _), score in zip(left, rivals, scores):
+                if own[i] - score < LEAD:
+                    suited[i] = rival
+        return suited, add_costs(costs)
+
+    def score(self, asked: Sequence[tuple[str, str]],
+              role: str = "user") -> tuple[list[float], dict]:
+        """log P(query | the persona) of (persona, query) pairs, as a user's message to it or as an
+        "assistant"'s answer of its own."""
+        rows, shared = [], []
+        for persona, query in asked:
+            turn = self.turns[persona]
+            before = turn if role == "user" else self.headers[persona]
+            rows.append((before, self.tokenizer.encode_turn(role, query, system=True)))
+            shared.append(common_prefix(turn, before))
+        return log_likelihoods(self.net, rows, shared, self.reader)
+
+    def look_at_personas(self) -> None:
+        """Read every persona, which the reader keeps, and find out its rivals and openings."""
+        begun, turns = time.perf_counter(), list(self.turns.values())
+        ends = [len(turn) - 1 for turn in turns]
+        states, read = hidden_states(self.net, turns, ends, ends, reader=self.reader)
+        names, costs = list(self.turns), [cost_of(self.net, len(turns), read)]
+        for name, rivals in zip(names, most_alike(torch.cat(states).float())):
+            self.rivals[name] = [names[k] for k in rivals]
+        if "continue" in STYLES[self.style]:
+            likelihoods, cost = opening_likelihoods(self.net, self.tokenizer, turns, self.reader)
+            costs.append(cost)
+            for name, chosen in zip(names, assign_openings(likelihoods)):
+                self.openings[name] = [OPENINGS[o] for o in chosen]
+        if "personas" not in self.run.latest():  # once in a run, however often it is continued
+            cost = add_costs(costs)
+            self.run.record("personas", 0, **cost, scoring_flops=cost["flops"],
+                            seconds=round(time.perf_counter() - begun, 3))
+
+
+def most_alike(states: Tensor) -> list[list[int]]:
+    """For each persona its rivals, the RIVALS others after which users write most alike: by the
+    cosine of the states [K, d] from which the user's message begins, less what all have in common.
+    """
+    centred = states - states.mean(0)
+    unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    likeness = (unit @ unit.T).fill_diagonal_(-math.inf)  # [K, K]
+    return likeness.topk(min(RIVALS, len(states) - 1), dim=1).indices.tolist()
+
+
+def opening_likelihoods(net: Transformer, tokenizer: Tokenizer, turns: Sequence[list[int]],
+                        reader: PrefixReader) -> tuple[Tensor, dict]:
+    """log P(opening | opened user turn) of the K personas and of a conversation without one,
+    [K + 1, O], and what it cost."""
+    begun = [tokenizer.encode_turn("user", words, system=True) for words in OPENINGS]
+    alone = [tokenizer.encode_turn("user", words) for words in OPENINGS]
+    asked = [(ids, words) for ids in turns for words in begun]
+    asked += [(tokenizer.open_user_turn(None), words) for words in alone]
+    scores, cost = log_likelihoods(net, asked, reader=reader)
+    return torch.tensor(scores).view(len(turns) + 1, len(OPENINGS)), cost
+
+
+def assign_openings(likelihoods: Tensor) -> list[list[int]]:
+    """The openings that suit each persona, given [K + 1, O] log-probabilities.
+
+    An opening goes to the persona that lifts it most: by its log-probability, centred over the
+    contexts and over the openings. Each persona has at least its FEWEST_OPENINGS best.
+    """
+    lift = (likelihoods - likelihoods.mean(0))[:-1]
+    lift = lift - lift.mean(1, keepdim=True)
+    best = lift.argmax(0).tolist()
+    chosen = []
+    for k, row in enumerate(lift):
+        order = row.argsort(descending=True, stable=True).tolist()
+        mine = [o for o in order if best[o] == k][:MOST_OPENINGS]
+        others = [o for o in order if o not in mine]
+        chosen.append(mine + others[:max(FEWEST_OPENINGS - len(mine), 0)])
+    return chosen
+
+
+def longest_opening(tokenizer: Tokenizer) -> int:
+    """Tokens of the longest opening."""
+    return max(map(len, map(tokenizer.encode, OPENINGS)), default=0)
+
+
+def log_likelihoods(net: Transformer, asked: Sequence[tuple], shared: Sequence[int] | None = None,
+                    reader: PrefixReader | None = None) -> tuple[list[float], dict]:
+    """log P(ids | ids before them) of (ids before, ids) pairs, and what it cost; `shared` as in
+    `hidden_states`, all but the last of the ids before by default."""
+    prompts, targets = [before for before, _ in asked], [ids for _, ids in asked]
+    shared = shared or [len(before) - 1 for before in prompts]
+    logs, read = token_log_probabilities(net, prompts, targets, shared, "scoring", reader)
+    cost = cost_of(net, len(prompts), read, 0, sum(map(len, targets)))
+    return [float(values.sum()) for values in logs], cost
+
+
+# --------------------------------------------------------------------------------------------------
+# Which style, and how good it was
+
+
+def trial_personas(personas: Sequence[Persona]) -> Sequence[Persona]:
+    """At most TRIAL_PERSONAS of them, evenly spaced."""
+    return personas[::math.ceil(len(personas) / TRIAL_PERSONAS)]
+
+
+def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
+               personas: Sequence[Persona], candidates: Sequence[Candidate]) -> str:
+    """The style of which most candidates of the trial are identifiable queries, of equals the
+    first in STYLES; recorded with its table."""
+    tried = trial_personas(personas)
+    with main_first():  # the others find it recorded
+        if "style" not in run.latest():
+            begun, queries, tables = time.perf_counter(), [], {}
+            for style in dict.fromkeys(c.style for c in candidates):
+                mine = [c for c in candidates if c.style == style]
+                distinct = keep_queries([replace(c, suits=c.suits and c.persona) for c in mine],
+                                        tried, len(mine))
+                queries += distinct
+                tables[style] = {"candidates": len(mine), "distinct": len(distinct),
+                                 "complete": sum(c.complete for c in mine)}
+            hits, cost = identify(net, tokenizer, tried, queries)
+            for table in tables.values():
+                table["identifiable"] = sum(hits[:table["distinct"]])
+                del hits[:table["distinct"]]
+            run.record("style", 0, chosen=max(tables, key=lambda s: tables[s]["identifiable"]),
+                       styles=tables, chance=1 / len(tried), **cost, scoring_flops=cost["flops"],
+                       seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+        return run.latest()["style"]["chosen"]
+
+
+def identify(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
+             queries: Sequence[Query]) -> tuple[list[bool], dict]:
+    """Whether each query is likeliest after the description of its own expert, of all that are
+    given, in words that no style uses (IDENTIFY_PROMPT); and what it cost."""
+    prompts = [conversation(IDENTIFY_PROMPT.format(persona=p.text)) for p in personas]
+    contexts = [tokenizer.render(prompt, thinking=False) for prompt in prompts]
+    written = [tokenizer.encode_turn("assistant", q.query) for q in queries]
+    scores, cost = log_likelihoods(net, [(ids, query) for query in written for ids in contexts])
+    guesses = torch.tensor(scores).view(len(queries), len(contexts)).argmax(1).tolist()
+    return [personas[guess].name == q.persona for guess, q in zip(guesses, queries)], cost
+
+
+def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
+                    queries: Sequence[Query], candidates: Sequence[Candidate]) -> dict:
+    """How good stage 1 was: counts of the candidates, and of the kept queries. Of many queries,
+    MEASURED evenly spaced ones are identified; chance is one in the number of personas."""
+    begun = time.perf_counter()
+    some = queries[::math.ceil(len(queries) / MEASURED)]
+    right, cost = identify(net, tokenizer, personas, some)
+    hits = sum(right)
+    return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),
+            "well_formed": sum(c.suits is not None for c in candidates),
+            "fits_its_persona": sum(c.suits == c.persona for c in candidates),
+            "kept": len(queries), "measured": len(some), "identifiable": hits,
+            "interval": interval(hits, len(some)), "chance": 1 / len(personas), **cost,
+            "scoring_flops": cost["flops"], "seconds": round(time.perf_counter() - begun, 3),
+            "peak_memory": peak_memory()}

@@ -1,0 +1,286 @@
+"""queries.py, stage 1: how queries are asked for, which are kept, and which style is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import pytest
+import torch
+from tiny import one_thread
+from tiny_run import rows_of
+from torch import Tensor
+
+import queries
+from engine import derive_seed, token_log_probabilities
+from judge import conversation
+from model import Transformer
+from queries import (CURATOR, FEWEST_OPENINGS, INSTRUCTION, LEAD, MOST_OPENINGS, RIVALS, STYLES,
+                     TRIAL, WISHES, Candidate, Draft, Query, QueryWriter, assign_openings,
+                     identify, keep_queries, most_alike, query_of, trial_personas, try_styles,
+                     write_queries)
+from support.hub import InputError
+from support.personas import Persona
+from support.runs import RunFolder
+from tokenizer import Tokenizer
+
+PERSONAS = [Persona("chemist", "You are a careful chemist who explains each reaction."),
+            Persona("pirate", "Answer as a pirate: short, loud and rude.")]
+NINE = [Persona(f"p{i}", f"You are number {i} of nine, and you know about {word}.")
+        for i, word in enumerate("tides bread iron birds rain wood stars fire salt".split())]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunFolder]:
+    """An open run folder."""
+    folder = RunFolder(tmp_path / "run")
+    yield folder
+    folder.close()
+
+
+def candidate(persona: str, text: str, complete: bool = True, **fields: object) -> Candidate:
+    """A candidate that suits its own persona, unless `fields` says otherwise."""
+    return Candidate(**{"persona": persona, "style": "continue", "text": text,
+                        "complete": complete, "suits": persona} | fields)
+
+
+# --------------------------------------------------------------------------------------------------
+# The pure parts
+
+
+def texts(queries: Sequence[Query]) -> list[tuple[str, int, str]]:
+    """(persona, index, text) of each."""
+    return [(q.persona, q.index, q.query) for q in queries]
+
+
+def test_keep_queries_order_and_duplicates() -> None:
+    """A near-duplicate would be kept, within a persona or across; or not the first `wanted` of each
+    in the order of personas and candidates, with dense indices."""
+    a, b = Persona("a", "x"), Persona("b", "y")
+    found = [candidate("b", "How do tides work in a bay?"),
+             candidate("a", "How do tides work in a harbour?"),
+             candidate("a", "How do tides work in a harbour!"),
+             candidate("b", "Why is bread left to rise?"),
+             candidate("a", "What makes an engine run smoothly?"),
+             candidate("b", "what makes an engine run smoothly, then?"),
+             candidate("a", "When was the telephone first sold?"),
+             candidate("b", "Which birds can sing at night?")]
+    # "bay" differs from "harbour" in one word of eight: 6 / 8 is above 0.7, so b's is a duplicate
+    assert texts(keep_queries(found, [a, b], 2)) == [
+        ("a", 0, "How do tides work in a harbour?"), ("a", 1, "What makes an engine run smoothly?"),
+        ("b", 0, "Why is bread left to rise?"), ("b", 1, "Which birds can sing at night?")]
+    reverse = texts(keep_queries(found, [b, a], 2))
+    assert reverse[0] == ("b", 0, "How do tides work in a bay?")  # now b came first
+    assert ("a", 0, "How do tides work in a harbour?") not in reverse
+    more = [*found, candidate("a", "Something else that nobody ever asked?")]
+    for wanted in (1, 2, 3):  # a later round only appends
+        one, two = (keep_queries(some, [a], wanted) for some in (found, more))
+        assert two[:len(one)] == one
+
+
+def test_keep_queries_drops_what_is_not_a_query() -> None:
+    """An unfinished or malformed candidate would be kept, or one that another persona makes
+    likelier."""
+    a, b = PERSONAS
+    found = [candidate(a.name, "How do tides work in a bay?", complete=False),
+             candidate(a.name, "Too short."),
+             candidate(a.name, "Which acids dissolve a gold ring?", suits=b.name),
+             candidate(a.name, "You are a careful chemist who explains things?"),
+             candidate(a.name, "Why does iron rust in water?")]
+    assert texts(keep_queries(found, [a, b], 3)) == [(a.name, 0, "Why does iron rust in water?")]
+
+
+def likelihoods(**lifted: Sequence[int]) -> Tensor:
+    """[K + 1, 6] log-probabilities: every opening has a popularity of its own, and each row (the
+    last is the conversation without a persona) has some that it lifts by 2."""
+    popular = torch.tensor([-1.0, -9.0, -4.0, -2.0, -7.0, -3.0])
+    rows = [popular.clone() for _ in range(len(lifted) + 1)]
+    for row, openings in zip(rows, lifted.values()):
+        row[list(openings)] += 2.0
+    return torch.stack(rows)
+
+
+def test_openings_go_to_the_persona_that_lifts_them() -> None:
+    """An opening would go to a persona for being popular everywhere, not for what the persona adds;
+    or one would have fewer than its two best, or more than eight."""
+    found = likelihoods(a=[1, 4], b=[2, 3], c=[])
+    assert sorted(assign_openings(found)[0]) == [1, 4]
+    assert sorted(assign_openings(found)[1]) == [2, 3]
+    found[0] += 5.0  # a persona under which all openings are likelier gets none for that
+    assert sorted(assign_openings(found)[1]) == [2, 3]
+    assert all(len(chosen) >= FEWEST_OPENINGS for chosen in assign_openings(found))
+    lifted = torch.tensor([[7.0, 1, 2, 5, 1], [8, 3, 2, 6, 2], [0] * 5])
+    assert assign_openings(lifted)[0] == [2, 0]  # the one that it lifts most, then its best
+    alone = torch.stack([torch.linspace(0, 1, 60), torch.zeros(60)])
+    assert assign_openings(alone) == [list(range(59, 59 - MOST_OPENINGS, -1))]
+
+
+def test_rivals_are_the_personas_most_alike() -> None:
+    """Rivals would not be the three others whose states point most the same way, nearest first,
+    once what all share is taken away; or a persona would be its own."""
+    turned = torch.tensor([0.0, 10, 25, 45, 180, 200, 225, 300]).deg2rad()  # on a circle
+    means = torch.stack([turned.cos(), turned.sin()], dim=1)
+    means = means - means.mean(0) + torch.tensor([50.0, 20.0])  # much that is common
+    found = most_alike(means)
+    assert [sorted(rivals) for rivals in found[4:7]] == [[5, 6, 7], [4, 6, 7], [4, 5, 7]]
+    assert all(len(set(rivals)) == RIVALS and k not in rivals for k, rivals in enumerate(found))
+    assert found[5][0] == 4 and found[0][0] == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# On the tiny model
+
+
+def drafts(personas: Sequence[Persona], count: int, style: str) -> list[Draft]:
+    """`count` drafts for each persona."""
+    return [Draft(p.name, style, i, derive_seed(p.name, i)) for p in personas
+            for i in range(count)]
+
+
+def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
+    """A style would ask with another's prompt, the wishes or openings not take turns, or the
+    persona's part, which is read once, reach into what differs."""
+    writer = QueryWriter(run, net, tok, PERSONAS, "auto")
+    writer.openings = {p.name: ["How do I", "Why does my"] for p in PERSONAS}
+    for persona in PERSONAS:
+        begun = []
+        for number in range(2 * len(WISHES)):
+            draft = Draft(persona.name, "instruct", number, 7)
+            request, first = writer.instruct(draft)
+            wish = WISHES[number % len(WISHES)]
+            asked = INSTRUCTION.format(persona=persona.text, wish=wish)
+            assert request.ids == tok.render(conversation(asked, CURATOR)) and first == []
+            assert persona.text in tok.decode(request.ids[:request.prefix])
+            begun.append(request.ids[:request.prefix])
+        assert all(ids == begun[0] for ids in begun)
+        turn = tok.open_user_turn(persona.text)
+        request, first = writer.go_on(Draft(persona.name, "continue", 3, 7))
+        assert request.ids == turn and request.prefix == len(turn) - 1 and first == []
+        words = []
+        for number in (0, 2, 4):
+            request, first = writer.go_on(Draft(persona.name, "continue", number, 7))
+            assert request.ids == [*turn, *first]
+            words.append(tok.decode(first))
+        assert words == ["How do I", "Why does my", "How do I"]
+
+
+def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
+        run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring under all personas would make stage 1's cost grow with their square: with nine of
+    them each is read as a message to its own and as an answer of it, then as a message to its
+    rivals until one comes close. An answer would be taken for a message, or a rival overlooked."""
+    asked: list[tuple[str, str, str]] = []
+    real = QueryWriter.score
+
+    def counted(writer: QueryWriter, some: Sequence[tuple[str, str]],
+                role: str = "user") -> tuple:
+        asked.extend((role, *pair) for pair in some)
+        return real(writer, some, role)
+
+    monkeypatch.setattr(QueryWriter, "score", counted)
+    with one_thread():
+        writer = QueryWriter(run, net, tok, NINE, "instruct")
+        writer.openings = {p.name: [] for p in NINE}
+        rows, cost = writer.write(drafts(NINE, 9, "continue"))
+    kinds, cleaned = [], 0
+    for row in rows:
+        text = query_of(row, writer.texts[row.persona])
+        if not text:
+            assert row.suits is None
+            continue
+        cleaned += 1
+        mine = [(role, persona) for role, persona, query in asked if query == text]
+        own = row.persona
+        assert mine[:2] == [("user", own), ("assistant", own)]
+        rivals = [persona for _, persona in mine[2:]]
+        assert rivals == writer.rivals[own][:len(rivals)]
+        (user, *others), _ = real(writer, [(name, text) for name in (own, *rivals)])
+        (assistant,), _ = real(writer, [(own, text)], "assistant")
+        close = [name for name, score in zip(rivals, others) if user - score < LEAD]
+        expected = None if user <= assistant else close[0] if close else own
+        assert row.suits == expected and close == rivals[-1:] * len(close)
+        assert len(rivals) == (RIVALS if row.suits == own else len(rivals))
+        kinds.append("own" if expected == own else "rival" if expected else "answer")
+    assert cleaned > 9 and set(kinds) >= {"rival", "answer"}
+    assert 0 < cost["scoring_flops"] < cost["flops"]
+    assert run.latest()["personas"]["prompts"] == 9  # no opening was looked at
+
+
+def test_the_style_with_most_identifiable_queries_is_taken(
+        run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A style whose candidates end more often, or are more alike, would be taken before one whose
+    queries can be told apart; the first would not win a draw; or a run that goes on would try
+    again and choose otherwise."""
+    right = ["Which acid dissolves gold best?", "Why does iron rust in rain?"]
+    found = [candidate("chemist", text, style="instruct") for text in right]
+    found += [candidate("chemist", right[0], style="continue", suits="pirate") for _ in right]
+    whole = [candidate("chemist", text, style="continue") for text in right]
+    monkeypatch.setattr(queries, "identify",
+                        lambda net, tok, personas, some: ([True] * len(some), {"flops": 18}))
+    assert try_styles(run, net, tok, PERSONAS, found) == "instruct"
+    row = run.latest()["style"]
+    counts = {name: (t["candidates"], t["complete"], t["distinct"], t["identifiable"])
+              for name, t in row["styles"].items()}
+    assert counts == {"instruct": (2, 2, 2, 2), "continue": (2, 2, 1, 1)}
+    assert row["chosen"] == "instruct" and row["scoring_flops"] == row["flops"] == 18
+    assert try_styles(run, net, tok, PERSONAS, found[2:]) == "instruct"  # recorded
+    other = RunFolder(run.path / "other")
+    assert try_styles(other, net, tok, PERSONAS, [*found[:2], *whole]) == "instruct"  # a draw
+    third, alike = RunFolder(run.path / "third"), replace(found[0], text=right[1])
+    assert try_styles(third, net, tok, PERSONAS, [found[1], alike, *whole]) == "continue"
+
+
+def test_a_query_is_identified_by_its_own_description(net: Transformer, tok: Tokenizer) -> None:
+    """The query would be scored after another text than the expert's description, or the highest
+    not be taken: chosen by hand from the same probabilities, the same are right."""
+    asked = [Query(p.name, i, f"What do you know about {word}?") for p in NINE[:3]
+             for i, word in enumerate(("tides", "bread", "iron", "wine"))]
+    prompts = {p.name: tok.render(conversation(queries.IDENTIFY_PROMPT.format(persona=p.text)))
+               for p in NINE[:3]}
+    right = []
+    for q in asked:
+        logs, _ = token_log_probabilities(net, list(prompts.values()),
+                                          [tok.encode_turn("assistant", q.query)] * 3)
+        best = max(range(3), key=lambda k: float(logs[k].sum()))
+        right.append(list(prompts)[best] == q.persona)
+    assert identify(net, tok, NINE[:3], asked)[0] == right and {*right} == {True, False}
+
+
+def test_the_trial_is_small_and_its_candidates_are_used(
+        net: Transformer, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto would try only one style or all personas, throw the chosen one's candidates away, keep
+    those of the others, or write on in a style that was not chosen; a style that was asked for
+    would be tried, too."""
+    assert [p.name for p in trial_personas(NINE)] == ["p0", "p3", "p6"]
+    assert len(trial_personas(NINE[:8])) == 4 and len(trial_personas(NINE[:1])) == 1
+    for chosen in STYLES["auto"]:
+        monkeypatch.setattr(queries, "try_styles", lambda *rest, chosen=chosen: chosen)
+        out = tmp_path / chosen
+        with one_thread():
+            kept = write_queries(RunFolder(out), net, tok, PERSONAS, 6, 0)
+        rows = rows_of(out, "candidates.jsonl")
+        trial, later = rows[:2 * 2 * TRIAL], rows[2 * 2 * TRIAL:]
+        assert [r["style"] for r in trial] == [s for s in STYLES["auto"] for _ in range(2 * TRIAL)]
+        assert later and {r["style"] for r in later} == {chosen}
+        assert len({r["text"] for r in rows}) > 0.8 * len(rows)  # no draft is written twice
+        mine = [query_of(Candidate(**r), "") for r in rows if r["style"] == chosen]
+        tried = [query_of(Candidate(**r), "") for r in trial if r["style"] == chosen]
+        assert all(q.query in mine for q in kept) and any(q.query in tried for q in kept)
+    with one_thread():
+        write_queries(RunFolder(tmp_path / "one"), net, tok, PERSONAS, 1, 0, "instruct")
+    assert {r["style"] for r in rows_of(tmp_path / "one", "candidates.jsonl")} == {"instruct"}
+
+
+def test_queries_that_are_there_are_used_as_they_are(run: RunFolder, net: Transformer,
+                                                     tok: Tokenizer) -> None:
+    """Somebody's own queries.jsonl would be written over or added to; or a row of no persona, one
+    that is there twice or an empty one would not be named by its line."""
+    mine = [Query("pirate", 4, "Where is the gold?"), Query("chemist", 0, "What is rust?")]
+    run.write("queries.jsonl", mine)
+    assert write_queries(run, net, tok, PERSONAS, 5, 0) == mine
+    assert not (run.path / "candidates.jsonl").exists() and run.metrics() == []
+    for wrong in (Query("nobody", 0, "q"), Query("pirate", 4, "again"), Query("pirate", 5, " \n")):
+        run.write("queries.jsonl", [*mine, wrong])
+        with pytest.raises(InputError, match=r"queries\.jsonl, line 3"):
+            write_queries(run, net, tok, PERSONAS, 5, 0)
