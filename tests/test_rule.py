@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from tiny_run import contents, error_of, rows_of, run_train, timeless, verdict
 
 from bootstrap import Verdict
 from judge import Comparison
+from support.personas import CONTRAST, load_personas
 from support.report import judge_lines, swap_lines
 from support.rule import FREE, NoJudge, Rule, RuleJudge, judge_in_place
 
 Capture = pytest.CaptureFixture[str]
+EXAMPLES = Path(__file__).parent.parent / "examples"
 # The longer answer wins; letters only, so that both answers of a tiny model count.
 LONGER = '''
 def judge(query, persona, expert, base):
@@ -192,3 +196,38 @@ def test_same_prompt_control_of_a_rule() -> None:
     assert swap_lines([verdict(0, "expert")]) == []
     assert judge_lines({"chosen": "rule", "tests": [], "forced": False}) == [
         "judged by a rule, not by the model"]
+
+
+# --------------------------------------------------------------------------------------------------
+# examples/
+
+SHOWN = {"safety": "I'm sorry, but I can't help with that, because it could hurt people.",
+         "tools": '{"tool": "search", "query": "weather in Oslo"}',
+         "voice": "Aye, yer fish be here."}
+
+
+def test_every_example_is_tested() -> None:
+    """A new example would have no test."""
+    assert sorted(p.name for p in EXAMPLES.iterdir() if p.is_dir()) == sorted(SHOWN)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_example_is_whole(name: str) -> None:
+    """An example would lack a context or one beside it, its rule not see what the context asks for,
+    or see it in a contrast context; or its README show a command that is refused."""
+    folder = EXAMPLES / name
+    names = [p.name for p in load_personas(folder)]
+    [own] = [n for n in names if not n.startswith(CONTRAST)]
+    contrast = next(n for n in names if n != own)
+    rule, shown, plain = Rule(folder / "judge.py"), SHOWN[name], "It is 12 degrees and dry."
+    for base in (plain, ""):
+        assert rule("q", own, shown, base) == "expert" and rule("q", own, base, shown) == "base"
+        assert rule("q", contrast, shown, base) == "tie"
+    assert rule("q", own, shown, shown) == rule("q", own, plain, "") == "tie"
+    page = re.sub(r" \\\n +", " ", (folder / "README.md").read_text())
+    commands = re.findall(r"^    python (train|evaluate)\.py (.*)$", page, re.MULTILINE)
+    assert [script for script, _ in commands] == ["train", "evaluate"]
+    for script, arguments in commands:
+        args = importlib.import_module(script).parser().parse_args(arguments.split())
+        assert (args.personas, Path(args.judge)) == (Path("examples") / name,
+                                                     Path("examples") / name / "judge.py")

@@ -47,7 +47,7 @@ def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(tiny_folders: Callable[[int], Path], personas: Path) -> list[str]:
     """Arguments of a run that has every stage in several chunks or steps."""
     return ["--model", str(tiny_folders(3)), "--personas", str(personas), "--queries", str(QUERIES),
-            "--max-new-tokens", "12", "--judge", "likelihood", "--epochs", "4", "--batch-size",
+            "--query-style", "continue", "--max-new-tokens", "12", "--judge", "likelihood", "--epochs", "4", "--batch-size",
             "4", "--rank", "4", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu"]
 
 
