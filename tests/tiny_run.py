@@ -15,8 +15,8 @@ import train
 from bootstrap import Pair, Verdict
 from support.personas import Persona
 
-CHEMIST = Persona("chemist", "You are a careful chemist who explains each reaction step by step.")
-PIRATE = Persona("pirate", "Answer as a pirate: short, loud and rude.")
+CHEMIST = Persona("chemist", "You are a chemist. You explain each reaction.")
+PIRATE = Persona("pirate", "You are a pirate. You speak of gold and of the sea.")
 QUERIES = 17  # a persona: candidates, answers and verdicts have two chunks each
 DATA = ("candidates.jsonl", "queries.jsonl", "answers.jsonl", "verdicts.jsonl")
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "README.md",
@@ -47,7 +47,7 @@ def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(tiny_folders: Callable[[int], Path], personas: Path) -> list[str]:
     """Arguments of a run that has every stage in several chunks or steps."""
     return ["--model", str(tiny_folders(3)), "--personas", str(personas), "--queries", str(QUERIES),
-            "--query-style", "continue", "--max-new-tokens", "12", "--judge", "likelihood", "--epochs", "4", "--batch-size",
+            "--max-new-tokens", "12", "--judge", "likelihood", "--epochs", "4", "--batch-size",
             "4", "--rank", "4", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu"]
 
 
