@@ -141,7 +141,7 @@ def check(args: argparse.Namespace) -> None:
                             ("batch_size", 1, 1e5), ("rank", 1, 1e4), ("max_len", 8, 1e7),
                             ("alpha", 1e-9, 1e9), ("lr", 1e-12, 1e3), ("dropout", 0, 0.99),
                             ("kd_temperature", 1e-3, 1e3), ("gate_threshold", 0, 1),
-                            ("gate_rate", 0, 1), ("gpu_memory", 1, 1e5),
+                            ("gate_rate", 1e-6, 1), ("gpu_memory", 1, 1e5),
                             ("seed", -2**63, 2**63 - 1)):  # torch's seeds
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # also refuses NaN

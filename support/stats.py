@@ -195,16 +195,17 @@ def calibrated_log_loss(probabilities: Sequence[float], labels: Sequence[float])
 
 
 def upper_quantile(scores: Sequence[float], share: float) -> float:
-    """The lowest threshold that at most `share` of the scores reach; 0 if there are none.
+    """The lowest threshold that at most `share` of the scores reach; 0 if these are too few to tell
+    so small a share.
 
-    >>> upper_quantile([0.1, 0.2, 0.3, 0.4], 0.5), upper_quantile([0.1, 0.2], 1.0)
+    >>> upper_quantile([0.1, 0.2, 0.3, 0.4], 0.5), upper_quantile([0.1, 0.2], 0.4)
     (0.25, 0.0)
     """
     order = [*sorted(scores, reverse=True), 0.0]
-    allowed = min(int(share * len(scores)), len(scores))
-    if allowed == len(scores):
+    allowed = int(share * len(scores))
+    if allowed in (0, len(scores)):
         return 0.0
-    return (order[allowed - 1] + order[allowed]) / 2 if allowed else (order[0] + 1) / 2
+    return (order[allowed - 1] + order[allowed]) / 2
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> tuple[float, list[float]]:

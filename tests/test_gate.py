@@ -183,14 +183,14 @@ def test_a_threshold_spares_ordinary_traffic() -> None:
         p, fold = out_of_fold(x, targets, names, "verdict", 0)
     ordinary, _ = planted(100, 30, 5.0, 1)  # three in ten of it look like wins
     chosen = {rate: choose_thresholds(made, ordinary, p, targets.tolist(), fold, None, rate)
-              for rate in (0.0, 0.1, 1.0)}
+              for rate in (0.01, 0.1, 1.0)}
     shares = {rate: open_share(made, ordinary, t[None]) for rate, t in chosen.items()}
-    assert shares[0.0] == 0 and shares[0.1] < 0.11 and shares[1.0] > 0.25
+    assert shares[0.01] < 0.02 and shares[0.1] < 0.11 and shares[1.0] > 0.25
     assert set(chosen[0.1]) == {*range(5), None}
-    fixed = choose_thresholds(made, ordinary, p, targets.tolist(), fold, 0.3, 0.0)
+    fixed = choose_thresholds(made, ordinary, p, targets.tolist(), fold, 0.3, 0.01)
     assert set(fixed.values()) == {0.3}
-    empty = choose_thresholds(made, ordinary[:0], p, targets.tolist(), fold, None, 0.0)
-    assert empty == chosen[1.0] and open_share(made, ordinary[:0], 0.5) is None
+    few = choose_thresholds(made, ordinary[:9], p, targets.tolist(), fold, None, 0.1)
+    assert few == chosen[1.0] and open_share(made, ordinary[:0], 0.5) is None
 
 
 def test_traffic_is_written_once_and_may_be_edited(smollm: Transformer, smollm_tok: Tokenizer,
