@@ -5,8 +5,9 @@ persona that the query was written for, which is known far better than any singl
 what intent-based routing needs. `auto` takes the one that predicts verdicts better out of fold.
 
 How often the gate would open for nothing is seen on ordinary traffic: user turns that the model
-writes with no context at all (Magpie, arXiv 2406.08464). They set the threshold, and only that:
-as negatives in training they taught the gate that whatever differs from them should open it.
+writes with no context at all (Magpie, arXiv 2406.08464). They limit the threshold. Where contexts
+are named contrast..., or every verdict was a win, they are losses to learn from, too; beside the
+noisy verdicts of many personas they only taught the gate that whatever differs should open it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from prism import PRISM, Gate, gate_loss
 from queries import QUERY_TOKENS, TEMPERATURE
 from support.distributed import progress_bar
 from support.hub import InputError
+from support.personas import CONTRAST
 from support.runs import RunFolder, cost_of, peak_memory
 from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
 from support.stats import (calibrated_log_loss, decision_scores, fold_thresholds, roc,
@@ -62,16 +64,17 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
 
     labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
     personas = [v.persona for v in verdicts]
-    queries, labels, personas = with_losses(queries, labels, personas, ordinary)
+    queries, labels, personas = with_traffic(queries, labels, personas, ordinary)
     kinds = ("verdict", "intent") if args.gate_target == "auto" else (args.gate_target,)
     scored = {kind: out_of_fold(queries, labels, personas, kind, args.seed) for kind in kinds}
     losses = {kind: calibrated_log_loss(probability, labels.tolist())
               for kind, (probability, _) in scored.items()}
     target = min(losses, key=losses.get)
 
-    loss = train_gate(prism.gate, queries, gate_targets(labels, personas, target))
+    targets = gate_targets(labels, personas, target)
+    loss = train_gate(prism.gate, queries, targets)
     probability, fold = scored[target]
-    thresholds = choose_thresholds(prism.gate, ordinary, probability, labels.tolist(), fold,
+    thresholds = choose_thresholds(prism.gate, ordinary, probability, targets, fold,
                                    args.gate_threshold, args.gate_rate)
     prism.threshold = thresholds[None]
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
@@ -126,11 +129,13 @@ def gate_targets(labels: Tensor, personas: Sequence[str], kind: str) -> Tensor:
     return torch.tensor([rate[name] for name in personas], device=labels.device)
 
 
-def with_losses(queries: Tensor, labels: Tensor, personas: list[str],
-                ordinary: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """Features, verdicts and personas to learn from. Where there is nothing but wins, as after
-    --judge none without contrast contexts, ordinary traffic has to show what should stay closed."""
-    if not bool(labels.all()):
+def with_traffic(queries: Tensor, labels: Tensor, personas: list[str],
+                 ordinary: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Features, verdicts and personas to learn from. Ordinary traffic is added as a contrast where
+    there are contrast contexts, or nothing but wins, as after --judge none without such contexts.
+    """
+    contrasts = any(name.startswith(CONTRAST) for name in personas)
+    if not (contrasts or bool(labels.all())):
         return queries, labels, personas
     lost = labels.new_zeros(len(ordinary))
     return (torch.cat((queries, ordinary)), torch.cat((labels, lost)),
@@ -176,18 +181,21 @@ def out_of_fold(features: Tensor, labels: Tensor, personas: Sequence[str], kind:
 
 
 def choose_thresholds(gate: Gate, ordinary: Tensor, probability: Sequence[float],
-                      labels: Sequence[float], fold: Sequence[int], fixed: float | None,
+                      targets: Tensor, fold: Sequence[int], fixed: float | None,
                       rate: float) -> dict[int | None, float]:
     """The threshold for the queries of each fold, and under None that of the run.
 
-    A `fixed` one is taken as it is. Else it is the one that separates wins from losses best
-    (`youden_threshold`), but never so low that more than `rate` of the traffic opens the gate.
+    A `fixed` one is taken as it is. Else it is the one that best separates the queries whose target
+    is above average (`youden_threshold`): wins from losses, or intents that mostly win from others.
+    But it is never so low that more than `rate` of the traffic opens the gate.
 
     Args:
         ordinary: [m, d] features of the traffic.
         probability, fold: what `out_of_fold` gives.
+        targets: [n], what the gate learned.
     """
-    thresholds = fold_thresholds(probability, labels, fold)
+    wanted = (targets > targets.mean()).tolist()
+    thresholds = fold_thresholds(probability, wanted, fold)
     if fixed is not None:
         return dict.fromkeys(thresholds, fixed)
     with torch.no_grad():

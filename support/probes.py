@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bootstrap import Pair, Query, Verdict, check_order, hold_out
 from gate import (choose_thresholds, gate_targets, out_of_fold, read_traffic, train_gate,
-                  with_losses)
+                  with_traffic)
 from generate import gate_features
 from judge import conversation
 from prism import PRISM, Gate
@@ -114,12 +114,13 @@ def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gat
     ordinary, _ = gate_features(prism, tokenizer, [conversation(t) for t in read_traffic(run)])
     labels = torch.tensor([float(verdicts[i].target) for i in kept], device=features.device)
     personas = [verdicts[i].persona for i in kept]
-    features, labels, personas = with_losses(features, labels, personas, ordinary)
+    features, labels, personas = with_traffic(features, labels, personas, ordinary)
     kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
     gate = Gate(features.shape[1], settings["seed"]).to(features.device)
-    train_gate(gate, features, gate_targets(labels, personas, kind))
+    targets = gate_targets(labels, personas, kind)
+    train_gate(gate, features, targets)
     p, fold = out_of_fold(features, labels, personas, kind, settings["seed"])
-    thresholds = choose_thresholds(gate, ordinary, p, labels.tolist(), fold,
+    thresholds = choose_thresholds(gate, ordinary, p, targets, fold,
                                    settings["gate_threshold"], settings.get("gate_rate", 1.0))
     return gate, thresholds[None]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gate
 from gate import (choose_thresholds, gate_targets, open_share, out_of_fold, read_traffic,
-                  train_gate, with_losses, write_traffic)
+                  train_gate, with_traffic, write_traffic)
 from generate import gate_features
 from judge import conversation
 from model import Transformer
@@ -109,15 +109,16 @@ def test_intent_is_the_personas_rate() -> None:
 
 
 def test_traffic_stands_in_for_losses() -> None:
-    """A gate that has seen nothing but wins would open for everything; or traffic would be taken
-    for losses where there are real ones."""
+    """A gate that has seen nothing but wins would open for everything; traffic would not count as
+    one more contrast; or it would be taken for losses where personas have real ones."""
     x, targets = planted(120, 60, 5.0, 0)
     won, ordinary = x[targets == 1], x[targets == 0]
-    features, labels, names = with_losses(won, torch.ones(60), ["a"] * 60, ordinary)
+    features, labels, names = with_traffic(won, torch.ones(60), ["a"] * 60, ordinary)
     assert labels.tolist() == [1.0] * 60 + [0.0] * 60 and len(names) == len(features) == 120
     made = fitted(features, gate_targets(labels, names, "intent"))
     assert open_share(made, won, 0.5) > 0.95 and open_share(made, ordinary, 0.5) < 0.05
-    assert with_losses(x, targets, ["a"] * 120, ordinary)[0] is x
+    assert with_traffic(x, targets, ["a"] * 120, ordinary)[0] is x
+    assert len(with_traffic(x, targets, ["a"] * 60 + ["contrast_b"] * 60, ordinary)[0]) == 180
 
 
 def world(per_persona: int, rates: float, query: float, seed: int) -> tuple:
@@ -182,14 +183,14 @@ def test_a_threshold_spares_ordinary_traffic() -> None:
     with one_thread():
         p, fold = out_of_fold(x, targets, names, "verdict", 0)
     ordinary, _ = planted(100, 30, 5.0, 1)  # three in ten of it look like wins
-    chosen = {rate: choose_thresholds(made, ordinary, p, targets.tolist(), fold, None, rate)
+    chosen = {rate: choose_thresholds(made, ordinary, p, targets, fold, None, rate)
               for rate in (0.01, 0.1, 1.0)}
     shares = {rate: open_share(made, ordinary, t[None]) for rate, t in chosen.items()}
     assert shares[0.01] < 0.02 and shares[0.1] < 0.11 and shares[1.0] > 0.25
     assert set(chosen[0.1]) == {*range(5), None}
-    fixed = choose_thresholds(made, ordinary, p, targets.tolist(), fold, 0.3, 0.01)
+    fixed = choose_thresholds(made, ordinary, p, targets, fold, 0.3, 0.01)
     assert set(fixed.values()) == {0.3}
-    few = choose_thresholds(made, ordinary[:9], p, targets.tolist(), fold, None, 0.1)
+    few = choose_thresholds(made, ordinary[:9], p, targets, fold, None, 0.1)
     assert few == chosen[1.0] and open_share(made, ordinary[:0], 0.5) is None
 
 
@@ -226,13 +227,15 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
     assert row["target"] == min(row["log_losses"], key=row["log_losses"].get)
     with RunFolder(finished, read_only=True) as run:
         traffic, _ = gate_features(prism, tok, list(map(conversation, read_traffic(run))))
-    thresholds = choose_thresholds(prism.gate, traffic, probability, targets, fold, None, 0.05)
+    learned = gate_targets(t, personas, row["target"])
+    thresholds = choose_thresholds(prism.gate, traffic, probability, learned, fold, None, 0.05)
     assert row["threshold"] == pytest.approx(thresholds[None])
     assert row["traffic"] == len(traffic)
     lowest, opened = upper_quantile(prism.gate(traffic).sigmoid().tolist(), 0.05), []
     for i, f in enumerate(fold):  # no query has a part in its own threshold
         others = [j for j, g in enumerate(fold) if g != f]
-        own = youden_threshold([probability[j] for j in others], [targets[j] for j in others])
+        own = youden_threshold([probability[j] for j in others],
+                               [bool(learned[j] > learned.mean()) for j in others])
         opened.append(probability[i] >= max(own, lowest))
     expected = decision_scores(probability, opened, targets)
     assert {n: row[n] for n in expected} == expected
