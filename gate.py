@@ -2,7 +2,8 @@
 
 A verdict is a noisy label. So there are two targets: the paper's t(x), and the win rate of the
 persona that the query was written for, which is known far better than any single verdict, and is
-what intent-based routing needs. `auto` takes the one that predicts verdicts better out of fold.
+what intent-based routing needs. `auto` takes the latter, unless the former predicts verdicts better
+out of fold by more than a standard error.
 
 How often the gate would open for nothing is seen on ordinary traffic: user turns that the model
 writes with no context at all (Magpie, arXiv 2406.08464). They limit the threshold. Where contexts
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     scored = {kind: out_of_fold(queries, labels, personas, kind, args.seed) for kind in kinds}
     losses = {kind: calibrated_log_loss(probability, labels.tolist())
               for kind, (probability, _) in scored.items()}
-    target = min(losses, key=losses.get)
+    target = choose_target(losses)
 
     targets = gate_targets(labels, personas, target)
     loss = train_gate(prism.gate, queries, targets)
@@ -81,7 +83,8 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     prism.save_gate(run.path)
     cost = cost_of(prism.net, len(pairs) + len(traffic), read + read_too)
     cost["flops"] = cost["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)
-    run.record("gate", 0, target=target, log_losses=losses, loss=loss, folds=GATE_FOLDS,
+    run.record("gate", 0, target=target, loss=loss, folds=GATE_FOLDS,
+               log_losses={kind: float(values.mean()) for kind, values in losses.items()},
                threshold=prism.threshold, traffic=len(traffic),
                traffic_opened=open_share(prism.gate, ordinary, prism.threshold),
                **decision_scores(probability, opened, labels.tolist()),
@@ -127,6 +130,15 @@ def gate_targets(labels: Tensor, personas: Sequence[str], kind: str) -> Tensor:
     rates = shrunken_rates([wins[name] for name in counts], list(counts.values()))
     rate = dict(zip(counts, rates))
     return torch.tensor([rate[name] for name in personas], device=labels.device)
+
+
+def choose_target(losses: dict[str, np.ndarray]) -> str:
+    """The target of which these are the log losses [n] of held-out verdicts: of both, intent unless
+    verdicts are better by more than a standard error (the rule of Breiman et al. 1984)."""
+    if len(losses) == 1:
+        return next(iter(losses))
+    gain = losses["intent"] - losses["verdict"]
+    return "verdict" if gain.mean() > gain.std() / math.sqrt(len(gain)) else "intent"
 
 
 def with_traffic(queries: Tensor, labels: Tensor, personas: list[str],

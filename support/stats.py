@@ -172,14 +172,15 @@ def shrunken_rates(hits: Sequence[float], counts: Sequence[int]) -> list[float]:
     return [(hit + prior * overall) / (c + prior) for hit, c in zip(hits, counts)]
 
 
-def calibrated_log_loss(probabilities: Sequence[float], labels: Sequence[float]) -> float:
-    """Mean negative log-likelihood of labels, in nats, under the probabilities once their logits z
-    are made a z + b with the best a >= 0 and b (Platt 1999): what a ranking says about labels,
+def calibrated_log_loss(probabilities: Sequence[float], labels: Sequence[float]) -> np.ndarray:
+    """The negative log-likelihood of each label, in nats, under the probabilities once their logits
+    z are made a z + b with the best a >= 0 and b (Platt 1999): what a ranking says about labels,
     whatever its confidence. Fitted by Newton's method.
 
-    >>> round(calibrated_log_loss([0.9, 0.8, 0.2, 0.1] * 9, [1, 0, 1, 0] * 9), 2)  # hardly anything
+    >>> loss = calibrated_log_loss([0.9, 0.8, 0.2, 0.1] * 9, [1, 0, 1, 0] * 9)
+    >>> round(float(loss.mean()), 2)  # hardly anything
     0.67
-    >>> round(calibrated_log_loss([0.1, 0.9] * 9, [1, 0] * 9), 3)  # the wrong way: log 2
+    >>> round(float(calibrated_log_loss([0.1, 0.9] * 9, [1, 0] * 9).mean()), 3)  # the wrong way
     0.693
     """
     z = np.clip(np.array(probabilities, dtype=float), 1e-6, 1 - 1e-6)
@@ -191,7 +192,7 @@ def calibrated_log_loss(probabilities: Sequence[float], labels: Sequence[float])
         weights += np.linalg.solve(hessian, X @ (y - p) - ridge @ weights)
     p = 1 / (1 + np.exp(-(weights @ X))) if weights[0] > 0 else np.full(len(y), y.mean())
     p = np.clip(p, 1e-6, 1 - 1e-6)
-    return float(-(y * np.log(p) + (1 - y) * np.log(1 - p)).mean())
+    return -(y * np.log(p) + (1 - y) * np.log(1 - p))
 
 
 def upper_quantile(scores: Sequence[float], share: float) -> float:

@@ -11,8 +11,8 @@ from tiny_run import rows_of
 from torch import Tensor
 
 import gate
-from gate import (choose_thresholds, gate_targets, open_share, out_of_fold, read_traffic,
-                  train_gate, with_traffic, write_traffic)
+from gate import (choose_target, choose_thresholds, gate_targets, open_share, out_of_fold,
+                  read_traffic, train_gate, with_traffic, write_traffic)
 from generate import gate_features
 from judge import conversation
 from model import Transformer
@@ -161,7 +161,7 @@ def regrets(per_persona: int, rates: float, query: float, seed: int) -> dict[str
             probability, _ = out_of_fold(x, labels, names, kind, seed)
         lost[kind] = 1 - youden(score, truth) / best
         losses[kind] = calibrated_log_loss(probability, labels.tolist())
-    return lost | {"auto": lost[min(losses, key=losses.get)]}
+    return lost | {"auto": lost[choose_target(losses)]}
 
 
 @pytest.mark.parametrize(("rates", "query", "better"), [
@@ -224,7 +224,7 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
     for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
         torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
     assert row["log_losses"].keys() == {"verdict", "intent"}
-    assert row["target"] == min(row["log_losses"], key=row["log_losses"].get)
+    assert row["log_losses"][row["target"]] < min(row["log_losses"].values()) + 0.2
     with RunFolder(finished, read_only=True) as run:
         traffic, _ = gate_features(prism, tok, list(map(conversation, read_traffic(run))))
     learned = gate_targets(t, personas, row["target"])
