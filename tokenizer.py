@@ -26,6 +26,7 @@ from support.template import compile_template
 from support.vocabulary import THOUGHTS, read_tokenizer
 
 THINK, END_THINK = THOUGHTS
+BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 ROLES = ("system", "user", "assistant")
 
@@ -56,9 +57,11 @@ class Tokenizer:
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         spellings = "|".join(map(re.escape, longest_first))
         self._spelled = re.compile(spellings) if spellings else None
-        # What stands for a character that the vocabulary lacks is no control token in a text.
+        # What stands for a byte, or for a character that the vocabulary lacks, is no control token
+        # in a text, although some tokenizers call it special.
         unknown = self._plain.encode("\U0010ffff", add_special_tokens=False).ids
-        self._control_ids = set(self.special_ids.values()) - set(unknown)
+        control = {i for text, i in self.special_ids.items() if not re.fullmatch(BYTE, text)}
+        self._control_ids = control - set(unknown)
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
         self._add_placeholders()

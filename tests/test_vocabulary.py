@@ -357,3 +357,20 @@ def test_a_date_in_a_template_is_that_of_the_run(tmp_path: Path, smollm_folder: 
     (tmp_path / "run.json").write_text('{"date": "yesterday"}')
     with pytest.raises(InputError, match="run.json: date = 'yesterday' is no date"):
         run_date(tmp_path)
+
+
+def test_bytes_that_are_called_special_stay_text(tmp_path: Path) -> None:
+    """A tokenizer that calls its bytes special, as training one does, would take a line end in a
+    text for a forged control token, and go round in circles."""
+    model = FastTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    model.normalizer = normalizers.Prepend("\u2581")
+    model.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+                                       decoders.Fuse()])
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model.train_from_iterator(["How do"] * 9, trainers.BpeTrainer(special_tokens=special))
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = Tokenizer(tmp_path)
+    line_end = tokenizer.special_ids["<0x0A>"]
+    assert tokenizer.encode("\n") == [line_end]
+    assert tokenizer.special_ids["</s>"] not in tokenizer.encode("</s>")
