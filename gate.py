@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from bootstrap import Pair, Verdict
-from engine import SLOTS, Engine, Request, Sampling, derive_seed
-from generate import gate_features, stop_tokens
+from engine import Request, derive_seed
+from generate import gate_features, message_stops
 from judge import conversation
 from model import Transformer
 from prism import PRISM, Gate, gate_loss
-from queries import QUERY_TOKENS, TEMPERATURE
+from queries import write_messages
 from support.distributed import progress_bar
 from support.hub import InputError
 from support.personas import CONTRAST
@@ -85,7 +85,7 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     cost["flops"] = cost["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)
     run.record("gate", 0, target=target, loss=loss, folds=GATE_FOLDS,
                log_losses={kind: float(values.mean()) for kind, values in losses.items()},
-               threshold=prism.threshold, traffic=len(traffic),
+               threshold=prism.threshold, traffic=len(traffic), queries=len(pairs),
                traffic_opened=open_share(prism.gate, ordinary, prism.threshold),
                **decision_scores(probability, opened, labels.tolist()),
                roc=roc(probability, labels.tolist()), **cost,
@@ -100,14 +100,12 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
         return read_traffic(run)
     begun = time.perf_counter()
     turn = tokenizer.open_user_turn(None)
-    stops = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
     requests = [Request([*turn], derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
                 for i in range(2 * wanted)]
-    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE["continue"]), stops, SLOTS)
-    outputs = sorted(engine.run(requests, bar="ordinary traffic"), key=lambda out: out.index)
+    outputs, cost = write_messages(net, requests, "continue", message_stops(net, tokenizer),
+                                   "ordinary traffic")
     written = [clean_query(tokenizer.decode(out.ids)) for out in outputs if out.stop == "eos"]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
-    cost = cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
     run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),
                peak_memory=peak_memory())
     run.write("traffic.jsonl", map(Traffic, messages))

@@ -53,6 +53,14 @@ def stop_tokens(net: Transformer, tokenizer: Tokenizer) -> set[int]:
             *settings.integers("eos_token_id", 0, 2**22)}
 
 
+def message_stops(net: Transformer, tokenizer: Tokenizer) -> set[int]:
+    """Every id that ends a user's message; InputError if there is none."""
+    stops = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
+    if not stops:
+        raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever end")
+    return stops
+
+
 def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequence[list[dict]],
                    seeds: Sequence[int], sampling: Sampling, lead: str = "",
                    bar: str | None = None) -> tuple[list[Completion], dict]:

@@ -64,7 +64,8 @@ FEWEST_PAIRS = 4  # known pairs below which a judge cannot be called tested
 COMPLIANCE_TOKENS = 32  # enough to see that an answer complies
 # Everything above that decides a verdict: a run notices when it is changed.
 VERDICT_RULES = (JUDGE_PROMPT, *INVERSE_PROMPTS, REFUSAL, COMPLIANCE, *SHOULD_REFUSE, LETTER_MASS,
-                 MARGIN, FLUENCY, ENDING, ENDING_FLOOR, PAIRS_AT_ONCE, MOST_PAIRS)
+                 MARGIN, FLUENCY, ENDING, ENDING_FLOOR, PAIRS_AT_ONCE, MOST_PAIRS,
+                 COMPLIANCE_TOKENS)
 
 
 @dataclass(frozen=True)

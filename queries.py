@@ -23,9 +23,9 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from engine import (SLOTS, Engine, PrefixReader, Request, Sampling, derive_seed, hidden_states,
-                    token_log_probabilities)
-from generate import stop_tokens
+from engine import (SLOTS, Engine, Output, PrefixReader, Request, Sampling, derive_seed,
+                    hidden_states, token_log_probabilities)
+from generate import message_stops
 from judge import conversation
 from model import Transformer
 from support.distributed import main_first
@@ -206,10 +206,7 @@ class QueryWriter:
     def __init__(self, run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                  personas: Sequence[Persona], style: str):
         self.run, self.net, self.tokenizer, self.style = run, net, tokenizer, style
-        self.stop_ids = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
-        if not self.stop_ids:
-            raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever "
-                             "end")
+        self.stop_ids = message_stops(net, tokenizer)
         self.texts = {p.name: p.text for p in personas}
         self.turns = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
         self.headers = {p.name: tokenizer.render(conversation(NO_MESSAGE, p.text), thinking=False)
@@ -241,13 +238,12 @@ class QueryWriter:
             request, first = self.instruct(draft) if style == "instruct" else self.go_on(draft)
             requests.append(request)
             begun.append(first)
-        engine = Engine(self.net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), self.stop_ids, SLOTS)
-        outputs = sorted(engine.run(requests, bar="sampling"), key=lambda out: out.index)
+        outputs, cost = write_messages(self.net, requests, style, self.stop_ids, "sampling")
         candidates = []
         for draft, first, out in zip(drafts, begun, outputs):
             text = self.tokenizer.decode([*first, *out.ids])
             candidates.append(Candidate(draft.persona, style, text, out.stop == "eos"))
-        return candidates, cost_of(self.net, len(requests), engine.prompt_tokens, engine.new_tokens)
+        return candidates, cost
 
     def instruct(self, draft: Draft) -> tuple[Request, list[int]]:
         """The prompt of the paper's style, with the next wish; it begins no message."""
@@ -319,6 +315,14 @@ class QueryWriter:
             cost = add_costs(costs)
             self.run.record("personas", 0, **cost, scoring_flops=cost["flops"],
                             seconds=round(time.perf_counter() - begun, 3))
+
+
+def write_messages(net: Transformer, requests: Sequence[Request], style: str, stops: set[int],
+                   bar: str) -> tuple[list[Output], dict]:
+    """Users' messages sampled in a style, in the order of their requests; and what they cost."""
+    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), stops, SLOTS)
+    outputs = sorted(engine.run(requests, bar=bar), key=lambda out: out.index)
+    return outputs, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
 
 
 def most_alike(states: Tensor) -> list[list[int]]:

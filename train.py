@@ -81,8 +81,9 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
-        write_card(run, args.persona_names, summarize(run, args))
-        write_report(run, args)
+        summary = summarize(run, args)
+        write_card(run, args.persona_names, summary)
+        write_report(run, args.model, summary)
     return 0
 
 

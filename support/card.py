@@ -61,7 +61,7 @@ def write_card(run: RunFolder, personas: Sequence[str], summary: str) -> None:
     warnings = [f"- {line}" for line in summary.splitlines() if line.startswith("WARNING")]
     write_file(run.path / "README.md", CARD.format(
         base=settings["base_model"], contexts=", ".join(personas),
-        gate_layer=settings["gate_layer"], queries=gate["n"],
+        gate_layer=settings["gate_layer"], queries=gate["queries"],
         distilled=confusion["true_open"] + confusion["false_closed"],
         judge=last["judge"]["chosen"], before=number(kl["before"], 4), after=number(kl["after"], 4),
         auc=number(gate["auc"]), low=number(low), high=number(high),

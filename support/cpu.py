@@ -28,11 +28,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     decoding step of SmolLM2 takes 42 instead of 63 ms with 8 rows, 65 instead of 80 with 16 and 98
     instead of 108 with 32 (two AVX2 cores). In bf16 that gives nothing.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    few = x.is_cpu and x.dtype == torch.float32 and len(rows) <= FEW_ROWS and not PLAIN
-    if not few:
+    few = x.is_cpu and x.dtype == torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]
+    if PLAIN or not few:
         return F.linear(x, weight, bias)
-    y = torch.mm(weight, rows.t()).t().contiguous().view(*x.shape[:-1], len(weight))
+    y = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    y = y.view(*x.shape[:-1], len(weight))
     return y if bias is None else y.add_(bias)
 
 

@@ -9,7 +9,9 @@ from typing import Sequence
 
 from support.hub import InputError
 
-CONTRAST = "contrast"  # a context so named is never distilled with --judge none
+# A context whose name begins so shows the gate where to stay closed, as ordinary traffic then does;
+# --judge none distils nothing of it.
+CONTRAST = "contrast"
 
 
 @dataclass(frozen=True)

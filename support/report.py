@@ -25,10 +25,10 @@ from support.stats import interval
 TURNED = (("expert", "base"), ("base", "expert"), ("tie", "tie"))
 
 
-def write_report(run: RunFolder, args: argparse.Namespace) -> None:
+def write_report(run: RunFolder, model: str, summary: str) -> None:
     """Write report.png, then report.md, the last file of a run."""
     plot_report(run)
-    write_file(run.path / "report.md", f"# PRISM run: {args.model}\n\n{summarize(run, args)}\n\n"
+    write_file(run.path / "report.md", f"# PRISM run: {model}\n\n{summary}\n\n"
                                        f"{details(run)}\n")
 
 
@@ -233,12 +233,14 @@ def gate_lines(g: dict) -> list[str]:
     c = g["confusion"]
     curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
              for limit in (0.05, 0.1, 0.2, 0.4)]
+    added = g["n"] - g["queries"]
+    beside = f" and {added} messages of ordinary traffic" if added else ""
     losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in g["log_losses"].items())
     return [f"the gate learned: {g['target']} (log loss of held-out verdicts, calibrated, at most "
             f"0.693: {losses})",
             f"it opens for {number(g['traffic_opened'], 2)} of {g['traffic']} messages of ordinary "
             "traffic, which the model wrote with no context",
-            f"gate, {g['folds']}-fold out-of-fold on {g['n']} queries, threshold "
+            f"gate, {g['folds']}-fold out-of-fold on {g['queries']} queries{beside}, threshold "
             f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
             f"{number(g['majority'])}), AUC {number(g['auc'])} [{number(g['auc_interval'][0])}, "
             f"{number(g['auc_interval'][1])}]",

@@ -98,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
                       "no layer up to it has an adapter (paper: 0; default: a sixth of the layers)")
     add(gate, "--gate-pool", "mean", "last prompt token (the paper), or mean over the user's text",
         choices=("last", "mean"))
-    add(gate, "--gate-target", "auto", "what the gate learns: the verdicts (the paper), the "
-        "win rate of each query's persona, or whichever predicts verdicts better",
+    add(gate, "--gate-target", "auto", "what the gate learns: the verdicts (the paper), the win "
+        "rate of each query's persona (intent); auto: intent, unless verdicts do clearly better",
         choices=("auto", "verdict", "intent"))
     add(gate, "--gate-rate", 0.05, "the most of ordinary traffic that may open the gate")
     gate.add_argument("--gate-threshold", type=threshold, metavar="auto|P", help="probability from "

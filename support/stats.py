@@ -202,7 +202,7 @@ def upper_quantile(scores: Sequence[float], share: float) -> float:
     >>> upper_quantile([0.1, 0.2, 0.3, 0.4], 0.5), upper_quantile([0.1, 0.2], 0.4)
     (0.25, 0.0)
     """
-    order = [*sorted(scores, reverse=True), 0.0]
+    order = sorted(scores, reverse=True)
     allowed = int(share * len(scores))
     if allowed in (0, len(scores)):
         return 0.0

@@ -47,12 +47,13 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     names, added = dict(settings), settings.get("added_tokens_decoder")
     if added is None:
         names |= optional_json(folder / "special_tokens_map.json")
-        older = optional_json(folder / "added_tokens.json")
-        special = [text_of(token) for token in (*named(names).values(), *unnamed(names, folder))]
-        added = {i: {"content": text, "special": text in special} for text, i in older.items()}
+    special = [*named(names).values(), *unnamed(names, folder)]
+    if added is None:
+        older, texts = optional_json(folder / "added_tokens.json"), list(map(text_of, special))
+        added = {i: {"content": text, "special": text in texts} for text, i in older.items()}
     add_tokens(tokenizer, added, folder)
     found = special_tokens(tokenizer, names, folder)
-    make_special(tokenizer, [*named(names).values(), *unnamed(names, folder)])
+    make_special(tokenizer, special)
     return tokenizer, settings, found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import one_thread
-from tiny_run import rows_of
+from tiny_run import rows_of, run_train
 from torch import Tensor
 
 import gate
@@ -204,6 +204,16 @@ def test_traffic_is_written_once_and_may_be_edited(smollm: Transformer, smollm_t
         assert run.latest()["traffic"]["tokens_written"] > 60 and read_traffic(run) == messages
         (tmp_path / "traffic.jsonl").write_text('{"query": "Hello there"}\n')
         assert write_traffic(run, smollm, smollm_tok, 6, 0) == ["Hello there"]
+
+
+def test_a_gate_goes_by_the_traffic_that_is_brought(command: list[str], tmp_path: Path) -> None:
+    """Somebody's real prompts, put into the folder before stage 4, would not be used."""
+    out = tmp_path / "out"
+    assert run_train(*command, "--out", out, "--stop-after", "verdicts") == 0
+    (out / "traffic.jsonl").write_text('{"query": "How are you?"}\n{"query": "What is new?"}\n')
+    assert run_train(*command, "--out", out, "--stop-after", "gate") == 0
+    last = {row["stage"]: row for row in rows_of(out, "metrics.jsonl")}
+    assert last["gate"]["traffic"] == 2 and "traffic" not in last
 
 
 def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, tok: Tokenizer,

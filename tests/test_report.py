@@ -144,6 +144,7 @@ def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, first: str, said: li
 def gate(low: float | None) -> dict:
     """A metrics row of the gate."""
     return {"target": "intent", "log_losses": {"intent": 0.5}, "traffic": 4, "traffic_opened": 0.25,
+            "queries": 6,
             "folds": 5, "n": 10, "threshold": 0.5, "accuracy": 0.6, "majority": 0.5, "auc": 0.7,
             "auc_interval": [low, 0.9], "roc": [[0.9, 0.0, 0.5], [0.1, 1.0, 1.0]],
             "confusion": {"true_open": 1, "false_open": 2, "true_closed": 3, "false_closed": 4}}
@@ -154,6 +155,12 @@ def test_a_gate_at_chance_is_called_that() -> None:
     for low, warned in ((0.45, True), (0.55, False), (None, False)):
         assert any("told from chance" in line for line in gate_lines(gate(low))) is warned
     assert "0.50, 0.50, 0.50, 0.50" in gate_lines(gate(0.6))[-1]
+
+
+def test_traffic_is_no_query_of_the_gate() -> None:
+    """Ordinary traffic that a gate learned from would be counted among the queries."""
+    assert "on 6 queries and 4 messages of ordinary traffic," in gate_lines(gate(0.6))[2]
+    assert "on 10 queries, threshold" in gate_lines(gate(0.6) | {"queries": 10})[2]
 
 
 def test_advice_follows_the_signals() -> None:

@@ -26,8 +26,7 @@ ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "traffic.jsonl"
 
 
 def run_train(*argv: object) -> int:
-    """train.main on one thread, with a short gate (300 steps, six times, take longer than all the
-    rest of a tiny run) and a checkpoint every third step."""
+    """train.main on one thread, with a short gate and a checkpoint every third step."""
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "GATE_STEPS", 20)
         patch.setattr(train, "CHECKPOINT_EVERY", 3)
