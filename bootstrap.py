@@ -57,6 +57,10 @@ class Verdict:
     judge: str
     evidence: list
 
+    def __post_init__(self):
+        if self.target not in (0, 1):
+            raise ValueError(f"target is {self.target}, not 0 or 1")
+
 
 def write_answers(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                   personas: Sequence[Persona], queries: Sequence[Query], max_new_tokens: int,

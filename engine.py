@@ -76,6 +76,11 @@ class Output:
     gate: float | None = None
     routed: bool = False
 
+    @property
+    def text_ids(self) -> list[int]:
+        """The ids without the token that ended them."""
+        return self.ids[:-1] if self.stop == "eos" else self.ids
+
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any parts (run seed, stage, row ...): one row's draws depend on nothing
@@ -307,8 +312,8 @@ class Engine:
         return routed.hidden, cache, outs
 
     def _insert(self, slot: Slot, source: KVCache, source_row: int) -> None:
-        """Put a slot at the end or, if the adapter answers, at the end of the adapter's, whose
-        successor moves to the end."""
+        """Give a slot the row behind all others or, if the adapter answers it, the row behind the
+        adapter's; the base's slot that stood there moves behind all others."""
         at = len(self.busy)
         self.busy.append(slot)
         if slot.out.routed:
@@ -316,8 +321,8 @@ class Engine:
                 self._move(self.k, at)
             at = self.k
             self.k += 1
-        self.cache.copy(at, source, source_row, slot.length)
         self.busy[at] = slot
+        self.cache.copy(at, source, source_row, slot.length)
 
     def _move(self, source: int, target: int) -> None:
         """Row `target` takes over what row `source` was working on."""

@@ -44,13 +44,13 @@ from model import Transformer, load
 from prism import PRISM, Gate, distill_loss
 from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
 from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
-                                read_mmlu, text)
+                                read_mmlu, score_refusal, text)
 from support.checkpoint import fingerprint
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter, write_file)
-from support.personas import Persona, load_personas, persona_hash
+from support.personas import CONTRAST, Persona, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
                             read_verdicts, run_settings)
 from support.report import quoted, share, table
@@ -180,7 +180,8 @@ class Work:
 @dataclass(frozen=True)
 class Strategy:
     """How the queries are answered: with which system text (of an item), by which weights ("base",
-    "adapter" or "sft"), and who decides on the text or the adapter ("", "gate" or "random")."""
+    "adapter" or "sft"), and who decides on the text or the adapter: nobody (""), the "gate",
+    "random" numbers, or an "oracle" (`true_side`)."""
 
     name: str
     persona: Callable[[Item], str] | None = None
@@ -191,6 +192,16 @@ class Strategy:
     def answers(self, opened: bool) -> str:
         """The weights that answer a query with that route."""
         return self.weights if opened else "base"
+
+
+def true_side(item: Item, contexts: Sequence[str]) -> bool:
+    """Whether an item is one for the adapter, which was distilled from these contexts: their own
+    queries, requests that should be refused and, of several contexts, all chats. Questions of
+    knowledge, and requests that only sound harmful, are not."""
+    if item.task in CHOICE_TASKS or item.category in ("benign", "safe"):
+        return False
+    harmful = item.task in CHAT_TASKS and CHAT_TASKS[item.task][1] is score_refusal
+    return item.category in contexts or harmful or (item.task in CHAT_TASKS and len(contexts) > 1)
 
 
 @dataclass(frozen=True)
@@ -223,14 +234,16 @@ class Evaluator:
     Args:
         prism, sft: the adapter under test and the one trained by `--loss sft`, or None.
         names: what tells the weights apart in `work`, for "base", "adapter" and "sft".
+        contexts: names of those that were distilled.
     """
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer, prism: PRISM | None,
                  sft: PRISM | None, names: dict[str, str], work: Work, seed: int,
-                 max_new_tokens: int):
+                 max_new_tokens: int, contexts: Sequence[str] = ()):
         self.net, self.tokenizer, self.prism, self.work = net, tokenizer, prism, work
         self.models = {"base": net, "adapter": prism, "sft": sft}
         self.names, self.seed, self.max_new_tokens = names, seed, max_new_tokens
+        self.contexts = contexts
         self.used: dict[str, set[str]] = defaultdict(set)  # keys of the work behind each task
 
     def cost(self, task: str) -> dict[str, float]:
@@ -270,19 +283,21 @@ class Evaluator:
         ids = self.tokenizer.encode_document(front + raw_question(item))
         return ids, common_prefix(ids, self.tokenizer.encode_document(front))
 
-    def opened(self, strategy: Strategy, names: Sequence[str],
-               talks: Sequence[Messages]) -> tuple[list[float | None], list[bool]]:
-        """Gate probability and route of each conversation; `names` seed the random gate, which
-        opens as often as the real one."""
+    def opened(self, strategy: Strategy, items: Sequence[Item], talks: Sequence[Messages],
+               turn: int = 0) -> tuple[list[float | None], list[bool]]:
+        """Gate probability and route of each item's conversation, which has come to that turn; the
+        random gate opens as often as the real one."""
         if not strategy.gate:
             return [None] * len(talks), [strategy.weights != "base"] * len(talks)
         if self.prism.gate is None:  # an adapter of PEFT's
             return [None] * len(talks), [True] * len(talks)
         probability = self.gate(talks)
         routed = [p >= self.prism.threshold for p in probability]
+        if strategy.gate == "oracle":
+            routed = [true_side(item, self.contexts) for item in items]
         if strategy.gate == "random":
-            order = sorted(range(len(talks)),
-                           key=lambda i: derive_seed(self.seed, "random gate", names[i]))
+            order = sorted(range(len(items)), key=lambda i: derive_seed(
+                self.seed, "random gate", items[i].task, items[i].id, turn))
             chosen = set(order[:sum(routed)])
             routed = [i in chosen for i in range(len(talks))]
         return probability, routed
@@ -384,7 +399,7 @@ def decode(model: Transformer | PRISM, tokenizer: Tokenizer, work: Work, label: 
                             [True] * len(prompts[i][0]) if mask else None) for i in some]
         outputs = sorted(engine.run(requests), key=lambda out: out.index)
         read, n = engine.prompt_tokens, len(some)
-        return [{"text": tokenizer.decode(o.ids[:-1] if o.stop == "eos" else o.ids),
+        return [{"text": tokenizer.decode(o.text_ids),
                  "stop": o.stop, "written": len(o.ids), "read": read / n, "flops":
                  net.flops(read + engine.new_tokens, engine.new_tokens) / n} for o in outputs]
 
@@ -419,7 +434,7 @@ def run_choices(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequ
     for strategy in sorted(strategies, key=lambda s: bool(s.gate)):
         talks = [[*e.messages(item, strategy), {"role": "user", "content": item.turns[0]}]
                  for item in items]
-        probability, routed = e.opened(strategy, [item.id for item in items], talks)
+        probability, routed = e.opened(strategy, items, talks)
         talks = [e.prompted(talk, item, strategy, opened)
                  for talk, item, opened in zip(talks, items, routed)]
         prompts = [e.raw_prompt(talk, item, shots) if shots else
@@ -498,7 +513,8 @@ def run_chats(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequen
             for i in now:
                 talks[i].append({"role": "user", "content": items[i].turns[turn]})
             names = [f"{task}/{items[i].id}/{turn}" for i in now]
-            probability, routed = e.opened(strategy, names, [talks[i] for i in now])
+            probability, routed = e.opened(strategy, [items[i] for i in now],
+                                           [talks[i] for i in now], turn)
             weights = [strategy.answers(opened) for opened in routed]
             heat = [TEMPERATURES.get(items[i].category, 0.7) if task == "mt_bench" else 0.0
                     for i in now]
@@ -612,8 +628,9 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
     for strategy in strategies:
         if strategy.persona and strategy.name != "expert":
             continue
+        items = [Item("kl", sample.name, pair.persona, (pair.query,)) for sample, pair in asked]
         talks = [conversation(pair.query) for _, pair in asked]
-        probability, routed = e.opened(strategy, [s.name for s, _ in asked], talks)
+        probability, routed = e.opened(strategy, items, talks)
         bar = progress_bar(f"kl: {strategy.name}", "query", asked)
         for at, (sample, pair) in enumerate(bar):
             model = e.models[strategy.answers(routed[at])]
@@ -942,8 +959,8 @@ RECOVERABLE = ("accuracy", "centred", "refusal", "rating", "win", "kl",
                "rule")  # scores, not diagnostics
 TASKS = (*CHOICE_TASKS, *CHAT_TASKS, *RUN_TASKS)
 STRATEGIES = ("base", "expert", "random_persona", "neutral", "ungated", "random_gate",
-              "gated_prompt", "sft", "prism")
-WITH_ADAPTER = ("ungated", "random_gate", "gated_prompt", "prism")
+              "oracle_gate", "gated_prompt", "sft", "prism")
+WITH_ADAPTER = ("ungated", "random_gate", "oracle_gate", "gated_prompt", "prism")
 STUDIES = ("length", "placement", "persona-matrix")
 
 
@@ -1135,6 +1152,7 @@ def make_strategies(args: argparse.Namespace, personas: Sequence[Persona],
         "neutral": lambda: Strategy("neutral", neutral()),
         "ungated": lambda: Strategy("ungated", None, "adapter"),
         "random_gate": lambda: Strategy("random_gate", None, "adapter", "random"),
+        "oracle_gate": lambda: Strategy("oracle_gate", None, "adapter", "oracle"),
         "gated_prompt": lambda: Strategy("gated_prompt", experts(args.personas), gate="gate"),
         "sft": lambda: Strategy("sft", None, "sft"),
         "prism": lambda: Strategy("prism", None, "adapter", "gate")}
@@ -1227,8 +1245,9 @@ def _main(args: argparse.Namespace) -> int:
     items |= own
     judge = load_judge(args, net, tokenizer, names)
     with RunFolder(args.out):
+        contexts = [p.name for p in personas if not p.name.startswith(CONTRAST)]
         e = Evaluator(net, tokenizer, prism, sft, names, Work(args.out / "work.jsonl"), args.seed,
-                      args.max_new_tokens)
+                      args.max_new_tokens, contexts)
         rows: list[Row] = []
         unseen = None
         if OWN_TASKS & set(args.tasks) and prism is not None and prism.gate is not None:

@@ -65,31 +65,46 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     ordinary, read_too = gate_features(prism, tokenizer, [conversation(t) for t in traffic])
 
     labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
-    personas = [v.persona for v in verdicts]
-    queries, labels, personas = with_traffic(queries, labels, personas, ordinary)
-    kinds = ("verdict", "intent") if args.gate_target == "auto" else (args.gate_target,)
-    scored = {kind: out_of_fold(queries, labels, personas, kind, args.seed) for kind in kinds}
+    figures = fit_gate(prism.gate, queries, labels, [v.persona for v in verdicts], ordinary,
+                       args.gate_target, args.gate_threshold, args.gate_rate, args.seed)
+    prism.threshold = figures["threshold"]
+    prism.save_gate(run.path)
+    cost = cost_of(prism.net, len(pairs) + len(traffic), read + read_too)
+    cost["flops"] = cost["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)
+    run.record("gate", 0, **figures, folds=GATE_FOLDS, traffic=len(traffic), queries=len(pairs),
+               **cost, seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+
+
+def fit_gate(gate: Gate, queries: Tensor, labels: Tensor, personas: list[str], ordinary: Tensor,
+             target: str, threshold: float | None, rate: float, seed: int) -> dict:
+    """Choose the target and the threshold out of fold, then train a gate on all queries.
+
+    Args:
+        queries, ordinary: [n, d] and [m, d] features of the queries and of ordinary traffic.
+        labels, personas: [n] t(x), and whose query each is.
+        target: "verdict", "intent", or "auto" (`choose_target`).
+        threshold, rate: see `choose_thresholds`.
+
+    Returns:
+        The threshold, the target, and figures of how well the gate does out of fold.
+    """
+    features, labels, personas = with_traffic(queries, labels, personas, ordinary)
+    kinds = ("verdict", "intent") if target == "auto" else (target,)
+    scored = {kind: out_of_fold(features, labels, personas, kind, seed) for kind in kinds}
     losses = {kind: calibrated_log_loss(probability, labels.tolist())
               for kind, (probability, _) in scored.items()}
     target = choose_target(losses)
 
     targets = gate_targets(labels, personas, target)
-    loss = train_gate(prism.gate, queries, targets)
+    loss = train_gate(gate, features, targets)
     probability, fold = scored[target]
-    thresholds = choose_thresholds(prism.gate, ordinary, probability, targets, fold,
-                                   args.gate_threshold, args.gate_rate)
-    prism.threshold = thresholds[None]
+    thresholds = choose_thresholds(gate, ordinary, probability, targets, fold, threshold, rate)
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
-    prism.save_gate(run.path)
-    cost = cost_of(prism.net, len(pairs) + len(traffic), read + read_too)
-    cost["flops"] = cost["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)
-    run.record("gate", 0, target=target, loss=loss, folds=GATE_FOLDS,
-               log_losses={kind: float(values.mean()) for kind, values in losses.items()},
-               threshold=prism.threshold, traffic=len(traffic), queries=len(pairs),
-               traffic_opened=open_share(prism.gate, ordinary, prism.threshold),
-               **decision_scores(probability, opened, labels.tolist()),
-               roc=roc(probability, labels.tolist()), **cost,
-               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+    return {"threshold": thresholds[None], "target": target, "loss": loss,
+            "log_losses": {kind: float(values.mean()) for kind, values in losses.items()},
+            "traffic_opened": open_share(gate, ordinary, thresholds[None]),
+            **decision_scores(probability, opened, labels.tolist()),
+            "roc": roc(probability, labels.tolist())}
 
 
 def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted: int,
@@ -104,7 +119,7 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
                 for i in range(2 * wanted)]
     outputs, cost = write_messages(net, requests, "continue", message_stops(net, tokenizer),
                                    "ordinary traffic")
-    written = [clean_query(tokenizer.decode(out.ids)) for out in outputs if out.stop == "eos"]
+    written = [clean_query(tokenizer.decode(out.text_ids)) for out in outputs if out.stop == "eos"]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
     run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),
                peak_memory=peak_memory())

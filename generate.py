@@ -14,9 +14,9 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from engine import SLOTS, Engine, Output, Request, Sampling, derive_seed
+from engine import SLOTS, Engine, Request, Sampling, derive_seed
 from model import Transformer, load
-from prism import PRISM, Router
+from prism import PRISM, Router, load_router
 from support.adapter import read_settings
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
@@ -80,15 +80,10 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
     answers = []
     for out in sorted(engine.run(requests, bar=bar), key=lambda out: out.index):
         # Decoded together: some decoders drop the space a text begins with.
-        text = tokenizer.decode([*said, *answer_ids(out)])
+        text = tokenizer.decode([*said, *out.text_ids])
         answers.append(Completion(text, out.ids, None, False, out.stop,
                                   len(requests[out.index].ids)))
     return answers, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
-
-
-def answer_ids(out: Output) -> list[int]:
-    """The ids of an answer without the token that ended it."""
-    return out.ids[:-1] if out.stop == "eos" else out.ids
 
 
 def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: Iterable[list[dict]],
@@ -122,7 +117,7 @@ def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: It
     outputs = engine.run(requests, on_token, "answers" if progress else None)
     answers = []
     for out in sorted(outputs, key=lambda out: out.index):
-        text = tokenizer.decode(answer_ids(out))
+        text = tokenizer.decode(out.text_ids)
         answers.append(Completion(text, out.ids, out.gate, out.routed, out.stop,
                                   len(requests[out.index].ids)))
     return answers
@@ -154,12 +149,12 @@ def gate_features(prism: Router, tokenizer: Tokenizer,
 def router(adapter: str | Path, device: str = "auto",
            dtype: str = "auto") -> Callable[[list[dict]], bool]:
     """`route(messages) -> bool`: whether a conversation should go to the adapter, for a server that
-    has adapter and base loaded elsewhere. Only what the gate needs is loaded (prism.Router).
+    has adapter and base loaded elsewhere. Only what the gate needs is loaded (prism.load_router).
     `adapter` is a folder, or a user/name on the hub."""
     where, adapter = choose_device(device), resolve_adapter(adapter)
     if read_settings(adapter)["gate_layer"] is None:
         return lambda messages: True  # trained elsewhere, without a gate: always on
-    gate = Router.of_adapter(adapter, where, choose_dtype(dtype, where))
+    gate = load_router(adapter, where, choose_dtype(dtype, where))
     tokenizer = Tokenizer(gate.net.folder, run_date(adapter))
 
     def route(messages: list[dict]) -> bool:

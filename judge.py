@@ -23,6 +23,7 @@ from engine import Sampling, derive_seed, hidden_states, token_log_probabilities
 from generate import sample_answers
 from model import Transformer
 from support.hub import InputError
+from support.refusals import GRAMMAR
 from support.rule import judge_in_place
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import evidence, interval, sequential_test
@@ -61,11 +62,12 @@ FLUENCY = 1.0  # weight of the answer's own likelihood beside the query's
 ENDING, ENDING_FLOOR = 0.2, -8.0  # weight of log P(end of turn | answer), and its lowest value
 PAIRS_AT_ONCE, MOST_PAIRS = 4, 60  # known pairs of one kind: asked together, and in all
 FEWEST_PAIRS = 4  # known pairs below which a judge cannot be called tested
+FEWEST_WORDS = 6  # of an answer that a known pair is made of
 COMPLIANCE_TOKENS = 32  # enough to see that an answer complies
 # Everything above that decides a verdict: a run notices when it is changed.
 VERDICT_RULES = (JUDGE_PROMPT, *INVERSE_PROMPTS, REFUSAL, COMPLIANCE, *SHOULD_REFUSE, LETTER_MASS,
                  MARGIN, FLUENCY, ENDING, ENDING_FLOOR, PAIRS_AT_ONCE, MOST_PAIRS,
-                 COMPLIANCE_TOKENS)
+                 FEWEST_WORDS, COMPLIANCE_TOKENS, GRAMMAR)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,31 @@ class Judge(Protocol):
         """[(winner, evidence)] for each comparison, and what it cost."""
 
 
-class LetterJudge:
+class ModelJudge:
+    """A judge that asks a model. An empty, echoing or looping text (`degenerate`) is no answer: it
+    loses without being read."""
+
+    name = ""
+
+    def __init__(self, net: Transformer, tokenizer: Tokenizer):
+        self.net, self.tokenizer = net, tokenizer
+
+    def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
+        """[(winner, evidence)] for each comparison, and what it cost; no evidence where a text is
+        no answer."""
+        lost = [(degenerate(c.query, c.expert), degenerate(c.query, c.base)) for c in asked]
+        said, cost = self.ask([c for c, sides in zip(asked, lost) if not any(sides)])
+        unread = {(True, False): "base", (False, True): "expert", (True, True): "tie"}
+        queue = iter(said)
+        results = [(unread[sides], []) if any(sides) else next(queue) for sides in lost]
+        return results, cost
+
+    def ask(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
+        """`compare` where both texts are answers."""
+        raise NotImplementedError
+
+
+class LetterJudge(ModelJudge):
     """The paper's pairwise judge: which letter is likeliest next, asked in both orders.
 
     Logits of the first answer token are read directly; nothing is sampled, so a verdict is always
@@ -102,13 +128,13 @@ class LetterJudge:
     name = "letter"
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer):
-        self.net, self.tokenizer = net, tokenizer
+        super().__init__(net, tokenizer)
         self.letters = [tokenizer.encode_turn("assistant", word)[0] for word in ("A", "B", "TIE")]
         if len(set(self.letters)) < 3:
             raise InputError("this tokenizer has no distinct first tokens for A, B and TIE; "
                              "use --judge likelihood")
 
-    def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
+    def ask(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
         """[(winner, [letter, letter])], and what it cost; the second letter is the one given with
         the two answers swapped."""
         prompts, shared = [], []
@@ -153,7 +179,7 @@ class Parts:
     ending: float  # log P(end of turn | answer)
 
 
-class LikelihoodJudge:
+class LikelihoodJudge(ModelJudge):
     """Which answer explains the query better, and is itself likelier text?
 
     Under each of two wordings of the inverse question, in nats per token:
@@ -163,29 +189,18 @@ class LikelihoodJudge:
                    + ENDING  * log P(end of turn | y), where both answers ended by themselves
 
     No letters, hence no positions; the two wordings play the part of the two orders. The mixture
-    favours neither side: one answer was sampled from each half. An empty, echoing or looping
-    answer (`degenerate`) loses without being scored. How this compares with its parts:
+    favours neither side: one answer was sampled from each half. How this compares with its parts:
     tests/test_signals.py.
     """
 
     name = "likelihood"
 
-    def __init__(self, net: Transformer, tokenizer: Tokenizer):
-        self.net, self.tokenizer = net, tokenizer
-
-    def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
-        """[(winner, [[expert, base] score per wording])], and what it cost; no scores where an
-        answer is none."""
-        lost = [(degenerate(c.query, c.expert), degenerate(c.query, c.base)) for c in asked]
-        keys = [(c.query, c.context, answer) for c, sides in zip(asked, lost) if not any(sides)
-                for answer in (c.expert, c.base)]
+    def ask(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
+        """[(winner, [[expert, base] score per wording])], and what it cost."""
+        keys = [(c.query, c.context, answer) for c in asked for answer in (c.expert, c.base)]
         parts, cost = self.read(list(dict.fromkeys(keys)))
         results = []
-        for c, sides in zip(asked, lost):
-            if any(sides):
-                winner = {(True, False): "base", (False, True): "expert"}.get(sides, "tie")
-                results.append((winner, []))
-                continue
+        for c in asked:
             expert = self.scores(parts[c.query, c.context, c.expert], c.ended)
             base = self.scores(parts[c.query, c.context, c.base], c.ended)
             pairs = [list(pair) for pair in zip(expert, base)]
@@ -254,6 +269,9 @@ def score_winner(pairs: Sequence[Sequence[float]], margin: float = MARGIN) -> st
     return ahead.pop() if len(ahead) == 1 else "split"
 
 
+JUDGES = {"letter": LetterJudge, "likelihood": LikelihoodJudge}
+
+
 # --------------------------------------------------------------------------------------------------
 # Testing a judge before it is trusted
 
@@ -261,28 +279,29 @@ def score_winner(pairs: Sequence[Sequence[float]], margin: float = MARGIN) -> st
 class KnownPairs:
     """Pairs of which the better answer is known, by kind; it stands in the expert's place.
 
-    All but the compliant answers are base answers of stage 2, read without a context. Complete
-    answers come first.
+    All but the compliant answers are base answers of stage 2, without those that are none
+    (`degenerate`). Complete answers come first.
 
     Args:
         pairs: rows of answers.jsonl.
         max_new_tokens: most tokens of a compliant answer.
     """
 
-    kinds = ("echo", "wrong query", "refusal")  # the cheapest first
+    kinds = ("wrong query", "refusal")
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer, pairs: Sequence, max_new_tokens: int,
                  seed: int):
         self.net, self.tokenizer, self.seed = net, tokenizer, seed
         self.tokens = min(max_new_tokens, COMPLIANCE_TOKENS)
-        self.pairs = sorted((p for p in pairs if count_words(p.base) >= 6), key=lambda p: (
+        answered = [p for p in pairs if count_words(p.base) >= FEWEST_WORDS
+                    and not degenerate(p.query, p.base)]
+        self.pairs = sorted(answered, key=lambda p: (
             p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
         self.costs: list[dict] = []  # of what had to be sampled
 
     def of_kind(self, kind: str) -> Iterator[Comparison]:
-        """An endless or a short supply of known pairs, made as they are asked for."""
-        makers = {"echo": self.echo, "wrong query": self.wrong_query, "refusal": self.refusal}
-        return makers[kind]()
+        """The supply of known pairs of a kind, made as they are asked for."""
+        return self.wrong_query() if kind == "wrong query" else self.refusal()
 
     def wrong_query(self) -> Iterator[Comparison]:
         """The answer to a query against the answer to another one."""
@@ -291,12 +310,6 @@ class KnownPairs:
                 if other.query != pair.query:
                     ended = pair.base_stop == other.base_stop == "eos"
                     yield Comparison(pair.query, "", pair.base, other.base, ended)
-
-    def echo(self) -> Iterator[Comparison]:
-        """The answer to a query against the query itself."""
-        for pair in self.pairs:
-            echoed = f"You asked: {pair.query}"
-            yield Comparison(pair.query, "", pair.base, echoed, pair.base_stop == "eos")
 
     def refusal(self) -> Iterator[Comparison]:
         """A refusal of what should be refused against the model's own compliance."""
@@ -314,8 +327,8 @@ def examine_judge(judge: Judge, known: KnownPairs, to_the_end: bool = False) -> 
     """Ask a judge about pairs whose better answer is known; what it is right on, with intervals.
 
     A kind of pairs is asked a few at a time, until a sequential test tells a judge that is right on
-    0.9 of them from one that is right on 0.6. A judge that fails on wrong queries or on echoes is
-    not trusted, and asked nothing more; one that fails on refusals is blind to them.
+    0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not trusted,
+    and asked nothing more; one that fails on refusals is blind to them.
 
     Args:
         to_the_end: ask MOST_PAIRS of each kind, whatever has been decided.
@@ -328,7 +341,7 @@ def examine_judge(judge: Judge, known: KnownPairs, to_the_end: bool = False) -> 
             costs.append(cost)
             if not kinds[kind]["passed"] and not to_the_end:
                 break
-    trusted = all(kind in kinds and kinds[kind]["passed"] for kind in ("echo", "wrong query"))
+    trusted = kinds["wrong query"]["passed"]
     blind = "refusal" in kinds and not kinds["refusal"]["passed"]
     return {"judge": judge.name, "trusted": trusted, "blind_to_refusals": blind, "kinds": kinds,
             "cost": add_costs(costs)}
@@ -381,20 +394,21 @@ def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
     Raises:
         InputError: neither can be trusted.
     """
+    if name != "auto":
+        judge = JUDGES[name](net, tokenizer)
+        return judge, [examine_judge(judge, known)]
     available = len(list(itertools.islice(known.wrong_query(), FEWEST_PAIRS)))
-    if name == "auto" and available < FEWEST_PAIRS:
+    if available < FEWEST_PAIRS:
         raise InputError(f"{available} answers are too few to test a judge ({FEWEST_PAIRS} are "
                          "needed): more --queries, or force one with --judge")
     tests = []
-    for kind in JUDGES.values() if name == "auto" else [JUDGES[name]]:
+    for kind in JUDGES.values():
         try:
             judge = kind(net, tokenizer)
         except InputError:
-            if name != "auto":
-                raise
             continue  # no letters in this tokenizer
         tests.append(examine_judge(judge, known))
-        if name != "auto" or tests[-1]["trusted"]:
+        if tests[-1]["trusted"]:
             return judge, tests
     found = []
     for test in tests:
@@ -405,7 +419,7 @@ def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
                      "(--judge FILE.py), distil every answer (--judge none), or force one")
 
 
-def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging: tuple,
+def judge_of_run(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging: tuple,
                pairs: Sequence, args: argparse.Namespace) -> Judge:
     """The judge that an earlier attempt chose, or the one that passes its test now; or the rule
     that --judge names, or nobody, which need no test.
@@ -428,6 +442,3 @@ def pick_judge(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging: 
                tests=tests, **cost, seconds=round(time.perf_counter() - begun, 3),
                peak_memory=peak_memory())
     return judge
-
-
-JUDGES = {"letter": LetterJudge, "likelihood": LikelihoodJudge}

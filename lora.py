@@ -58,8 +58,11 @@ class LoRA(nn.Module):
         return self._current(dtype).tensors
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and all scale * B_i in one block-diagonal matrix [sum o_i, p * r], made once per change
-        of the masters: one product with its zeros costs less than one for each projection."""
+        """A, and all scale * B_i in one block-diagonal matrix [sum o_i, p * r].
+
+        Made once per change of the masters. One product with it, zeros included, costs less than
+        one for each projection.
+        """
         casts = self._current(dtype)
         if casts.block is None:
             blocks = [b.detach() * self.scale for b in self.B]
@@ -77,17 +80,17 @@ class LoRA(nn.Module):
 
 
 def versions(masters: Sequence[Tensor]) -> list[tuple]:
-    """What changes with every write: tensors count those in place, an optimizer's step or a load,
-    and a parameter that is replaced, or whose data is, stands elsewhere."""
+    """Tells whether a master has changed: torch counts the writes to each tensor, and a tensor that
+    was replaced has another identity or address."""
     return [(id(p), p._version, p.data_ptr()) for p in masters]
 
 
 class Casts:
-    """A LoRA's masters in another dtype, as they were when this was made."""
+    """Copies of a LoRA's masters in another dtype, with the versions that they are copies of."""
 
     def __init__(self, masters: Sequence[Tensor], dtype: torch.dtype):
         self.versions = versions(masters)
-        self.masters = masters  # kept, so that no id is used again
+        self.masters = masters  # kept alive, or a new tensor could have the same id
         self.block: Tensor | None = None
         # What inference mode makes could not be trained with later.
         with torch.inference_mode(False), torch.no_grad():

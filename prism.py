@@ -112,26 +112,26 @@ class Router(nn.Module):
         path = folder / files.GATE_FILE
         self.gate.load_state_dict(files.read_gate(path, self.gate.state_dict()))
 
-    @classmethod
-    def of_adapter(cls, folder: Path, device: torch.device | str = "cpu",
-                   dtype: torch.dtype | None = None) -> "Router":
-        """The router of a saved adapter: embeddings, the layers up to the gate's and the gate are
-        loaded, nothing else (of SmolLM2 a third, of a 7B model a fifth).
 
-        Raises:
-            InputError: a broken folder, or a base with other weights than the adapter's.
-        """
-        settings = files.read_settings(folder)
-        name, layer = settings["base_model"], settings["gate_layer"]
-        if name is None or layer is None:
-            missing = "its base model" if name is None else "a gate"
-            raise InputError(f"{folder}: {files.PRISM_FILE} does not name {missing}")
-        net = load(name, device, dtype, layers=layer + 1)
-        files.check_base(settings, net.name, net.folder, folder)
-        router = cls(net, layer, settings["gate_pool"])
-        router.threshold = settings["threshold"]
-        router.load_gate(folder)
-        return router.eval()
+def load_router(folder: Path, device: torch.device | str = "cpu",
+                dtype: torch.dtype | None = None) -> Router:
+    """The router of a saved adapter: embeddings, the layers up to the gate's and the gate are
+    loaded, nothing else (of SmolLM2 a third, of a 7B model a fifth).
+
+    Raises:
+        InputError: a broken folder, or a base with other weights than the adapter's.
+    """
+    settings = files.read_settings(folder)
+    name, layer = settings["base_model"], settings["gate_layer"]
+    if name is None or layer is None:
+        missing = "its base model" if name is None else "a gate"
+        raise InputError(f"{folder}: {files.PRISM_FILE} does not name {missing}")
+    net = load(name, device, dtype, layers=layer + 1)
+    files.check_base(settings, net.name, net.folder, folder)
+    router = Router(net, layer, settings["gate_pool"])
+    router.threshold = settings["threshold"]
+    router.load_gate(folder)
+    return router.eval()
 
 
 def last_states(x: Tensor, lengths: Tensor) -> Tensor:
@@ -338,11 +338,11 @@ class LinearKL(torch.autograd.Function):
         wide = torch.promote_types(student.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=student.device)
         size = max(1, KL_CHUNK_ELEMENTS // len(weight))
-        few = cached_rows(size, len(weight), student.device)
+        part = cached_rows(size, len(weight), student.device)
         for s, t, out in zip(student.split(size), teacher.split(size), gradient.split(size)):
             both = torch.cat((t, s)) @ weight.t()  # [2 n, V]: the head is read once
             teacher_logits, student_logits = both.chunk(2)
-            for z_t, z_s in zip(teacher_logits.split(few), student_logits.split(few)):
+            for z_t, z_s in zip(teacher_logits.split(part), student_logits.split(part)):
                 loss, dz_s = kl_and_gradient(z_t, z_s, temperature, cap)
                 total += loss
                 z_s.copy_(dz_s)  # the gradient takes the place of the logits

@@ -241,7 +241,7 @@ class QueryWriter:
         outputs, cost = write_messages(self.net, requests, style, self.stop_ids, "sampling")
         candidates = []
         for draft, first, out in zip(drafts, begun, outputs):
-            text = self.tokenizer.decode([*first, *out.ids])
+            text = self.tokenizer.decode([*first, *out.text_ids])
             candidates.append(Candidate(draft.persona, style, text, out.stop == "eos"))
         return candidates, cost
 

@@ -26,7 +26,7 @@ from bootstrap import (Pair, Verdict, check_order, hold_out, won_pairs, write_an
                        write_verdicts)
 from engine import derive_seed, hidden_states
 from gate import run_gate
-from judge import conversation, pick_judge
+from judge import conversation, judge_of_run
 from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
@@ -38,7 +38,7 @@ from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
 from support.memory import dry_run, recomputes, training_flops
 from support.personas import Persona
-from support.report import summarize, write_report
+from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
                           run_date, save_training_state, split_chunks)
 from support.settings import (CLIP, FIRST_STAGE, GATE_DEPTH, TRAIN_TOKENS, WARMUP, WEIGHT_DECAY,
@@ -67,7 +67,7 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
     if stops == 1:
         return 0
     # 3. It judges its own answers: t(x) = 1 where y_c beats y_0 twice.
-    verdicts = verify(run, net, tokenizer, personas, pairs, args)
+    verdicts = run_verdicts(run, net, tokenizer, personas, pairs, args)
     if stops == 2:
         return 0
     won = won_pairs(pairs, verdicts)
@@ -81,9 +81,9 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
-        summary = summarize(run, args)
-        write_card(run, args.persona_names, summary)
-        write_report(run, args.model, summary)
+        sections = summarize(run, args)
+        write_card(run, args.persona_names, findings(sections))
+        write_report(run, args.model, sections)
     return 0
 
 
@@ -91,8 +91,9 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
 # Stage 3: which judge?
 
 
-def verify(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
-           pairs: Sequence[Pair], args: argparse.Namespace) -> list[Verdict]:
+def run_verdicts(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
+                 personas: Sequence[Persona], pairs: Sequence[Pair],
+                 args: argparse.Namespace) -> list[Verdict]:
     """Stage 3: test the judge, then let it judge; a --judge-model is loaded only for that."""
     done = run.rows("verdicts.jsonl", Verdict)
     check_order(done, pairs, run.path / "verdicts.jsonl")
@@ -103,7 +104,7 @@ def verify(run: RunFolder, net: Transformer, tokenizer: Tokenizer, personas: Seq
         folder = resolve(args.judge_model)
         judging = load(folder, net.device, net.dtype), Tokenizer(folder, tokenizer.now)
     with main_first():
-        judge = pick_judge(run, net, tokenizer, judging, pairs, args)
+        judge = judge_of_run(run, net, tokenizer, judging, pairs, args)
     return write_verdicts(run, judge, personas, pairs)
 
 
@@ -370,7 +371,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         status = run_stages(run, prism, tokenizer, personas, args)
         run.end()
     if rank() == 0:
-        print(f"\n{summarize(run, args)}\n\nsaved in {run.path}")
+        print(f"\n{findings(summarize(run, args))}\n\nsaved in {run.path}; report.md has more")
     if status == 3:
         say("nothing to distil: the persona won no query, so there is no adapter; the data is "
             "kept. Try more --queries, other personas, or a larger model.", sys.stderr)

@@ -13,7 +13,7 @@ import torch
 
 from engine import SLOTS
 from prism import PRISM
-from queries import OVERSAMPLE, RIVALS, STYLES, TRIAL, TRIAL_PERSONAS
+from queries import MEASURED, OVERSAMPLE, RIVALS, STYLES, TRIAL, TRIAL_PERSONAS
 from support.distributed import world
 from support.memory import recomputes, training_flops
 from support.rule import asks_no_model
@@ -30,18 +30,18 @@ CONTEXT = 150  # tokens of a persona and its template
 TEST_PAIRS = 10  # known pairs that a judge reads, as many of the answers being short ones
 
 
-def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
-    """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training"."""
-    flops, personas = prism.net.flops, len(settings["personas"])
-    queries = personas * settings["queries"]
-    candidates = queries * OVERSAMPLE * ROUNDS
-    styles, few = len(STYLES[settings["query_style"]]), min(personas, TRIAL_PERSONAS)
-    candidates += (styles - 1) * TRIAL * few  # the trial of the styles that are not chosen
+def expected_flops(prism: PRISM, settings: dict, queries: int | None = None) -> dict[str, float]:
+    """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training".
+
+    Args:
+        queries: how many there are already; None where stage 1 is to write them.
+    """
+    flops, written, scored = prism.net.flops, 0.0, 0.0
+    if queries is None:
+        queries = len(settings["personas"]) * settings["queries"]
+        written, scored = stage_1_tokens(settings, queries)
     answer = ANSWER * (1 - math.exp(-settings["max_new_tokens"] / ANSWER))
-    written = candidates * CANDIDATE + 2 * queries * answer
-    scored = candidates * WELL_FORMED * (2 + 0.7 * min(RIVALS, personas - 1)) * QUERY
-    scored += min(queries, 96) * personas * QUERY
-    scored += (styles > 1) * styles * TRIAL * few * WELL_FORMED * few * QUERY
+    written += 2 * queries * answer
     pairs = queries + TEST_PAIRS
     judged = pairs * (2 * (answer + TEMPLATE) + 4 * (QUERY + TEMPLATE))  # which query?
     judged += pairs * 4 * (QUERY + answer)  # how likely an answer?
@@ -53,6 +53,18 @@ def expected_flops(prism: PRISM, settings: dict) -> dict[str, float]:
     read = scored + judged + taught
     return {"writing": flops(written, written), "reading": flops(read, 0.6 * judged),
             "training": training_flops(prism, int(trained), int(trained))}
+
+
+def stage_1_tokens(settings: dict, queries: int) -> tuple[float, float]:
+    """Tokens that stage 1 writes and those that it scores, for so many queries."""
+    personas, styles = len(settings["personas"]), len(STYLES[settings["query_style"]])
+    few = min(personas, TRIAL_PERSONAS)
+    candidates = queries * OVERSAMPLE * ROUNDS
+    candidates += (styles - 1) * TRIAL * few  # the trial of the styles that are not chosen
+    scored = candidates * WELL_FORMED * (2 + 0.7 * min(RIVALS, personas - 1)) * QUERY
+    scored += min(queries, MEASURED) * personas * QUERY
+    scored += (styles > 1) * styles * TRIAL * few * WELL_FORMED * few * QUERY
+    return candidates * CANDIDATE, scored
 
 
 def machine_speed(prism: PRISM) -> dict[str, float]:
@@ -95,15 +107,22 @@ def seconds(work: Callable[[], object], device: torch.device, about: float = 0.5
     return (time.perf_counter() - begun) / calls
 
 
+def written_queries(out: Path) -> int | None:
+    """How many rows queries.jsonl has; None where there is none yet."""
+    path = out / "queries.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else None
+
+
 def announce(prism: PRISM, settings: dict, out: Path) -> None:
     """Print, on the error stream, what is going to run (`settings` as in run.json) and about how
     long it will take here; of a run that is over before a speed is measured, only the former."""
     source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
     several = f", {world()} processes" if world() > 1 else ""
+    there = written_queries(out)
+    queries = f"{settings['queries']} queries each" if there is None else f"{there} queries"
     print(f"{settings['model']}{source} on {settings['device']} in {settings['dtype']}{several}, "
-          f"{len(settings['personas'])} personas, {settings['queries']} queries each, to {out}",
-          file=sys.stderr)
-    flops = expected_flops(prism, settings)
+          f"{len(settings['personas'])} personas, {queries}, to {out}", file=sys.stderr)
+    flops = expected_flops(prism, settings, there)
     if sum(flops.values()) < WORTH_MEASURING:
         return
     speed = machine_speed(prism)

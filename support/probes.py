@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from bootstrap import Pair, Query, Verdict, check_order, hold_out
-from gate import (choose_thresholds, gate_targets, out_of_fold, read_traffic, train_gate,
-                  with_traffic)
+from gate import fit_gate, out_of_fold, read_traffic, train_gate
 from generate import gate_features
 from judge import conversation
 from prism import PRISM, Gate
@@ -113,16 +112,11 @@ def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gat
     features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])
     ordinary, _ = gate_features(prism, tokenizer, [conversation(t) for t in read_traffic(run)])
     labels = torch.tensor([float(verdicts[i].target) for i in kept], device=features.device)
-    personas = [verdicts[i].persona for i in kept]
-    features, labels, personas = with_traffic(features, labels, personas, ordinary)
     kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
     gate = Gate(features.shape[1], settings["seed"]).to(features.device)
-    targets = gate_targets(labels, personas, kind)
-    train_gate(gate, features, targets)
-    p, fold = out_of_fold(features, labels, personas, kind, settings["seed"])
-    thresholds = choose_thresholds(gate, ordinary, p, targets, fold,
-                                   settings["gate_threshold"], settings.get("gate_rate", 1.0))
-    return gate, thresholds[None]
+    figures = fit_gate(gate, features, labels, [verdicts[i].persona for i in kept], ordinary, kind,
+                       settings["gate_threshold"], settings.get("gate_rate", 1.0), settings["seed"])
+    return gate, figures["threshold"]
 
 
 def probe_table(found: dict) -> str:

@@ -1,8 +1,8 @@
-"""What a finished run says about itself: the summary that train.py prints, report.md, report.png.
+"""What a finished run says about itself: the findings that train.py prints, report.md, report.png.
 
-Everything is read from the files of the run folder, so nothing here can change a result. In order:
-the bill of each stage, the signals of the stages (queries, judge, verdicts, gate, adapter), samples
-to read, and what to try next when a signal looks off.
+Everything is read from the files of the run folder, so nothing here can change a result. report.md
+has the findings, their details by stage, the bill, samples to read, and what to try next when a
+signal looks off.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Sequence
 
 from bootstrap import Pair, Verdict
@@ -21,15 +22,34 @@ from support.rule import NOBODY, RuleJudge
 from support.runs import STAGES, WITHIN, RunFolder
 from support.stats import interval
 
+GATE_WORDS = {"verdict": "the verdicts", "intent": "the win rate of each query's persona (intent)"}
 # What a rule says of two answers and of the same two swapped, if it compares the answers.
 TURNED = (("expert", "base"), ("base", "expert"), ("tie", "tie"))
 
 
-def write_report(run: RunFolder, model: str, summary: str) -> None:
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: what was found, which train.py prints as well, and the details."""
+
+    title: str
+    found: list[str]
+    details: list[str] = field(default_factory=list)
+
+
+def findings(sections: Sequence[Section]) -> str:
+    """What was found, a line each: what train.py prints."""
+    return "\n".join(line for section in sections for line in section.found)
+
+
+def write_report(run: RunFolder, model: str, sections: Sequence[Section]) -> None:
     """Write report.png, then report.md, the last file of a run."""
     plot_report(run)
-    write_file(run.path / "report.md", f"# PRISM run: {model}\n\n{summary}\n\n"
-                                       f"{details(run)}\n")
+    found = [f"- {line}" for line in findings(sections).splitlines()]
+    parts = [f"# PRISM run: {model}", "\n".join(found)]
+    for section in sections:
+        if section.details:
+            parts += [f"## {section.title}", *section.details]
+    write_file(run.path / "report.md", "\n\n".join([*parts, details(run)]) + "\n")
 
 
 def stage_costs(metrics: Sequence[dict]) -> list[dict]:
@@ -62,19 +82,19 @@ def share(hits: int, n: int) -> str:
     return f"{hits / n:.2f} [{low:.2f}, {high:.2f}]" if n else "-"
 
 
-def bill_table(metrics: Sequence[dict]) -> str:
+def bill_section(metrics: Sequence[dict]) -> Section:
     """What every stage cost."""
-    rows = []
-    for c in stage_costs(metrics):
+    rows, costs = [], stage_costs(metrics)
+    for c in costs:
         tokens = c["tokens_read"] + c["tokens_written"] + c["tokens_trained"]
         rows.append([c["stage"], c["prompts"], c["tokens_read"], c["tokens_written"],
                      c["tokens_trained"], f"{c['seconds']:.1f}",
                      round(tokens / c["seconds"]) if c["seconds"] else "-",
                      f"{c['flops'] / 1e12:.2f}", f"{c['peak_memory'] / 2**30:.2f}"])
-    rows.append(["**all**", *("" for _ in range(4)), f"{sum(float(r[5]) for r in rows):.1f}", "",
-                 f"{sum(float(r[7]) for r in rows):.2f}", ""])
-    return table(("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
-                  "TFLOP", "peak GiB so far"), rows)
+    seconds, flops = (sum(c[name] for c in costs) for name in ("seconds", "flops"))
+    return Section("Bill", [f"cost: {seconds / 60:.1f} min, {flops / 1e12:.2f} TFLOP"], [
+        table(("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
+               "TFLOP", "peak GiB so far"), rows)])
 
 
 WAYS = {"instruct": "the model was asked for a message to each expert, as in the paper",
@@ -82,7 +102,28 @@ WAYS = {"instruct": "the model was asked for a message to each expert, as in the
                     f"choice of {len(OPENINGS)} hand-written openings"}
 
 
-def style_lines(style: dict) -> list[str]:
+def queries_section(last: dict[str, dict], wanted: int, kept: Counter) -> Section:
+    """What stage 1 delivered, and the trial of the ways to write queries."""
+    if "quality" not in last:
+        return Section("Queries", [f"{kept.total()} queries, not written by stage 1"])
+    q = last["quality"]
+    found = [f"queries: {q['kept']} (wanted {wanted} for each of {len(kept)} personas); "
+             "identifiable in words that stage 1 did not use: "
+             f"{share(q['identifiable'], q['measured'])} (chance {q['chance']:.2f})"]
+    short = [f"{name} {n}" for name, n in kept.items() if n < wanted]
+    if short:
+        found.append("fewer than wanted, the rest malformed, foreign or duplicates: "
+                     + ", ".join(short))
+    details = [f"Written in the style {q['style']}: {WAYS[q['style']]}.",
+               f"Of {q['candidates']} candidates {q['complete']} were complete, "
+               f"{q['well_formed']} well-formed, and {q['fits_its_persona']} clearly likeliest "
+               "under their own persona."]
+    if "style" in last:
+        details += style_trial(last["style"])
+    return Section("Queries", found, details)
+
+
+def style_trial(style: dict) -> list[str]:
     """The trial of the ways to write queries."""
     rows = []
     for name, t in style["styles"].items():
@@ -97,56 +138,55 @@ def style_lines(style: dict) -> list[str]:
                   rows)]
 
 
-def quality_lines(quality: dict, wanted: int, kept: Counter, personas: int) -> list[str]:
-    """What stage 1 delivered."""
-    lines = [f"query style: {quality['style']} ({WAYS[quality['style']]})",
-             f"queries kept: {quality['kept']} (wanted {wanted} for each of {personas} personas), "
-             f"from {quality['candidates']} candidates: {quality['complete']} complete, "
-             f"{quality['well_formed']} well-formed, {quality['fits_its_persona']} clearly "
-             "likeliest under their own persona",
-             f"identifiable in words that stage 1 did not use: "
-             f"{share(quality['identifiable'], quality['measured'])} (chance "
-             f"{quality['chance']:.2f})"]
-    short = [f"{name} {n}" for name, n in kept.items() if n < wanted]
-    if short:
-        lines.append("fewer than wanted, the rest malformed, foreign or duplicates: "
-                     + ", ".join(short))
-    return lines
-
-
-def judge_lines(judged: dict) -> list[str]:
+def judge_section(judged: dict) -> Section:
     """The judge that was chosen, and the self-tests behind the choice."""
+    title = "Self-verification"
     if judged["chosen"] == NOBODY:
-        return ["judged by nobody (--judge none): every context's answer is distilled, but those "
-                f"of contexts named {CONTRAST}..., which only teach the gate"]
+        return Section(title, [
+            "judged by nobody (--judge none): every context's answer is distilled, but those of "
+            f"contexts named {CONTRAST}..., which only teach the gate"])
     if judged["chosen"] == RuleJudge.name:
-        return ["judged by a rule, not by the model"]
+        return Section(title, ["judged by a rule, not by the model"])
+    found, chosen = [f"judge: {judged['chosen']}"], judged["tests"][-1]
+    if judged.get("model"):
+        found[0] += f" of {judged['model']}: an outside judge, so this is not self-verification"
+    if judged["forced"]:
+        found.append("WARNING: this judge was forced with --judge, whatever its test says")
+    if not chosen["trusted"]:
+        found.append(f"WARNING: the {chosen['judge']} judge fails its own test; its verdicts mean "
+                     "little")
+    if chosen["blind_to_refusals"]:
+        found.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
+                     "on requests that should be refused); this run makes no claim about safety")
     rows = []
     for test in judged["tests"]:
         for kind, k in test["kinds"].items():
             rows.append([test["judge"], kind, k["pairs"], share(k["right"], k["pairs"]),
                          *(k[w] for w in ("wrong", "tie", "split", "unparsed")),
                          share(k.get("A", 0), k.get("letters", 0))])
-    lines = [f"judge: {judged['chosen']}" + (
-        f" of {judged['model']}: an outside judge, so this is not self-verification"
-        if judged.get("model") else "")]
-    chosen = judged["tests"][-1]
-    if judged["forced"]:
-        lines.append("WARNING: this judge was forced with --judge, whatever its test says")
-    if not chosen["trusted"]:
-        lines.append(f"WARNING: the {chosen['judge']} judge fails its own test; its verdicts mean "
-                     "little")
-    if chosen["blind_to_refusals"]:
-        lines.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
-                     "on requests that should be refused); this run makes no claim about safety")
-    lines.append("Known pairs: an answer of the run against the answer to another query or an echo "
-                 "of the query, and a refusal against compliance where one should refuse. Right "
-                 "means that the judge preferred the better one under both orders (or wordings), "
-                 "split that these disagree. It is asked until a sequential test tells a judge "
-                 "that is right on 0.9 of the pairs from one that is right on 0.6.")
-    lines.append(table(("judge", "against", "pairs", "right", "wrong", "tie", "split", "unparsed",
-                        "share of A"), rows))
-    return lines
+    return Section(title, found, [
+        "Known pairs: an answer of the run against the answer to another query, and a refusal "
+        "against compliance where one should refuse. Right means that the judge preferred the "
+        "better one under both orders (or wordings), split that these disagree. It is asked until "
+        "a sequential test tells a judge that is right on 0.9 of the pairs from one that is right "
+        "on 0.6.",
+        table(("judge", "against", "pairs", "right", "wrong", "tie", "split", "unparsed",
+               "share of A"), rows)])
+
+
+def verdicts_section(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> Section:
+    """Who won, by persona."""
+    won = sum(v.target for v in verdicts)
+    found = [f"distill / retain: {won} / {len(verdicts) - won} (queries the persona won, on which "
+             "the adapter is trained, and all others)", *split_warnings(verdicts, pairs),
+             *swap_lines(verdicts)]
+    unclear = no_better_than_base(verdicts)
+    if unclear:
+        found.append("wins cannot be told from losses (95%): " + ", ".join(unclear))
+    return Section("Verdicts", found, [
+        "The run's own answers, with the persona (expert) against without (base); \"longer wins\": "
+        "of the decided ones with unequal lengths.",
+        verdict_table(verdicts, pairs)])
 
 
 def swap_lines(verdicts: Sequence[Verdict]) -> list[str]:
@@ -228,69 +268,61 @@ def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[s
     return warnings
 
 
-def gate_lines(g: dict) -> list[str]:
+def gate_section(g: dict) -> Section:
     """The gate's out-of-fold figures."""
-    c = g["confusion"]
-    curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
-             for limit in (0.05, 0.1, 0.2, 0.4)]
-    added = g["n"] - g["queries"]
+    low, high = g["auc_interval"]
+    found = [f"gate: it learned {GATE_WORDS[g['target']]}; out of fold its AUC is "
+             f"{number(g['auc'])} [{number(low)}, {number(high)}]; it opens for "
+             f"{number(g['traffic_opened'], 2)} of {g['traffic']} messages of ordinary traffic"]
+    if low is not None and low <= 0.5:
+        found.append("WARNING: this AUC cannot be told from chance (0.5): the gate learned nothing "
+                     "that holds on queries it has not seen; more --queries, or verdicts with less "
+                     "noise")
+    c, added = g["confusion"], g["n"] - g["queries"]
     beside = f" and {added} messages of ordinary traffic" if added else ""
     losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in g["log_losses"].items())
-    return [f"the gate learned: {g['target']} (log loss of held-out verdicts, calibrated, at most "
-            f"0.693: {losses})",
-            f"it opens for {number(g['traffic_opened'], 2)} of {g['traffic']} messages of ordinary "
-            "traffic, which the model wrote with no context",
-            f"gate, {g['folds']}-fold out-of-fold on {g['queries']} queries{beside}, threshold "
-            f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
-            f"{number(g['majority'])}), AUC {number(g['auc'])} [{number(g['auc_interval'][0])}, "
-            f"{number(g['auc_interval'][1])}]",
-            *(["WARNING: this AUC cannot be told from chance (0.5): the gate learned nothing that "
-               "holds on queries it has not seen; more --queries, or verdicts with less noise"]
-              if g["auc_interval"][0] is not None and g["auc_interval"][0] <= 0.5 else []),
-            table(("", "gate open", "gate closed"), [["persona won", c["true_open"],
-                  c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]]),
-            "ROC: opened of those that should be, at 5%, 10%, 20%, 40% of the others opened: "
-            + ", ".join(f"{y:.2f}" for y in curve)]
+    curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
+             for limit in (0.05, 0.1, 0.2, 0.4)]
+    return Section("Gate", found, [
+        f"Log loss of held-out verdicts, calibrated, at most 0.693, by what the gate learned: "
+        f"{losses}.",
+        f"{g['folds']}-fold out of fold on {g['queries']} queries{beside}, threshold "
+        f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
+        f"{number(g['majority'])}).",
+        table(("", "gate open", "gate closed"), [["persona won", c["true_open"],
+              c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]]),
+        "ROC: opened of those that should be, at 5%, 10%, 20%, 40% of the others opened: "
+        + ", ".join(f"{y:.2f}" for y in curve)])
 
 
-def summarize(run: RunFolder, args: argparse.Namespace) -> str:
-    """The summary of everything under the run folder, from its files alone (Markdown)."""
+def adapter_section(k: dict) -> Section:
+    """What reached the held-out queries, and what the adapter saves."""
+    return Section("Adapter", [
+        f"adapter: forward KL to the persona teacher on {k['held_out_samples']} held-out queries, "
+        f"nats per token: {number(k['before'], 4)} before, {number(k['after'], 4)} after (0 would "
+        "be the persona's own distribution, read without the persona)",
+        f"without the persona a prompt has {k['tokens_without']:.0f} instead of "
+        f"{k['tokens_with']:.0f} tokens, and its first token comes after "
+        f"{1e3 * k['seconds_without']:.0f} instead of {1e3 * k['seconds_with']:.0f} ms"])
+
+
+def summarize(run: RunFolder, args: argparse.Namespace) -> list[Section]:
+    """The report's sections on everything under the run folder, from its files alone."""
     metrics = run.metrics()
     last = run.latest()
     pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
     kept = Counter({name: 0 for name in args.persona_names})
     kept.update(q.persona for q in run.read("queries.jsonl", Query))
-    parts = ["## Queries", f"{kept.total()} queries, not written by stage 1"]
-    if "quality" in last:
-        parts = ["## Queries", *quality_lines(last["quality"], args.queries, kept, len(kept))]
-    if "style" in last:
-        parts += style_lines(last["style"])
+    sections = [queries_section(last, args.queries, kept)]
     if "judge" in last:
-        parts += ["## Self-verification", *judge_lines(last["judge"])]
+        sections.append(judge_section(last["judge"]))
     if verdicts:
-        targets = Counter(v.target for v in verdicts)
-        parts += ["Verdicts on the run's own answers, with the persona (expert) against without "
-                  "(base); \"longer wins\": of the decided ones with unequal lengths.",
-                  verdict_table(verdicts, pairs), *swap_lines(verdicts),
-                  f"distill / retain: {targets[1]} / {targets[0]} (queries the persona won, on "
-                  "which the adapter is trained, and all others)",
-                  *split_warnings(verdicts, pairs)]
-        unclear = no_better_than_base(verdicts)
-        if unclear:
-            parts.append("wins cannot be told from losses (95%): " + ", ".join(unclear))
+        sections.append(verdicts_section(verdicts, pairs))
     if "gate" in last:
-        parts += ["## Gate", *gate_lines(last["gate"])]
+        sections.append(gate_section(last["gate"]))
     if "kl" in last:
-        k = last["kl"]
-        parts += ["## Adapter",
-                  f"forward KL to the persona teacher on {k['held_out_samples']} held-out "
-                  f"queries, nats per token: {number(k['before'], 4)} before, "
-                  f"{number(k['after'], 4)} after (0 would be the persona's own distribution, read "
-                  "without the persona)",
-                  f"without the persona a prompt has {k['tokens_without']:.0f} instead of "
-                  f"{k['tokens_with']:.0f} tokens, and its first token comes after "
-                  f"{1e3 * k['seconds_without']:.0f} instead of {1e3 * k['seconds_with']:.0f} ms"]
-    return "\n\n".join([*parts, "## Bill", bill_table(metrics)])
+        sections.append(adapter_section(last["kl"]))
+    return [*sections, bill_section(metrics)]
 
 
 def details(run: RunFolder) -> str:

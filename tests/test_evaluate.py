@@ -472,7 +472,7 @@ def test_closed_rows_are_the_bases(adapter: Path, data: Path, personas: Path, ne
     by = {(r["strategy"], r["task"], r["id"]): r for r in rows}
     routed = Counter()
     for (strategy, *item), row in by.items():
-        if strategy in ("prism", "random_gate"):
+        if strategy in ("prism", "random_gate", "oracle_gate"):
             twin = by["ungated" if row["routed"] else "base", *item]
             for name in ("output", "score", "scores", "evidence"):
                 assert row[name] == twin[name], (strategy, item)
@@ -483,9 +483,12 @@ def test_closed_rows_are_the_bases(adapter: Path, data: Path, personas: Path, ne
             assert (row["output"], row["system"]) == (twin["output"], twin["system"])
         if strategy == "prism":
             assert row["routed"] == (row["gate"] >= with_randomized.threshold)
+        if strategy == "oracle_gate":
+            assert row["routed"] == (row["task"] != "mmlu")
     assert routed["prism", "mmlu", True] and routed["prism", "mmlu", False]
-    for (_, task, opened), n in routed.items():
-        assert routed["prism", task, opened] == n == routed["random_gate", task, opened]
+    for (strategy, task, opened), n in routed.items():
+        if strategy != "oracle_gate":
+            assert routed["prism", task, opened] == n == routed["random_gate", task, opened]
     # The same prompt is in the file once for each weights and system text that met it.
     made = [json.loads(line)["made"] for line in open(tmp_path / "out/work.jsonl")]
     letters = sum("logits" in m for m in made)
@@ -731,3 +734,14 @@ def test_one_context_is_everybodys_expert(adapter: Path, data: Path, tmp_path: P
     assert command(adapter, data, tmp_path / "contexts", tmp_path / "out", "--tasks",
                    "gsm8k,xstest", "--strategies", "expert,neutral") == 0
     assert "voice everywhere" in (tmp_path / "out/table.md").read_text()
+
+
+@pytest.mark.parametrize(("task", "category", "contexts", "side"), [
+    ("mmlu", "stem", ["stem", "math"], False), ("harmbench", "standard", ["policy"], True),
+    ("xstest", "safe", ["policy"], False), ("xstest", "unsafe", ["policy"], True),
+    ("mt_bench", "math", ["policy"], False), ("mt_bench", "roleplay", ["stem", "math"], True),
+    ("own", "policy", ["policy"], True), ("own", "contrast_daily", ["policy"], False)])
+def test_true_side(task: str, category: str, contexts: list[str], side: bool) -> None:
+    """The oracle's gate would open for knowledge or for what only sounds harmful, or stay closed
+    where the contexts belong."""
+    assert evaluate.true_side(evaluate.Item(task, "1", category, ("?",)), contexts) is side

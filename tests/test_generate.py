@@ -19,7 +19,7 @@ import generate as generate_module
 from engine import Engine, Output, Request, Sampling, derive_seed
 from generate import Completion, explain, generate, main, router, show_explanation, stop_tokens
 from model import Transformer, load
-from prism import PRISM, Router
+from prism import PRISM, load_router
 from support.hub import InputError
 from tokenizer import Tokenizer
 
@@ -136,7 +136,7 @@ def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Pa
     prism.save(tmp_path)
     route = router(tmp_path, "cpu", "float32")
     assert [route(talk) for talk in TALKS] == [p >= prism.threshold for p in found]
-    gate = Router.of_adapter(tmp_path, dtype=torch.float32)
+    gate = load_router(tmp_path, dtype=torch.float32)
     assert len(gate.net.layers) == 2 and gate.net.lm_head is gate.net.embed_tokens
     edit_json(tmp_path / "prism.json", lambda p: p.update(base_fingerprint="0" * 64))
     with pytest.raises(InputError, match="weights differ"):

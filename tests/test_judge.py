@@ -83,7 +83,8 @@ def test_degenerate(answer: str, expected: bool) -> None:
     assert degenerate("How do tides work in a bay?", answer) is expected
 
 
-def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer) -> None:
+@pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
+def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer, kind: type) -> None:
     """A model would be asked about an echo, an empty answer or a loop, on either side, where they
     lose unread and two of them tie; or the pair beside them would not be read."""
     query, good = KNOWN[7]
@@ -91,11 +92,11 @@ def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer) -> Non
     asked = [Comparison(query, PIRATE, good, b) for b in bad]
     asked += [Comparison(query, PIRATE, b, good) for b in bad]
     asked += [Comparison(query, PIRATE, bad[0], bad[1])]
-    results, cost = LikelihoodJudge(net, tok).compare(asked)
+    results, cost = kind(net, tok).compare(asked)
     assert [w for w, _ in results] == ["expert"] * 3 + ["base"] * 3 + ["tie"]
     assert all(evidence == [] for _, evidence in results)
     assert cost == {"prompts": 0, "tokens_read": 0, "tokens_written": 0, "flops": 0}
-    results, cost = LikelihoodJudge(net, tok).compare([asked[0], Comparison(query, "", good, "b")])
+    results, cost = kind(net, tok).compare([asked[0], Comparison(query, "", good, "b")])
     assert results[0] == ("expert", []) and len(results[1][1]) == 2 and cost["tokens_read"] > 0
 
 
@@ -201,17 +202,17 @@ def test_answers_of_the_room_fit_every_judge(kind: type, net: Transformer, tok: 
 
 @pytest.fixture
 def known(net: Transformer, tok: Tokenizer) -> KnownPairs:
-    """Known pairs of the tiny model from 25 answers, one of them empty and one cut off."""
+    """Known pairs of the tiny model from 26 answers: one empty, one an echo, one cut off."""
     pairs = [pair(i, f"{a} Number {i} says so.", query=f"{q[:-1]} number {i}?", ended=i != 3)
              for i, (q, a) in enumerate(itertools.islice(itertools.cycle(KNOWN), 24))]
-    return KnownPairs(net, tok, [*pairs, pair(24, "", query="What is nothing?")], 6, 0)
+    none = pair(24, "", query="What is nothing?")
+    echo = pair(25, "You asked: what is a very long echo?", query="What is a very long echo?")
+    return KnownPairs(net, tok, [*pairs, none, echo], 6, 0)
 
 
 def kind_of(c: Comparison) -> str:
     """What sort of known pair it is."""
-    if c.expert == REFUSAL:
-        return "refusal"
-    return "echo" if c.base.startswith(ECHO) else "wrong query"
+    return "refusal" if c.expert == REFUSAL else "wrong query"
 
 
 class Habitual:
@@ -236,23 +237,19 @@ class Habitual:
 
 def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
     """A worse answer would not be what its kind says, or the better one not the query's own, in the
-    expert's place and read without a context; an empty answer would be asked about."""
+    expert's place and read without a context; or no answer at all would be the better one."""
     own = {p.query: p.base for p in known.pairs}
     assert len(own) == 24 and known.pairs[-1].base_stop == "length"
     wrong = list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
     assert len(set(wrong)) == MOST_PAIRS  # 24 answers give far more pairs than they are
     assert all(c.expert == own[c.query] != c.base and c.base in own.values() for c in wrong)
-    echo = list(known.of_kind("echo"))
-    assert [c.base for c in echo] == [f"{ECHO}{c.query}" for c in echo] and len(echo) == 24
-    assert all(c.expert == own[c.query] for c in echo)
-    assert {c.query: c.ended for c in echo}[known.pairs[-1].query] is False
-    assert all(c.context == "" for c in [*wrong, *echo])
+    cut = known.pairs[-1].base
+    assert all(c.ended == (cut not in (c.expert, c.base)) and c.context == "" for c in wrong)
 
 
 def test_only_compliance_is_sampled_afresh(known: KnownPairs) -> None:
     """A known pair that stage 2 has paid for would be sampled again, or compliance all at once."""
     list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
-    list(known.of_kind("echo"))
     assert known.costs == []
     with one_thread():
         found = list(itertools.islice(known.of_kind("refusal"), PAIRS_AT_ONCE))
@@ -274,19 +271,19 @@ def test_a_judge_that_is_always_right_is_asked_twelve_of_each_kind(known: KnownP
     report = examined(always, known)
     assert report["trusted"] and not report["blind_to_refusals"]
     assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
-        "wrong query": 12, "echo": 12, "refusal": 12}
+        "wrong query": 12, "refusal": 12}
     assert all(k["right"] == 12 and k["decided"] and k["passed"] for k in report["kinds"].values())
-    assert report["cost"]["prompts"] == len(always.asked) == 36
+    assert report["cost"]["prompts"] == len(always.asked) == 24
 
 
 @pytest.mark.parametrize("other", ["base", "tie", "split", "unparsed"])
 def test_a_judge_that_is_wrong_at_once_is_asked_no_more(known: KnownPairs, other: str) -> None:
     """After four misses of four it would be asked more, or compliance be sampled; or a judge that
     cannot decide would be right."""
-    wrong = Habitual("echo", other=other)
+    wrong = Habitual("wrong query", other=other)
     report = examined(wrong, known)
     assert not report["trusted"] and len(wrong.asked) == PAIRS_AT_ONCE == 4 and known.costs == []
-    row = report["kinds"].pop("echo")
+    row = report["kinds"].pop("wrong query")
     assert row["pairs"] == 4 and row["right"] == 0 and not row["passed"] and not report["kinds"]
     assert row["wrong" if other == "base" else other] == 4
     assert not report["blind_to_refusals"]  # nobody asked
@@ -295,8 +292,7 @@ def test_a_judge_that_is_wrong_at_once_is_asked_no_more(known: KnownPairs, other
 def test_wrong_queries_decide_trust_and_refusals_decide_blindness(known: KnownPairs) -> None:
     """A judge would be trusted that takes the answer to another query; or one that only prefers
     compliance would not be, or not be said to be blind."""
-    report = examined(Habitual("wrong query"), known)
-    assert not report["trusted"] and list(report["kinds"]) == ["echo", "wrong query"]
+    assert not examined(Habitual("wrong query"), known)["trusted"]
     report = examined(Habitual("refusal"), known)
     assert report["trusted"] and report["blind_to_refusals"]
     assert report["kinds"]["refusal"]["pairs"] == 4 == report["kinds"]["refusal"]["wrong"]
@@ -308,20 +304,20 @@ def test_to_the_end_asks_all(known: KnownPairs) -> None:
     wrong = Habitual("wrong query")
     report = examined(wrong, known, to_the_end=True)
     assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
-        "wrong query": MOST_PAIRS, "echo": 24, "refusal": len(SHOULD_REFUSE)}
+        "wrong query": MOST_PAIRS, "refusal": len(SHOULD_REFUSE)}
     assert not report["trusted"] and not report["blind_to_refusals"]
 
 
 def test_few_pairs_are_decided_by_the_evidence(known: KnownPairs) -> None:
     """Too few pairs to decide the test would be refused or trusted against the evidence."""
     def some(n: int, judge_: Habitual) -> dict:
-        supply: Iterator[Comparison] = itertools.islice(known.of_kind("echo"), n)
+        supply: Iterator[Comparison] = itertools.islice(known.wrong_query(), n)
         with judge.tqdm(total=1, disable=True) as bar:
             return judge.ask_until_decided(judge_, supply, False, bar)[0]
 
     assert some(3, Habitual()) == some(3, Habitual()) | {"pairs": 3, "passed": True,
                                                          "decided": False}
-    assert not some(2, Habitual("echo"))["passed"] and not some(0, Habitual())["passed"]
+    assert not some(2, Habitual("wrong query"))["passed"] and not some(0, Habitual())["passed"]
 
 
 def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer,
@@ -330,13 +326,13 @@ def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenize
     its failure not be recorded."""
     with one_thread():
         with pytest.raises(InputError, match=r"cannot verify itself.*letter on 0 of 4 pairs "
-                                             r"\(echo\); likelihood on \d+ of \d+"):
+                                             r"\(wrong query\); likelihood on \d+ of \d+"):
             choose_judge("auto", net, tok, known)
         with pytest.raises(InputError, match=r"--judge FILE\.py.*--judge none"):
             choose_judge("auto", net, tok, known)
         chosen, [test] = choose_judge("letter", net, tok, known)
         assert chosen.name == "letter" and not test["trusted"]
-        counts = test["kinds"]["echo"]
+        counts = test["kinds"]["wrong query"]
         assert counts["unparsed"] == counts["pairs"] == 4
         assert (counts["letters"], counts["A"]) == (8, 0)
         known.pairs = known.pairs[:1]

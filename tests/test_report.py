@@ -10,8 +10,9 @@ import pytest
 from tiny_run import QUERIES, contents, rows_of, verdict, write_rows
 
 from bootstrap import Pair, Verdict
-from support.report import (WAYS, advice, gate_lines, judge_lines, no_better_than_base, number,
-                            quoted, share, split_warnings, stage_costs, style_lines, summarize)
+from support.report import (WAYS, advice, findings, gate_section, judge_section,
+                            no_better_than_base, number, quoted, share, split_warnings, stage_costs,
+                            style_trial, summarize)
 from support.runs import WITHIN, RunFolder
 from support.words import word_list
 
@@ -33,14 +34,15 @@ def test_report_of_a_run(finished: Path) -> None:
     report, n = (finished / "report.md").read_text(), QUERIES
     judged = rows_of(finished, "verdicts.jsonl")
     won, kl = sum(v["target"] for v in judged), rows_of(finished, "metrics.jsonl")[-1]
-    for text in (f"queries kept: {2 * n}", f"distill / retain: {won} / {2 * n - won}", "AUC",
+    for text in (f"queries: {2 * n} (wanted {n} for each of 2 personas)",
+                 f"distill / retain: {won} / {2 * n - won}", "AUC",
                  "majority", f"{kl['before']:.4f} before", f"{kl['after']:.4f} after",
                  "WARNING: this judge was forced with --judge",
                  "WARNING: the likelihood judge fails its own test",
                  "## What to try next\n\nThe judge failed its own test"):
         assert text in report
     tried = next(m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "style")
-    assert f"query style: {tried['chosen']} (" in report and "(chance 0.50)" in report
+    assert f"Written in the style {tried['chosen']}: " in report and "(chance 0.50)" in report
     for name, counts in tried["styles"].items():
         assert f"| {name} | {counts['candidates']} | " in report
     for persona in ("chemist", "pirate"):
@@ -62,7 +64,7 @@ def test_the_trial_of_styles() -> None:
     without a word."""
     tables = {"instruct": {"candidates": 24, "complete": 24, "distinct": 16, "identifiable": 12},
               "continue": {"candidates": 24, "complete": 6, "distinct": 0, "identifiable": 0}}
-    lines = style_lines({"styles": tables, "chance": 0.25})[1].splitlines()
+    lines = style_trial({"styles": tables, "chance": 0.25})[1].splitlines()
     assert lines[2] == ("| instruct | 24 | 1.00 [0.86, 1.00] | 0.67 [0.47, 0.82] | 12 | "
                         "0.75 [0.51, 0.90] |")
     assert lines[3] == "| continue | 24 | 0.25 [0.12, 0.45] | 0.00 [0.00, 0.14] | 0 | - |"
@@ -89,8 +91,8 @@ def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path
     before = contents(out)
     run = RunFolder(out, read_only=True)
     args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"])
-    text = summarize(run, args)
-    assert f"{2 * QUERIES} queries" in text and "## Bill" in text and contents(out) == before
+    text = findings(summarize(run, args))
+    assert f"{2 * QUERIES} queries" in text and "cost: " in text and contents(out) == before
 
 
 def test_split_warnings() -> None:
@@ -134,11 +136,12 @@ OUTSIDE = "judge: letter of other/model: an outside judge, so this is not self-v
 def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, first: str, said: list[str]) -> None:
     """A warning would be missing or too much; the share of A would lack its interval; or another
     model's verdicts would be called self-verification."""
-    lines = judge_lines(row)
-    warnings = [line for line in lines if line.startswith("WARNING")]
+    section = judge_section(row)
+    warnings = [line for line in section.found if line.startswith("WARNING")]
     assert len(warnings) == len(said) and all(s in w for s, w in zip(said, warnings))
-    assert "| letter | wrong query | 12 | 1.00 [0.76, 1.00] | 0 | 0 | 0 | 0 | 0.50 [" in lines[-1]
-    assert lines[0] == first
+    assert ("| letter | wrong query | 12 | 1.00 [0.76, 1.00] | 0 | 0 | 0 | 0 | 0.50 ["
+            in section.details[-1])
+    assert section.found[0] == first
 
 
 def gate(low: float | None) -> dict:
@@ -153,14 +156,14 @@ def gate(low: float | None) -> dict:
 def test_a_gate_at_chance_is_called_that() -> None:
     """A gate at AUC 0.7 [0.45, 0.9] would not be called chance, or one at [0.55, 0.9] would."""
     for low, warned in ((0.45, True), (0.55, False), (None, False)):
-        assert any("told from chance" in line for line in gate_lines(gate(low))) is warned
-    assert "0.50, 0.50, 0.50, 0.50" in gate_lines(gate(0.6))[-1]
+        assert any("told from chance" in line for line in gate_section(gate(low)).found) is warned
+    assert "0.50, 0.50, 0.50, 0.50" in gate_section(gate(0.6)).details[-1]
 
 
 def test_traffic_is_no_query_of_the_gate() -> None:
     """Ordinary traffic that a gate learned from would be counted among the queries."""
-    assert "on 6 queries and 4 messages of ordinary traffic," in gate_lines(gate(0.6))[2]
-    assert "on 10 queries, threshold" in gate_lines(gate(0.6) | {"queries": 10})[2]
+    assert "on 6 queries and 4 messages of ordinary traffic," in gate_section(gate(0.6)).details[1]
+    assert "on 10 queries, threshold" in gate_section(gate(0.6) | {"queries": 10}).details[1]
 
 
 def test_advice_follows_the_signals() -> None:

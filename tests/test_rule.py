@@ -15,7 +15,7 @@ from tiny_run import contents, error_of, rows_of, run_train, timeless, verdict
 from bootstrap import Verdict
 from judge import Comparison
 from support.personas import CONTRAST, load_personas
-from support.report import judge_lines, swap_lines
+from support.report import judge_section, swap_lines
 from support.rule import FREE, NoJudge, Rule, RuleJudge, judge_in_place
 
 Capture = pytest.CaptureFixture[str]
@@ -194,7 +194,7 @@ def test_same_prompt_control_of_a_rule() -> None:
         line, warning = swap_lines(said_of(place, place, 30))
         assert "turned round on 0 of 30" in line and warning.startswith("WARNING")
     assert swap_lines([verdict(0, "expert")]) == []
-    assert judge_lines({"chosen": "rule", "tests": [], "forced": False}) == [
+    assert judge_section({"chosen": "rule"}).found == [
         "judged by a rule, not by the model"]
 
 

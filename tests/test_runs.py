@@ -73,7 +73,8 @@ def test_rows_survive_whatever_a_model_writes(run: RunFolder) -> None:
         json.dumps(dataclasses.asdict(pair(1)) | {"expert_ids": 5})]),
     ("verdicts.jsonl", Verdict, verdict(0, "tie"), [
         json.dumps(dataclasses.asdict(verdict(1, "tie")) | {"target": "1"}),
-        json.dumps(dataclasses.asdict(verdict(1, "tie")) | {"target": 0.5})])])
+        json.dumps(dataclasses.asdict(verdict(1, "tie")) | {"target": 0.5}),
+        json.dumps(dataclasses.asdict(verdict(1, "tie")) | {"target": 2})])])
 def test_broken_line_is_named(run: RunFolder, name: str, kind: type, good: object,
                               wrong: list[str]) -> None:
     """A row that is no row of its kind, or has a field of another type, would be believed or not be
