@@ -189,8 +189,7 @@ class LikelihoodJudge(ModelJudge):
                    + ENDING  * log P(end of turn | y), where both answers ended by themselves
 
     No letters, hence no positions; the two wordings play the part of the two orders. The mixture
-    favours neither side: one answer was sampled from each half. How this compares with its parts:
-    tests/test_signals.py.
+    favours neither side: one answer was sampled from each half. docs/results.md compares the parts.
     """
 
     name = "likelihood"

@@ -147,29 +147,17 @@ def offsets(name: str, pair: Callable[[int, int], list]) -> Damage:
 
 
 SAFETENSORS: dict[str, Damage] = {
-    "empty": raw(lambda d: b""), "four bytes": raw(lambda d: d[:4]),
-    "cut in the header": raw(lambda d: d[:100]), "cut in the data": raw(lambda d: d[:-1]),
-    "one byte too many": raw(lambda d: d + b"\0"),
+    "empty": raw(lambda d: b""), "cut in the header": raw(lambda d: d[:100]),
+    "cut in the data": raw(lambda d: d[:-1]), "one byte too many": raw(lambda d: d + b"\0"),
     "header length 2^63": raw(lambda d: struct.pack("<Q", 2**63) + d[8:]),
-    "header length 2^64 - 1": raw(lambda d: b"\xff" * 8 + d[8:]),
-    "header length 10 GB": raw(lambda d: struct.pack("<Q", 10**10) + d[8:]),
-    "header not JSON": raw(lambda d: with_header(b"{nonsense")),
     "header not UTF-8": raw(lambda d: with_header(b'{"\xff": 1}')),
-    "header a list": raw(lambda d: with_header(b"[]")),
     "header nested": raw(lambda d: with_header(b'{"a":' * 50_000)),
-    "header of spaces": raw(lambda d: with_header(b" " * 99_000_000)),
     "a pickle": raw(lambda d: b"cos\nsystem\n(S'echo owned'\ntR."),
     "offsets overlap": header(lambda h: h[Q0].update(data_offsets=h[
         Q0.replace("q_proj", "o_proj")]["data_offsets"])),
     "offsets beyond the end": offsets(NORM, lambda a, b: [a + 10**12, b + 10**12]),
-    "offsets negative": offsets(NORM, lambda a, b: [-1, b]),
-    "offsets backwards": offsets(NORM, lambda a, b: [b, a]),
-    "offsets of text": offsets(NORM, lambda a, b: ["0", "128"]),
     "dtype unknown": header(lambda h: h[NORM].update(dtype="Q4")),
-    "dtype wider than the data": header(lambda h: h[NORM].update(dtype="F64")),
-    "shape larger than the data": header(lambda h: h[NORM].update(shape=[33])),
     "shape overflows": header(lambda h: h[NORM].update(shape=[2**62, 2**62])),
-    "shape negative": header(lambda h: h[NORM].update(shape=[-32])),
     "named twice": raw(twice),
 }
 
@@ -209,25 +197,14 @@ def test_gate_that_divides_by_zero(folder: Path, adapter: Path, tmp_path: Path,
     assert "gate.safetensors" in refused(capsys, ask(folder, copy))
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_base_weights_that_are_not_numbers(value: str, folder: Path, tmp_path: Path,
-                                           capsys: Capture) -> None:
-    """One NaN in the base makes every answer nonsense: the tensor is named instead."""
+@pytest.mark.parametrize(("change", "dtype"), [
+    (lambda t: t.fill_(float("nan")), "float32"), (lambda t: t * 1e6, "float16")])
+def test_base_weights_that_are_not_finite(change: Callable, dtype: str, folder: Path,
+                                          tmp_path: Path, capsys: Capture) -> None:
+    """One NaN in the base, or what fits fp32 but not fp16, would make every answer nonsense."""
     model = copy_folder(folder, tmp_path / "model")
-
-    def spoil(t: torch.Tensor) -> torch.Tensor:
-        t[3, 5] = float(value)
-        return t
-
-    tensor(Q0, spoil)(model / "model.safetensors")
-    assert Q0 in refused(capsys, ask(model))
-
-
-def test_base_weights_beyond_the_dtype(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    """What fits fp32 but not fp16 would become infinite on the way."""
-    model = copy_folder(folder, tmp_path / "model")
-    tensor(Q0, lambda t: t * 1e6)(model / "model.safetensors")
-    assert Q0 in refused(capsys, ask(model, None, "--dtype", "float16"))
+    tensor(Q0, change)(model / "model.safetensors")
+    assert Q0 in refused(capsys, ask(model, None, "--dtype", dtype))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,9 +224,8 @@ def shard(model: Path) -> Path:
     return index
 
 
-NAMES = ["../outside.safetensors", "{tmp}/outside.safetensors", "link.safetensors", ".", "..", "",
-         "sub/one.safetensors", "..\\outside.safetensors", "one.safetensors\0", "sub",
-         "\ud800", "a" * 5000, "config.json", 7, None, ["one.safetensors"], {}]
+NAMES = ["../outside.safetensors", "{tmp}/outside.safetensors", "link.safetensors", "..", "",
+         "sub/one.safetensors", "one.safetensors\0", "a" * 5000, "config.json", 7, {}]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda n: repr(n)[:24])
@@ -291,37 +267,24 @@ def test_weights_linked_out_of_the_folder(folder: Path, tmp_path: Path, capsys: 
 # JSON
 
 
-BAD_NUMBERS = ["x", "32", [], {}, True, -1, 0, 1.5, 10**9, 10**30, float("nan")]
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"]
-CONFIG = [*((f, v) for f in SIZES for v in BAD_NUMBERS if (f, v) != (
-    "max_position_embeddings", 10**9)),
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+CONFIG = [*((f, v) for f in SIZES for v in ("32", 0, 10**30)),
+          *(("vocab_size", v) for v in ([], True, -1, 1.5, float("nan"))),
           # within what a field may be, but not what the files hold: refused before it is allocated
-          ("vocab_size", 2**22), ("hidden_size", 2**20), ("intermediate_size", 2**20),
-          ("num_hidden_layers", 1000), ("num_hidden_layers", 10**6), ("num_hidden_layers", 2),
-          ("num_attention_heads", 2**20), ("head_dim", 2**20), ("num_key_value_heads", 1),
-          *(("rms_norm_eps", v) for v in ("x", [], {}, -1, float("nan"), float("inf"), True)),
-          *(("rope_parameters", {"rope_type": "default", "rope_theta": v})
-            for v in ("x", [], -1, 0, float("nan"), float("inf"), True)),
-          ("rope_parameters", [1]), ("rope_parameters", "linear"), ("rope_parameters", 3),
-          ("rope_parameters", {"rope_type": {"a": 1}}),
-          *(("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": v})
-            for v in (0, -1, float("nan"), float("inf"), 10**400, True)),
-          ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
-                               "low_freq_factor": 1.0, "high_freq_factor": 1.0}),
-          ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
-                               "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                               "original_max_position_embeddings": "x"}),
-          ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0, "factor": 8.0}),
-          ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0,
-                               "beta_fast": "x"}),
-          ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0,
-                               "attention_factor": "x"}),
-          *((f, v) for f in ("tie_word_embeddings", "attention_bias", "mlp_bias")
-            for v in ("false", 1, [], {})),
-          *(("eos_token_id", v) for v in ("2", [2, "x"], 1.5, True, {}, [[2]])),
-          *(("model_type", v) for v in (3, [], {}, "", "gpt2")),
-          *(("dtype", v) for v in (3, ["float32"], {}, "int8"))]
+          ("vocab_size", 2**22), ("hidden_size", 2**20), ("num_hidden_layers", 1000),
+          ("num_hidden_layers", 2), ("num_attention_heads", 2**20), ("num_key_value_heads", 1),
+          *(("rms_norm_eps", v) for v in ("x", -1, float("nan"))),
+          *(("rope_parameters", ROPE | {"rope_theta": v}) for v in ("x", 0, float("inf"))),
+          ("rope_parameters", [1]), ("rope_parameters", {"rope_type": {"a": 1}}),
+          *(("rope_parameters", ROPE | {"rope_type": "linear", "factor": v}) for v in (0, 10**400)),
+          ("rope_parameters", ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                      "high_freq_factor": 1.0}),
+          ("rope_parameters", ROPE | {"rope_type": "yarn", "factor": 8.0, "beta_fast": "x"}),
+          *((f, "false") for f in ("tie_word_embeddings", "attention_bias", "mlp_bias")),
+          *(("eos_token_id", v) for v in ("2", [2, "x"], {})),
+          *(("model_type", v) for v in (3, "gpt2")), *(("dtype", v) for v in (3, "int8"))]
 
 
 @pytest.mark.parametrize(("field", "value"), CONFIG, ids=lambda v: str(v)[:40])
@@ -337,9 +300,8 @@ def test_hostile_config(field: str, value: object, folder: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("sliding_window", v) for v in ("x", -1, 0, 1.5, [], True)] + [
-    ("max_window_layers", "x"), ("use_sliding_window", "false"), *(
-        ("layer_types", v) for v in (3, "full", ["x"] * 4, [[]] * 4, [1, 2, 3, 4], [], {}))])
+    ("sliding_window", "x"), ("sliding_window", 0), ("max_window_layers", "x"),
+    ("use_sliding_window", "false"), ("layer_types", "full"), ("layer_types", ["x"] * 4)])
 def test_hostile_windows(field: str, value: object, tiny_checkpoint: Callable[..., Path],
                          tmp_path: Path, capsys: Capture) -> None:
     """The same for what says how far a layer looks."""
@@ -356,12 +318,9 @@ def test_hostile_windows(field: str, value: object, tiny_checkpoint: Callable[..
 
 
 TEXTS: dict[str, bytes] = {
-    "empty": b"", "a list": b"[1, 2]", "a number": b"7", "cut": b'{"model_type": "lla',
-    "not UTF-8": b'{"model_type": "\xff"}', "UTF-16": '{"a": 1}'.encode("utf-16"),
-    "nested": b'{"a": ' + b"[" * 1_000_000, "nested objects": b'{"a":' * 1_000_000,
-    "100 MB of spaces": b" " * 100_000_000, "spaces, then JSON": b" " * 100_000_000 + b"{}",
-    "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}", "NUL": b"\0" * 100,
-    "a pickle": b"cos\nsystem\n(S'echo owned'\ntR."}
+    "empty": b"", "a list": b"[1, 2]", "cut": b'{"model_type": "lla',
+    "not UTF-8": b'{"model_type": "\xff"}', "nested": b'{"a": ' + b"[" * 1_000_000,
+    "100 MB of spaces": b" " * 100_000_000}
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
          "model.safetensors.index.json", "prism.json"]
 
@@ -378,27 +337,24 @@ def test_hostile_json(name: str, what: str, folder: Path, adapter: Path, tmp_pat
     assert name in refused(capsys, ask(model, copy))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["config.json", "prism.json", "tokenizer.json"])
 @pytest.mark.parametrize("what", ["a folder", "a pipe", "/dev/zero"])
 def test_special_files(name: str, what: str, folder: Path, adapter: Path, tmp_path: Path,
                        capsys: Capture) -> None:
     """A folder, a pipe that nobody writes to, or an endless device in the place of a file."""
     model, copy = copy_folder(folder, tmp_path / "m"), copy_folder(adapter, tmp_path / "a")
-    if name == "model.safetensors.index.json":
-        shard(model)
     path = (copy if name == "prism.json" else model) / name
-    path.unlink(missing_ok=True)
+    path.unlink()
     if what == "a folder":
         path.mkdir()
     elif what == "a pipe":
         os.mkfifo(path)
     else:
         path.symlink_to("/dev/zero")
-    error = refused(capsys, ask(model, copy))
-    assert name in error or "neither model.safetensors nor" in error
+    assert name in refused(capsys, ask(model, copy))
 
 
-@pytest.mark.parametrize("name", ["config.json", "prism.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["config.json", "prism.json"])
 def test_keys_that_stand_twice(name: str, folder: Path, adapter: Path, tmp_path: Path,
                                capsys: Capture) -> None:
     """Which of two values is meant is not guessed."""
@@ -411,13 +367,11 @@ def test_keys_that_stand_twice(name: str, folder: Path, adapter: Path, tmp_path:
     assert name in error and key in error
 
 
-PRISM_JSON = [*(("rank", v) for v in ("2", None, True, 1.5, 0, -1, 3, 10**9, 10**30)),
-              *(("alpha", v) for v in ("32", None, True, [], float("nan"), float("inf"), -1, 0)),
-              *(("threshold", v) for v in ("x", None, True, float("nan"), -0.1, 1.1, 10**400)),
-              *(("gate_layer", v) for v in ("0", None, True, -2, 2, 10**9, 0.5)),
-              *(("gate_pool", v) for v in (0, None, "first", [])),
-              *(("base_fingerprint", v) for v in (7, [], "0" * 64)),
-              *(("base_model", v) for v in (7, [], {}))]
+PRISM_JSON = [*(("rank", v) for v in ("2", None, 0, 3, 10**30)),
+              *(("alpha", v) for v in ("32", float("nan"), -1)),
+              *(("threshold", v) for v in (None, 1.1, 10**400)),
+              *(("gate_layer", v) for v in ("0", -2, 2, 0.5)), ("gate_pool", "first"),
+              ("base_fingerprint", 7), ("base_fingerprint", "0" * 64), ("base_model", [])]
 
 
 @pytest.mark.parametrize(("field", "value"), PRISM_JSON, ids=lambda v: str(v)[:24])
@@ -433,10 +387,9 @@ def test_hostile_prism_json(field: str, value: object, folder: Path, adapter: Pa
 
 
 TOKENIZER_CONFIG = [
-    *(("chat_template", v) for v in (3, {}, [], ["x"], [3], [{"name": "default"}], [{"name": 3}],
-                                     [{"name": "default", "template": 3}], True)),
-    *((n, v) for n in ("bos_token", "eos_token") for v in (3, [], ["x"], {"content": 3},
-                                                           {"content": []}))]
+    *(("chat_template", v) for v in (3, [], ["x"], [{"name": "default"}],
+                                     [{"name": "default", "template": 3}])),
+    *(("eos_token", v) for v in (3, ["x"], {"content": 3}))]
 
 
 @pytest.mark.parametrize(("field", "value"), TOKENIZER_CONFIG, ids=lambda v: str(v)[:24])
@@ -456,18 +409,12 @@ def special(content: str, number: int) -> dict:
 
 
 TOKENIZERS: dict[str, Callable[[dict], object]] = {
-    "no model": lambda t: t.pop("model"), "model a list": lambda t: t.update(model=[]),
-    "vocab a list": lambda t: t["model"].update(vocab=["a"]),
+    "no model": lambda t: t.pop("model"),
     "vocab of text": lambda t: t["model"].update(vocab={"a": "b"}),
-    "negative id": lambda t: t["model"]["vocab"].update(zzzz=-1),
     "huge id": lambda t: t["model"]["vocab"].update(zzzz=2**40),
     "merges unknown": lambda t: t["model"].update(merges=[["qqqq", "qqqq"]]),
-    "merges a number": lambda t: t["model"].update(merges=7),
-    "added a number": lambda t: t.update(added_tokens=3),
     "added without id": lambda t: t.update(added_tokens=[{"content": "x"}]),
     "pre-tokenizer unknown": lambda t: t.update(pre_tokenizer={"type": "Exec"}),
-    "broken pattern": lambda t: t.update(pre_tokenizer={
-        "type": "Split", "pattern": {"Regex": "(((("}, "behavior": "Isolated", "invert": False}),
     "ids beyond the model's": lambda t: t["model"].update(
         vocab={s: i + (10**6 if i > 20 else 0) for s, i in t["model"]["vocab"].items()}),
 }
@@ -495,45 +442,36 @@ def test_control_token_of_no_characters(folder: Path, tmp_path: Path) -> None:
 
 TEMPLATES = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "attribute by item": "{{ messages['__class__'].__mro__ }}",
     "globals": "{{ raise_exception.__globals__['__builtins__'] }}",
     "import": "{% import 'os' as os %}{{ os.system('true') }}",
-    "include": "{% include '/etc/passwd' %}", "extends": "{% extends '/etc/passwd' %}",
+    "include": "{% include '/etc/passwd' %}",
     "undefined function": "{{ open('/etc/passwd').read() }}",
     "changes the messages": "{{ messages.append('x') }}",
     "format string": "{{ '{0.__class__.__mro__}'.format(messages) }}",
-    "raises": "{{ raise_exception('no') }}", "raises nothing": "{{ raise_exception() }}",
-    "divides": "{{ 1 / 0 }}", "unclosed": "{% for m in messages %}", "nonsense": "{{ (( }}",
+    "raises": "{{ raise_exception('no') }}", "divides": "{{ 1 / 0 }}", "nonsense": "{{ (( }}",
     "huge range": "{% for i in range(10**9) %}{{ i }}{% endfor %}",
     "nested ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
                      "{% endfor %}",
     "long text": "{{ 'x' * 10**10 }}", "long list": "{{ ([0] * 10**10)|length }}",
-    "power": "{{ 10 ** (10 ** 10) }}", "power of a power": "{{ (2 ** 3000) ** 3000 ** 2 }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
     "calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "nested": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 }
 
 
-@pytest.mark.parametrize("where", ["file", "config"])
 @pytest.mark.parametrize("what", TEMPLATES)
-def test_hostile_template(what: str, where: str, folder: Path, tmp_path: Path,
-                          capsys: Capture) -> None:
+def test_hostile_template(what: str, folder: Path, tmp_path: Path, capsys: Capture) -> None:
     """A template reads what it is given and writes text; anything else is one line."""
     model = copy_folder(folder, tmp_path / "m")
-    (model / "chat_template.jinja").unlink(missing_ok=True)
-    if where == "file":
-        (model / "chat_template.jinja").write_text(TEMPLATES[what])
-    else:
-        edit_json(model / "tokenizer_config.json",
-                  lambda c: c.update(chat_template=TEMPLATES[what]))
+    (model / "chat_template.jinja").write_text(TEMPLATES[what])
     error = refused(capsys, ask(model))
     assert str(model) in error and "chat template" in error
 
 
 @pytest.mark.parametrize("template", [
-    "{{ ''|attr('__class__') }}", "{{ strftime_now.__globals__ }}", "{{ cycler.__init__ }}",
+    "{{ ''|attr('__class__') }}", "{{ strftime_now.__globals__ }}",
     "{{ '{x.__class__}'.format_map({'x': 1}) }}", "{{ self._TemplateReference__context.eval_ctx }}",
-    "{{ [messages]|map(attribute='__class__')|list|join }}", "{{ namespace.__init__ }}"])
+    "{{ [messages]|map(attribute='__class__')|list|join }}"])
 def test_template_sees_nothing_private(template: str, folder: Path, tmp_path: Path) -> None:
     """Where Jinja's sandbox does not raise, it gives an empty text, never the attribute."""
     model = copy_folder(folder, tmp_path / "m")
@@ -564,21 +502,23 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path, tmp_path: Path) -> None
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
-def test_source_never_unpickles_or_evaluates(path: Path) -> None:
-    """No module reads a pickle, evaluates text, or runs a shell."""
-    banned = {"pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "runpy", "imp",
-              "importlib", "yaml"}
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
-                 [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
-        assert not {n.split(".")[0] for n in names} & banned, names
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen",
-                                "torch.load", "torch.save", "np.load", "torch.hub.load"), name
-            assert not any(k.arg in ("shell", "allow_pickle", "trust_remote_code")
-                           for k in node.keywords), name
+def test_source_never_unpickles_or_evaluates() -> None:
+    """A module would read a pickle, evaluate text, or run a shell; but for the user's own rule."""
+    banned = {"pickle", "marshal", "shelve", "dill", "joblib", "runpy", "importlib", "yaml"}
+    calls = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load",
+             "torch.save", "np.load", "torch.hub.load"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not {name.split(".")[0] for name in names} & banned, (path, names)
+            if isinstance(node, ast.Call) and path.name != "rule.py":
+                assert ast.unparse(node.func) not in calls, (path, ast.unparse(node))
+                assert not {k.arg for k in node.keywords} & {
+                    "shell", "allow_pickle", "trust_remote_code"}, (path, ast.unparse(node))
 
 
 def test_error_cannot_drive_the_terminal(folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -723,22 +663,16 @@ LONG = "9" * 5000
 # What the one line has to name -> the flags that make it
 BAD: dict[str, list[tuple[str, list[str]]]] = {
     "train": [(flag, [*TRAIN, flag, value]) for flag, values in {
-        "--queries": ["0", "-1", "1.5", "x", "", LONG, "10000000"],
-        "--lr": ["nan", "inf", "-1", "0"],
-        "--max-new-tokens": ["0", "-5", "nan"], "--epochs": ["0"], "--batch-size": ["0", "-2"],
-        "--rank": ["0", "-1", "100000"], "--alpha": ["0", "nan", "-inf"],
-        "--kd-temperature": ["0", "nan", "-1"], "--dropout": ["1", "-0.1", "nan"],
-        "--gate-threshold": ["1.1", "nan", "-0.1"], "--max-len": ["1"],
-        "--seed": ["x", "1.5", str(2**64), str(-2**64), LONG], "--judge": ["me"],
-        "--loss": ["mse"], "--stop-after": ["tea"], "--device": ["abacus", "", "cuda:99"],
-        "--dtype": ["float8", ""], "--gate-pool": ["max"],
+        "--queries": ["0", "1.5", "", LONG], "--lr": ["nan", "-1"], "--max-new-tokens": ["0"],
+        "--epochs": ["0"], "--batch-size": ["0"], "--rank": ["0", "100000"], "--alpha": ["nan"],
+        "--kd-temperature": ["0"], "--dropout": ["1"], "--gate-threshold": ["1.1"],
+        "--gate-rate": ["0"], "--max-len": ["1"], "--seed": ["1.5", str(2**64)], "--judge": ["me"],
+        "--device": ["abacus", "cuda:99"], "--dtype": ["float8"],
         "--personas": ["{tmp}/absent", "{tmp}/file", "{tmp}/none", "{personas}/chemist.txt",
                        "{tmp}/blank", "{tmp}/latin1", "{tmp}/utf16", "{tmp}/dir", "{tmp}/same",
                        "{tmp}/newline"],
-        "--transfer-data": ["{tmp}/absent", "{tmp}/none", "{tmp}/file", "{tmp}/badsets"],
     }.items() for value in values] + [
         ("gate layer", [*TRAIN, "--gate-layer", "2"]),
-        ("gate layer", [*TRAIN, "--gate-layer", "-1"]),
         ("no such folder", [*TRAIN, "--model", "./absent"]), ("''", [*TRAIN, "--model", ""]),
         ("config.json", [*TRAIN, "--model", "{tmp}/none"]),
         ("file", [*TRAIN, "--model", "{tmp}/file"]),
@@ -748,49 +682,37 @@ BAD: dict[str, list[tuple[str, list[str]]]] = {
         ("readonly", [*TRAIN, "--out", "/proc/readonly"]),
         ("otherrun", [*TRAIN, "--out", "{tmp}/otherrun"]),
         ("metrics.jsonl", [*TRAIN, "--out", "{tmp}/badmetrics"]),
-        ("unrecognized", [*TRAIN, "--colour", "red"]), ("unrecognized", [*TRAIN, "stray"]),
-        ("--rank", [*TRAIN, "--rank"])],
+        ("unrecognized", [*TRAIN, "--colour", "red"]), ("--rank", [*TRAIN, "--rank"])],
     "dry-run": [
         ("config.json", ["--model", "{tmp}/none", "--dry-run"]),
         ("absent.json", ["--model", "{tmp}/absent.json", "--dry-run"]),
         ("list.json", ["--model", "{tmp}/list.json", "--dry-run"]),
         ("dir.json", ["--model", "{tmp}/dir.json", "--dry-run"]),
         ("huge.json", ["--model", "{tmp}/huge.json", "--dry-run"]),
-        ("gpu-memory", [*DRY, "--gpu-memory", "nan"]),
-        ("gpu-memory", [*DRY, "--gpu-memory", "-8"]),
         ("gpu-memory", [*DRY, "--gpu-memory", "0"]), ("--dtype", [*DRY, "--dtype", "int4"]),
-        ("gate layer", [*DRY, "--gate-layer", "99"]), ("--rank", [*DRY, "--rank", "0"])],
+        ("gate layer", [*DRY, "--gate-layer", "99"])],
     "generate": [(flag.strip("-").replace("-", "."), [*ASK, flag, value]) for flag, values in {
-        "--temperature": ["nan", "-1", "inf", "hot", "-0.001"],
-        "--top-p": ["0", "1.1", "nan", "-1"],
-        "--top-k": ["-1", "1.5"], "--max-new-tokens": ["0", "-1", str(10**12), "x"],
-        "--batch-size": ["0", "-1"], "--seed": ["x", LONG], "--gate": ["maybe"],
-        "--device": ["abacus"], "--dtype": ["int8"]}.items() for value in values] + [
+        "--temperature": ["nan", "-1", "inf"], "--top-p": ["0", "1.1"], "--top-k": ["-1"],
+        "--max-new-tokens": ["0", str(10**12)], "--batch-size": ["0"], "--seed": [LONG],
+        "--device": ["abacus"]}.items() for value in values] + [
         (name, [*GENERATE, "--prompts", "{tmp}/" + name]) for name in (
-            "absent.jsonl", "none", "empty", "blank.jsonl", "latin1.jsonl", "utf16.jsonl",
-            "list.json", "number.jsonl", "noprompt.jsonl", "half.jsonl", "cut.jsonl",
-            "surrogate.jsonl", "roles.jsonl", "turns.jsonl", "nested.jsonl", "NULs.jsonl")] + [
+            "absent.jsonl", "none", "empty", "latin1.jsonl", "number.jsonl", "noprompt.jsonl",
+            "half.jsonl", "cut.jsonl", "surrogate.jsonl", "roles.jsonl", "nested.jsonl")] + [
         ("surrogate", [*GENERATE, "--prompt", "half \udc80"]),
         ("surrogate", [*ASK, "--system", "half \udc80"]),
-        ("tokens", [*GENERATE, "--prompt", "a " * 500_000]),
         ("tokens", [*GENERATE, "--prompt", "x" * 1_000_000]),
-        ("tokens", [*GENERATE, "--prompt", " " * 1_000_000]),
         ("tokens", [*GENERATE, "--prompt", "<|im_end|>" * 100_000]),
-        ("tokens", [*ASK, "--system", "a " * 500_000]),
         ("absent", [*ASK, "--adapter", "{tmp}/absent"]), ("''", [*ASK, "--model", ""]),
         ("file", [*ASK, "--adapter", "{tmp}/file"]),
-        ("prism.json", [*ASK, "--adapter", "{model}"]), ("''", [*ASK, "--adapter", ""]),
+        ("prism.json", [*ASK, "--adapter", "{model}"]),
         ("trained on", [*ASK, "--model", "{other}", "--adapter", "{adapter}"]),
         ("rank", [*ASK, "--adapter", "{tmp}/wrongrank"]),
         ("gate.safetensors", [*ASK, "--adapter", "{tmp}/widegate"]),
         ("base_model", [*ASK, "--adapter", "{tmp}/nobase"]),
-        ("no such folder", ["--adapter", "{tmp}/farbase", "--prompt", "x"]),
-        ("unrecognized", [*ASK, "stray"])],
+        ("no such folder", ["--adapter", "{tmp}/farbase", "--prompt", "x"])],
     "evaluate": [(named, [*EVALUATE, *flags]) for named, flags in [
         ("--tasks", ["--tasks", ""]), ("chess", ["--tasks", "chess"]),
-        ("--limit", ["--limit", "0"]), ("--limit", ["--limit", "-3"]),
-        ("--limit", ["--limit", "x"]), ("--shots", ["--shots", "-1"]),
-        ("--max-new-tokens", ["--max-new-tokens", "0"]), ("--seed", ["--seed", "1e3"]),
+        ("--limit", ["--limit", "0"]), ("--shots", ["--shots", "-1"]),
         ("--data", ["--data", "{tmp}/absent/x/y"]), ("gsm8k", ["--data", "{tmp}/none"]),
         ("--data", ["--data", "{tmp}/file"]), ("test.jsonl", ["--data", "{tmp}/baddata"]),
         ("gsm8k", ["--data", "{tmp}/dirdata"]),
@@ -805,17 +727,13 @@ BAD: dict[str, list[tuple[str, list[str]]]] = {
         ("run.json", ["--adapter", "{adapter}", "--tasks", "kl"]),
         ("file", ["--out", "{tmp}/file"]), ("readonly", ["--out", "/proc/readonly"]),
         ("work.jsonl", ["--out", "{tmp}/badwork"]), ("config.json", ["--model", "{tmp}/none"]),
-        ("abacus", ["--device", "abacus"]), ("int8", ["--dtype", "int8"]),
-        ("absent", ["--personas", "{tmp}/absent"]), ("same", ["--personas", "{tmp}/same"]),
+        ("absent", ["--personas", "{tmp}/absent"]),
         ("val", ["--split", "val", "--tasks", "mmlu"]),
         ("config.json", ["--judge-model", "{tmp}/none", "--tasks", "mt_bench"])]],
     "bench": [(named, [*BENCH, *flags]) for named, flags in [
-        ("speed", ["--only", "speed"]), ("--only", ["--only", ""]), ("--only", ["--only", ","]),
-        ("--repeats", ["--repeats", "0"]), ("--repeats", ["--repeats", "-1"]),
-        ("--repeats", ["--repeats", "nan"]), ("config.json", ["--model", "{tmp}/none"]),
-        ("absent", ["--model", "./absent"]), ("abacus", ["--device", "abacus"]),
-        ("int8", ["--dtype", "int8"]), ("none", ["--json", "{tmp}/none"]),
-        ("absent", ["--json", "{tmp}/absent/x.json"]), ("unrecognized", ["stray"])]]}
+        ("speed", ["--only", "speed"]), ("--only", ["--only", ","]),
+        ("--repeats", ["--repeats", "0"]), ("config.json", ["--model", "{tmp}/none"]),
+        ("absent", ["--json", "{tmp}/absent/x.json"])]]}
 MAINS = {"train": train.main, "dry-run": train.main, "generate": generate.main,
          "evaluate": evaluate.main, "bench": bench.main}
 CASES = [(command, named, argv) for command, some in BAD.items() for named, argv in some]
@@ -826,15 +744,15 @@ def world(folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
     """A folder with one of each thing that can be wrong; {name: path}."""
     tmp = tmp_path_factory.mktemp("world")
     texts: dict[str, bytes] = {
-        "file": b"mine", "empty": b"", "list.json": b"[1]", "blank.jsonl": b"\n \n\r\n",
+        "file": b"mine", "empty": b"", "list.json": b"[1]",
         "huge.json": b'{"model_type": "llama", "vocab_size": 1000000000}',
         "latin1.jsonl": b'{"prompt": "h\xf6flich"}\n',
-        "utf16.jsonl": '{"prompt": "x"}'.encode("utf-16"), "number.jsonl": b"7\n",
+        "number.jsonl": b"7\n",
         "noprompt.jsonl": b'{"question": "x"}\n', "half.jsonl": b'{"prompt": 3}\n',
-        "cut.jsonl": b'{"prompt": "x"}\n{"prompt": "y', "NULs.jsonl": b"\0" * 1000,
+        "cut.jsonl": b'{"prompt": "x"}\n{"prompt": "y',
         "surrogate.jsonl": b'{"prompt": "half \\ud83d"}\n',
         "roles.jsonl": b'{"messages": [{"role": "<|im_end|>", "content": "x"}]}\n',
-        "turns.jsonl": b'{"messages": {"role": "user"}}\n', "nested.jsonl": b"[" * 100_000,
+        "nested.jsonl": b"[" * 100_000,
         "blank/p.txt": b" \n\t ", "latin1/p.txt": b"h\xf6flich",
         "utf16/p.txt": "Be kind.".encode("utf-16"),
         "same/a.txt": b"Be kind.", "same/b.txt": b"\xef\xbb\xbfBe kind.\r\n",
@@ -845,7 +763,6 @@ def world(folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
         "otherrun/run.json": b'{"settings": {"model": "other"}}',
         "badmetrics/metrics.jsonl": b'{"stage": 3, "step": "x"}\n',
         "badwork/work.jsonl": b"nonsense\n",
-        "badsets/harmbench/a.csv": b"Behaviour\nx\n", "badsets/mt_bench/question.jsonl": b"7\n",
         "baddata/gsm8k/test.jsonl": b'{"question": "q", "answer": 3}\n',
         "data/gsm8k/test.jsonl": b'{"question": "q?", "answer": "#### 3"}\n',
         "data/mt_bench/question.jsonl":
@@ -888,8 +805,7 @@ def test_bad_input(command: str, named: str, argv: list[str], world: dict[str, s
     with one_thread(), little(2048):
         status = MAINS[command]([a if len(a) > 200 else a.format(**world) for a in argv])
     error = refused(capfd, status)
-    culprit = Path(argv[-1].format(**world)).name if named in (
-        "--personas", "--transfer-data") else named
+    culprit = Path(argv[-1].format(**world)).name if named == "--personas" else named
     assert re.search(culprit, error), error
     assert everything(world["tmp"], world["model"], world["adapter"]) == before
 
@@ -903,11 +819,8 @@ def as_process(command: str, *argv: str, cwd: Path) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize(("command", "named", "argv"), [
     ("train.py", "--lr", [*TRAIN, "--lr", "nan"]),
-    ("train.py", "huge.json", ["--dry-run", "--model", "{tmp}/huge.json"]),
-    ("generate.py", "model.safetensors", ["--model", "{tmp}/cut", "--prompt", "x"]),
     ("generate.py", "half of a surrogate", ["--model", "{model}", "--prompt", "caf\udce9"]),
-    ("evaluate.py", "work.jsonl", [*EVALUATE, "--out", "{tmp}/badwork"]),
-    ("bench.py", "--repeats", ["--repeats", "-1"])])
+    ("evaluate.py", "work.jsonl", [*EVALUATE, "--out", "{tmp}/badwork"])])
 def test_bad_input_as_a_process(command: str, named: str, argv: list[str], world: dict[str, str],
                                 tmp_path: Path) -> None:
     """The same from the shell: exit status 2, one line, nothing written; even what Python itself
@@ -922,20 +835,19 @@ def test_bad_input_as_a_process(command: str, named: str, argv: list[str], world
 # Numbers
 
 
-@pytest.mark.parametrize("temperature", ["0", "0.7"])
-@pytest.mark.parametrize("more", [[], ["--top-k", "3"], ["--top-p", "0.5"]], ids=str)
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_logits_that_are_not_finite(value: str, more: list[str], temperature: str, folder: Path,
-                                    monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+@pytest.mark.parametrize("how", [["0"], ["0.7"], ["0.7", "--top-k", "3"],
+                                 ["0.7", "--top-p", "0.5"]], ids=str)
+def test_logits_that_are_not_finite(how: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: Capture) -> None:
     """Activations can overflow in fp16 with every weight finite: the prompt is named, no token is
     made up."""
     real = Transformer.head
 
     def overflow(self: Transformer, x: torch.Tensor) -> torch.Tensor:
         logits = real(self, x).clone()
-        logits[..., 7] = float(value)
+        logits[..., 7] = float("nan")
         return logits
 
     monkeypatch.setattr(Transformer, "head", overflow)
-    error = refused(capsys, ask(folder, None, "--temperature", temperature, *more))
+    error = refused(capsys, ask(folder, None, "--temperature", *how))
     assert "prompt 0" in error and "finite" in error and "--dtype float32" in error

@@ -13,14 +13,17 @@ from tiny_run import pair
 from torch import Tensor
 
 import judge
+from bootstrap import write_answers
 from judge import (COMPLIANCE, ENDING, ENDING_FLOOR, FLUENCY, INVERSE_PROMPTS, JUDGE_PROMPT, MARGIN,
                    MOST_PAIRS, PAIRS_AT_ONCE, REFUSAL, SHOULD_REFUSE, Comparison, KnownPairs,
                    LetterJudge, LikelihoodJudge, choose_judge, conversation, degenerate,
                    examine_judge, letter_winner, score_winner)
 from model import Transformer, load
+from queries import write_queries
 from support.hub import InputError
-from support.runs import add_costs, cost_of
-from support.settings import answer_room
+from support.personas import load_personas
+from support.runs import RunFolder, add_costs, cost_of
+from support.settings import HERE, QUICK_PERSONAS, answer_room
 from tokenizer import Tokenizer
 
 PIRATE = "Answer as a pirate: short, loud and rude."
@@ -379,3 +382,24 @@ def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: T
     assert set(said) <= set("ABT")  # a real model's letters can be read
     assert cost["tokens_read"] < 1.6 * len(LetterJudge(smollm, smollm_tok).prompt(
         asked[0].query, asked[0].expert, asked[0].base))  # what both orders share is read once
+
+
+@pytest.mark.slow
+def test_short_test_agrees_with_a_long_one(smollm: Transformer, smollm_tok: Tokenizer,
+                                           tmp_path: Path) -> None:
+    """What a run reports of its judge would not be what all known pairs say (eight minutes)."""
+    given = [p for p in load_personas(HERE / "personas") if p.name in QUICK_PERSONAS]
+    with RunFolder(tmp_path) as run:
+        queries = write_queries(run, smollm, smollm_tok, given, 8, 0)
+        pairs = write_answers(run, smollm, smollm_tok, given, queries, 96, 0)
+    for kind in (LetterJudge, LikelihoodJudge):
+        short, long = (examine_judge(kind(smollm, smollm_tok),
+                                     KnownPairs(smollm, smollm_tok, pairs, 96, 0), to_the_end)
+                       for to_the_end in (False, True))
+        for name, row in short["kinds"].items():
+            every = long["kinds"][name]
+            print(kind.name, name, *(f"{r['right']} of {r['pairs']}" for r in (row, every)))
+            assert row["interval"][0] <= every["interval"][1]
+            assert every["interval"][0] <= row["interval"][1]
+        assert short["trusted"] == long["trusted"] == (kind is LikelihoodJudge)  # at this size
+        assert short["blind_to_refusals"] in (False, long["blind_to_refusals"])
