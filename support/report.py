@@ -1,4 +1,4 @@
-"""What a finished run says about itself: the findings that train.py prints, report.md, report.png.
+"""What a finished run says about itself: the findings that train.py prints, and report.md.
 
 Everything is read from the files of the run folder, so nothing here can change a result. report.md
 has the findings, their details by stage, the bill, samples to read, and what to try next when a
@@ -42,8 +42,7 @@ def findings(sections: Sequence[Section]) -> str:
 
 
 def write_report(run: RunFolder, model: str, sections: Sequence[Section]) -> None:
-    """Write report.png, then report.md, the last file of a run."""
-    plot_report(run)
+    """Write report.md, the last file of a run."""
     found = [f"- {line}" for line in findings(sections).splitlines()]
     parts = [f"# PRISM run: {model}", "\n".join(found)]
     for section in sections:
@@ -378,22 +377,3 @@ def advice(metrics: Sequence[dict], verdicts: Sequence[Verdict]) -> list[str]:
                      "held-out queries: more --queries help most, then more --epochs (watch the "
                      "held-out KL), or a higher --rank.")
     return found or ["Nothing looks off. evaluate.py shows whether it helps."]
-
-
-def plot_report(run: RunFolder) -> None:
-    """report.png: the loss curve and the gate's ROC; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    last = {m["stage"]: m for m in run.metrics()}
-    figure = Figure(figsize=(9, 3.5), layout="tight")
-    left, right = figure.subplots(1, 2)
-    left.plot([m["loss"] for m in run.metrics() if m["stage"] == "lora"])
-    left.set(xlabel="step", ylabel="loss, nats per answer token", title="adapter")
-    curve = [[1.0, 0.0, 0.0], *last["gate"]["roc"]]
-    right.step([x for _, x, _ in curve], [y for *_, y in curve], where="post")
-    right.plot([0, 1], [0, 1], linestyle=":")
-    right.set(xlabel="opened of the others", ylabel="opened of those that should be",
-              title="gate, out of fold")
-    figure.savefig(run.path / "report.png", dpi=110)

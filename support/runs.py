@@ -43,7 +43,7 @@ STAGES = ("queries", "answers", "verdicts", "gate", "lora")
 FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.jsonl",),
          "verdicts": ("verdicts.jsonl",), "gate": ("traffic.jsonl", "gate.safetensors"),
          "lora": ("checkpoint.safetensors", "adapter_model.safetensors", "adapter_config.json",
-                  "prism.json", "README.md", "report.png", "report.md")}
+                  "prism.json", "README.md", "report.md")}
 # The file that a stage is made from, which a person may edit between two commands.
 SOURCES = {"answers": "queries.jsonl", "verdicts": "answers.jsonl", "gate": "verdicts.jsonl"}
 # Metrics rows that are recorded within a stage

@@ -10,7 +10,7 @@ from typing import Sequence
 
 from bootstrap import ANSWER_TEMPERATURE, HELD_OUT
 from engine import SLOTS
-from judge import INVERSE_PROMPTS, JUDGE_PROMPT, VERDICT_RULES, conversation
+from judge import INVERSE_PROMPTS, JUDGE_PROMPT, JUDGES, VERDICT_RULES, conversation
 from model import Transformer
 from queries import QUERY_RULES, QUERY_TOKENS, STYLES, longest_opening
 from support.checkpoint import fingerprint, text_fingerprint
@@ -32,7 +32,7 @@ FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
                "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora"}
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
 QUICK = {"queries": 8, "max_new_tokens": 96, "epochs": 6, "batch_size": 4}
-JUDGE_NAMES = ("auto", "letter", "likelihood", NOBODY)
+JUDGE_NAMES = ("auto", *JUDGES, NOBODY)
 QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
 GATE_FOLDS = 5
 GATE_DEPTH = 6  # the gate reads the output of layer (number of layers) // 6, unless told otherwise
