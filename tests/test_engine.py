@@ -197,9 +197,8 @@ class WatchedEngine(Engine):
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=16, temperature=1.0)],
                          ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("gate", "slots", "order"), [
-    ("auto", 2, "mixed"), ("auto", 3, "mixed"), ("auto", 5, "mixed"), ("auto", 10, "mixed"),
-    ("auto", 4, "gated first"), ("auto", 4, "gated last"), ("on", 4, "mixed"),
-    ("off", 4, "mixed")])
+    ("auto", 3, "mixed"), ("auto", 10, "mixed"), ("auto", 4, "gated first"),
+    ("auto", 4, "gated last"), ("on", 4, "mixed"), ("off", 4, "mixed")])
 def test_every_row_is_answered_by_its_own_route(gate: str, slots: int, order: str,
                                                 sampling: Sampling, net: Transformer) -> None:
     """In a mixed batch with refills a row would be answered by the other route, or with another

@@ -358,11 +358,11 @@ def test_compare_by_hand() -> None:
 def test_interval_covers_the_truth() -> None:
     """A 95% interval would hold the truth in more or less than about 95 of 100 samples."""
     rng, hits = np.random.default_rng(0), 0
-    for _ in range(200):
+    for _ in range(60):
         d = rng.normal(0.3, 1, 40)
         low, high = bootstrap_mean(d)[1]
         hits += low <= 0.3 <= high
-    assert 180 <= hits <= 199
+    assert 52 <= hits <= 59
 
 
 def judged_row(strategy: str, category: str, name: str, rating: float | None,
@@ -428,7 +428,8 @@ def test_choices_are_the_models_own(evaluated: Callable[..., Path], adapter: Pat
                                     shots: str) -> None:
     """A choice would not be that of the full logits of its prompt alone: the persona read, the
     adapter on, the examples in front."""
-    rows = rows_of(evaluated("--tasks", "mmlu", "--shots", shots))
+    rows = rows_of(evaluated("--tasks", "mmlu", "--shots", shots, "--strategies",
+                             "expert,ungated"))
     prism = PRISM.load(adapter, net)
     letters, items = letter_tokens(tok, shots != "0")[:4], {
         i.id: i for i in benchmarks.read_mmlu(data, None)}

@@ -412,11 +412,11 @@ PROMPTS = [
 
 def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transformer,
                                            smollm_tok: Tokenizer) -> None:
-    """Real answers would differ: SmolLM2's weights in fp32, greedy, 64 tokens on 20 prompts: the
-    ids that transformers' generate gives, through our engine with twenty ragged slots."""
-    prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in PROMPTS]
+    """Real answers would differ: SmolLM2's weights in fp32, greedy, 32 tokens: the ids that
+    transformers' generate gives, through our engine with ten ragged slots."""
+    prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in PROMPTS[::2]]
     stop = stop_tokens(smollm32, smollm_tok)
-    engine = Engine(smollm32, Sampling(max_new_tokens=32, temperature=0), stop, slots=20)
+    engine = Engine(smollm32, Sampling(max_new_tokens=32, temperature=0), stop, slots=10)
     ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
 
     width = max(map(len, prompts))
@@ -429,8 +429,8 @@ def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transf
     for i, row in enumerate(made):
         ends = [at for at, token in enumerate(row) if token in stop]
         theirs[i] = row[:ends[0] + 1] if ends else row
-    assert len({tuple(row) for row in theirs.values()}) == 20  # no two answers alike
-    assert sum(map(len, theirs.values())) > 400
+    assert len({tuple(row) for row in theirs.values()}) == 10  # no two answers alike
+    assert sum(map(len, theirs.values())) > 200
     assert ours == theirs
 
 
