@@ -54,7 +54,7 @@ CANDIDATE_CHUNK = 96  # candidates that are done, and committed, together
 OVERSAMPLE, FEWEST, ROUNDS = 2, 6, 6  # candidates per lacking query, and at least; rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # for each persona
 RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its own must lead
-MEASURED = 96  # kept queries whose persona is guessed in `measure_queries`
+MEASURED = 36  # kept queries whose persona is guessed in `measure_queries`
 IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
                    "Write one message that a user would send to this expert.")
 NO_MESSAGE = "..."  # what a persona's own words would be an answer to
@@ -270,20 +270,27 @@ class QueryWriter:
     def find_suited(self, asked: Sequence[tuple[str, str]]) -> tuple[list[str | None], dict]:
         """For each (persona, query) the persona itself if the query is likelier under it by LEAD
         than under every rival, otherwise the first rival that comes within LEAD; None if it is
-        likelier as an answer of the persona's than as a message to it. And the cost."""
+        likelier as an answer of the persona's than as a message to it. And the cost.
+
+        Each test reads only what has passed those before it.
+        """
         own, cost = self.score(asked)
-        said, more = self.score(asked, "assistant")
-        costs, suited = [cost, more], []
-        for (persona, _), user, assistant in zip(asked, own, said):
-            suited.append(persona if user > assistant else None)
+        costs: list[dict] = [cost]
+        suited: list[str | None] = [persona for persona, _ in asked]
+        left = list(range(len(asked)))
         for place in range(min(RIVALS, len(self.turns) - 1)):
-            left = [i for i, (persona, _) in enumerate(asked) if suited[i] == persona]
             rivals = [(self.rivals[asked[i][0]][place], asked[i][1]) for i in left]
             scores, cost = self.score(rivals)
             costs.append(cost)
             for i, (rival, _), score in zip(left, rivals, scores):
                 if own[i] - score < LEAD:
                     suited[i] = rival
+            left = [i for i in left if suited[i] == asked[i][0]]
+        said, cost = self.score([asked[i] for i in left], "assistant")
+        costs.append(cost)
+        for i, score in zip(left, said):
+            if score >= own[i]:
+                suited[i] = None
         return suited, add_costs(costs)
 
     def score(self, asked: Sequence[tuple[str, str]],

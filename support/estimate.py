@@ -61,7 +61,7 @@ def stage_1_tokens(settings: dict, queries: int) -> tuple[float, float]:
     few = min(personas, TRIAL_PERSONAS)
     candidates = queries * OVERSAMPLE * ROUNDS
     candidates += (styles - 1) * TRIAL * few  # the trial of the styles that are not chosen
-    scored = candidates * WELL_FORMED * (2 + 0.7 * min(RIVALS, personas - 1)) * QUERY
+    scored = candidates * WELL_FORMED * (1.6 + 0.7 * min(RIVALS, personas - 1)) * QUERY
     scored += min(queries, MEASURED) * personas * QUERY
     scored += (styles > 1) * styles * TRIAL * few * WELL_FORMED * few * QUERY
     return candidates * CANDIDATE, scored
