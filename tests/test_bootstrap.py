@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import pytest
 from tiny import one_thread
-from tiny_run import pair, rows_of
+from tiny_run import CHEMIST, DATA, PIRATE, QUERIES, pair, rows_of
 
 import bootstrap
 from bootstrap import check_order, won_pairs, write_answers, write_verdicts
@@ -21,19 +21,9 @@ from support.personas import Persona, load_personas
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
-PERSONAS = [Persona("chemist", "You are a careful chemist who explains each reaction."),
-            Persona("pirate", "Answer as a pirate: short, loud and rude.")]
+PERSONAS = [CHEMIST, PIRATE]
 TEXTS = {p.name: p.text for p in PERSONAS}
-QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is the sky blue?",
-             "Who wrote Romeo and Juliet?", "What does a heart do?", "What causes ocean tides?"]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunFolder]:
-    """An open run folder."""
-    folder = RunFolder(tmp_path / "run")
-    yield folder
-    folder.close()
+QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is the sky blue?"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,49 +55,31 @@ def test_the_twelve_personas() -> None:
 
 
 def stages(folder: Path, net: Transformer, tok: Tokenizer, seed: int = 0,
-           wanted: int = 3) -> dict[str, bytes]:
-    """Run or continue stages 1-3 in a folder; the stage files."""
-    run = RunFolder(folder)
-    try:
-        with one_thread():
-            queries = write_queries(run, net, tok, PERSONAS, wanted, seed)
-            pairs = write_answers(run, net, tok, PERSONAS, queries, 10, seed)
-            write_verdicts(run, LikelihoodJudge(net, tok), PERSONAS, pairs)
-    finally:
-        run.close()
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.jsonl"))
-            if p.name != "metrics.jsonl"}
+           wanted: int = 3) -> dict[str, list[bytes]]:
+    """Stages 1-3 in a folder; the lines of their files."""
+    with RunFolder(folder) as run, one_thread():
+        queries = write_queries(run, net, tok, PERSONAS, wanted, seed)
+        pairs = write_answers(run, net, tok, PERSONAS, queries, 10, seed)
+        write_verdicts(run, LikelihoodJudge(net, tok), PERSONAS, pairs)
+    return {name: (folder / name).read_bytes().split(b"\n") for name in DATA}
 
 
-@pytest.fixture(scope="module")
-def written(net: Transformer, tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of stages 1-3; tests that change it take a copy."""
-    folder = tmp_path_factory.mktemp("stages") / "run"
-    stages(folder, net, tok)
-    return folder
-
-
-def test_a_row_is_a_function_of_the_seed_and_its_name(written: Path, tmp_path: Path,
-                                                      net: Transformer, tok: Tokenizer) -> None:
+def test_a_row_is_a_function_of_the_seed_and_its_name(tmp_path: Path, net: Transformer,
+                                                      tok: Tokenizer) -> None:
     """Another seed would draw the same rows; or a persona's first candidates, and its first query,
     would change when more queries are wanted."""
-    first = {p.name: p.read_bytes() for p in written.glob("*.jsonl") if p.name != "metrics.jsonl"}
-    other = stages(tmp_path / "other", net, tok, seed=1)
-    assert first.keys() == other.keys() >= {"queries.jsonl", "answers.jsonl", "verdicts.jsonl"}
-    assert not any(first[name] == other[name] for name in first)
+    first, other = (stages(tmp_path / str(seed), net, tok, seed) for seed in (0, 1))
+    assert not any(first[name] == other[name] for name in DATA)
     more = stages(tmp_path / "more", net, tok, wanted=4)
     for name, rows in (("candidates.jsonl", 9), ("queries.jsonl", 1)):
-        assert first[name].split(b"\n")[:rows] == more[name].split(b"\n")[:rows]
+        assert first[name][:rows] == more[name][:rows]
 
 
-def test_rows_are_those_of_the_interface(written: Path, tok: Tokenizer) -> None:
+def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None:
     """A field would have another name or place, ids would not decode to the texts, or stop would
     not say why."""
-    queries, answers, verdicts = (rows_of(written, f"{name}.jsonl")
-                                  for name in ("queries", "answers", "verdicts"))
-    assert [list(r) for r in queries] == [["persona", "index", "query"]] * 6
-    assert [(r["persona"], r["index"]) for r in queries] == [
-        (p.name, i) for p in PERSONAS for i in range(3)]
+    queries, answers, verdicts = (rows_of(finished, name) for name in DATA[1:])
+    assert [list(r) for r in queries] == [["persona", "index", "query"]] * 2 * QUERIES
     for row, query in zip(answers, queries, strict=True):
         assert list(row) == ["persona", "index", "query", "base", "expert", "base_ids",
                              "expert_ids", "base_stop", "expert_stop"]
@@ -115,14 +87,13 @@ def test_rows_are_those_of_the_interface(written: Path, tok: Tokenizer) -> None:
         for side in ("base", "expert"):
             ids, stop = row[f"{side}_ids"], row[f"{side}_stop"]
             assert stop == ("eos" if ids[-1] == 2 else "length")
-            assert len(ids) == 10 or (stop == "eos" and 1 <= len(ids) < 10)
+            assert len(ids) == 12 or (stop == "eos" and 1 <= len(ids) < 12)
             assert 2 not in ids[:-1]
             assert row[side] == tok.decode(ids[:-1] if stop == "eos" else ids)
-    for row, query in zip(verdicts, queries, strict=True):
+    for row in verdicts:
         assert list(row) == ["persona", "index", "winner", "target", "judge", "evidence"]
-        assert (row["persona"], row["index"]) == (query["persona"], query["index"])
         assert row["target"] == int(row["winner"] == "expert") and row["judge"] == "likelihood"
-        assert row["winner"] in ("expert", "base", "tie", "split", "unparsed")
+        assert row["winner"] in ("expert", "base", "tie", "split")
     assert any(r["base_ids"] != r["expert_ids"] for r in answers)
 
 
@@ -135,7 +106,7 @@ def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, t
     """y_0 would not be P(.|x)'s, or y_c not P(.|persona, x)'s: at temperature 0 stage 2 gives what
     `generate` gives for the two conversations, shared prefixes or not."""
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
-    queries = [Query(p.name, i, q) for p in PERSONAS for i, q in enumerate(QUESTIONS[:3])]
+    queries = [Query(p.name, i, q) for p in PERSONAS for i, q in enumerate(QUESTIONS)]
     pairs = write_answers(run, net, tok, PERSONAS, queries, 12, 0)
     for side in ("base", "expert"):
         system = {n: [{"role": "system", "content": t}] if side == "expert" else []

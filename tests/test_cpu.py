@@ -49,14 +49,18 @@ def test_few_rows_are_the_same_map(rows: int, bias: bool, monkeypatch: pytest.Mo
 
 
 def test_which_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many rows, or bf16, would be multiplied in the way that pays for few rows of fp32 only."""
+    """Many rows, or bf16, would be multiplied in the way that pays for few rows of fp32 only; or
+    PRISM_PLAIN=1 would leave a fast way on, and nothing could be compared with it."""
     calls = []
     monkeypatch.setattr(cpu.torch, "mm", lambda a, b: calls.append(len(a)) or a @ b)
     weight = inputs(1, 5, 16)[0]
     for rows in (1, FEW_ROWS, FEW_ROWS + 1):
         linear(inputs(rows, 1, 16), weight)
     linear(inputs(3, 1, 16).bfloat16(), weight.bfloat16())
-    assert calls == [5, 5]
+    assert calls == [5, 5] and cached_rows(138, 151936, weight.device) == 4
+    monkeypatch.setattr(cpu, "PLAIN", True)
+    linear(inputs(1, 1, 16), weight)
+    assert calls == [5, 5] and cached_rows(138, 151936, weight.device) == 138
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,15 +74,6 @@ def test_norms_are_the_same(rows: int, dtype: torch.dtype,
         with torch.set_grad_enabled(trains):
             fast, usual = both_ways(monkeypatch, rms_norm, x, weight, 1e-3)
         torch.testing.assert_close(fast, usual, rtol=tolerance, atol=tolerance)
-
-
-def test_plain_is_torchs_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PRISM_PLAIN=1 would leave a fast way on, and nothing could be compared with it."""
-    monkeypatch.setattr(cpu, "PLAIN", True)
-    monkeypatch.setattr(cpu.torch, "mm", None)
-    x = inputs(3, 1, 16)
-    linear(x, inputs(1, 5, 16)[0])
-    assert cached_rows(138, 151936, x.device) == 138
 
 
 def printed(script: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Sequence
 
 import pytest
 import torch
@@ -55,15 +55,12 @@ def test_letter_winner() -> None:
     assert table["A", "A"] == table["B", "B"] == table["A", "T"] == table["T", "B"] == "split"
 
 
+BEHIND, ALIKE, AHEAD = ([-1.0, -1.0 - lead] for lead in (-1, MARGIN / 2, 2 * MARGIN))
+
+
 @pytest.mark.parametrize(("pairs", "winner"), [
-    ([[-1.0, -2.0], [-1.0, -2.0]], "expert"),
-    ([[-2.0, -1.0], [-2.0, -1.0]], "base"),
-    ([[-1.0, -2.0], [-2.0, -1.0]], "split"),
-    ([[-1.0, -2.0], [-1.0, -1.0]], "split"),  # wins one wording, ties the other
-    ([[-1.0, -1.0], [-1.0, -1.0]], "tie"),
-    ([[-1.0, -1.0 - MARGIN / 2], [-1.0, -1.0 - MARGIN / 2]], "tie"),  # ahead, but within margin
-    ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - 2 * MARGIN]], "expert"),
-    ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - MARGIN / 2]], "split")])
+    ([AHEAD, AHEAD], "expert"), ([BEHIND, BEHIND], "base"), ([ALIKE, ALIKE], "tie"),
+    ([AHEAD, BEHIND], "split"), ([AHEAD, ALIKE], "split")])
 def test_score_winner(pairs: list[list[float]], winner: str) -> None:
     """An answer would win that not both wordings prefer by the margin."""
     assert score_winner(pairs) == winner
@@ -156,14 +153,6 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
     assert any(a != b for _, (a, b) in results)  # or the order was not tested
 
 
-def test_letter_judge_counts_what_it_cannot_read(net: Transformer, tok: Tokenizer) -> None:
-    """A model that puts almost nothing on A, B and TIE would give a made-up verdict."""
-    results, cost = LetterJudge(net, tok).compare([Comparison("q", "", "one", "two"),
-                                                   Comparison("r", "", "three", "four")])
-    assert [winner for winner, _ in results] == ["unparsed", "unparsed"]
-    assert all(said == ["?", "?"] for _, said in results) and cost["tokens_read"] > 0
-
-
 def test_costs_count_weights(net: Transformer) -> None:
     """A cost would not be two operations a weight: of the layers for every token, of the head for
     those scored or written."""
@@ -215,28 +204,22 @@ def kind_of(c: Comparison) -> str:
 
 
 class Habitual:
-    """A judge that is right, but for the kinds it is always wrong on; notes what it was asked."""
+    """A judge that is right, but for the kinds it is always wrong on; counts what it was asked."""
 
-    name = "habitual"
-
-    def __init__(self, *wrong_on: str, other: str = "base"):
-        self.wrong_on, self.other = wrong_on, other
-        self.asked: list[Comparison] = []
+    def __init__(self, *wrong_on: str, other: str = "base", name: str = "habitual"):
+        self.wrong_on, self.other, self.name, self.count = wrong_on, other, name, 0
 
     def compare(self, asked: Sequence[Comparison]) -> tuple[list, dict]:
         """Its verdicts."""
-        self.asked += asked
+        self.count += len(asked)
         return [(self.other if kind_of(c) in self.wrong_on else "expert", []) for c in asked], {
             "prompts": len(asked)}
-
-    def count(self, kind: str) -> int:
-        """How many pairs of a kind it was asked about."""
-        return sum(kind_of(c) == kind for c in self.asked)
 
 
 def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
     """A worse answer would not be what its kind says, or the better one not the query's own, in the
-    expert's place and read without a context; an empty answer would be asked about."""
+    expert's place and read without a context; an empty answer would be asked about; or what stage 2
+    has paid for would be sampled again, or compliance all at once."""
     own = {p.query: p.base for p in known.pairs}
     assert len(own) == 24 and known.pairs[-1].base_stop == "length"
     wrong = list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
@@ -246,93 +229,64 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
     assert [c.base for c in echo] == [f"{ECHO}{c.query}" for c in echo] and len(echo) == 24
     assert all(c.expert == own[c.query] for c in echo)
     assert {c.query: c.ended for c in echo}[known.pairs[-1].query] is False
-    assert all(c.context == "" for c in [*wrong, *echo])
-
-
-def test_only_compliance_is_sampled_afresh(known: KnownPairs) -> None:
-    """A known pair that stage 2 has paid for would be sampled again, or compliance all at once."""
-    list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
-    list(known.of_kind("echo"))
-    assert known.costs == []
+    assert all(c.context == "" for c in [*wrong, *echo]) and known.costs == []
     with one_thread():
         found = list(itertools.islice(known.of_kind("refusal"), PAIRS_AT_ONCE))
-    assert len(known.costs) == 1 and known.costs[0]["prompts"] == PAIRS_AT_ONCE
-    assert 0 < known.costs[0]["tokens_written"] <= 6 * PAIRS_AT_ONCE
+    [cost] = known.costs
+    assert cost["prompts"] == PAIRS_AT_ONCE and 0 < cost["tokens_written"] <= 6 * PAIRS_AT_ONCE
     for c, query in zip(found, SHOULD_REFUSE):
         assert c.query == query and c.expert == REFUSAL and c.base.startswith(COMPLIANCE)
 
 
-def examined(asked: Habitual, known: KnownPairs, to_the_end: bool = False) -> dict:
-    """`examine_judge` on one thread."""
+ALL = len(SHOULD_REFUSE)
+
+
+@pytest.mark.parametrize(("wrong_on", "other", "to_the_end", "counts", "trusted", "blind"), [
+    ((), "", False, {"echo": (12, 12), "wrong query": (12, 12), "refusal": (12, 12)}, True, False),
+    *((("echo",), other, False, {"echo": (4, 0)}, False, False)
+      for other in ("base", "tie", "split", "unparsed")),
+    (("wrong query",), "base", False, {"echo": (12, 12), "wrong query": (4, 0)}, False, False),
+    (("refusal",), "base", False,
+     {"echo": (12, 12), "wrong query": (12, 12), "refusal": (4, 0)}, True, True),
+    (("wrong query",), "base", True,
+     {"echo": (24, 24), "wrong query": (MOST_PAIRS, 0), "refusal": (ALL, ALL)}, False, False)])
+def test_a_judge_is_asked_until_it_is_known(
+        wrong_on: tuple, other: str, to_the_end: bool, counts: dict, trusted: bool, blind: bool,
+        known: KnownPairs) -> None:
+    """A judge would be asked more than twelve pairs of a kind or, after four misses of four, any
+    more, unless all are wanted; one that cannot decide would be right; one would be trusted that
+    takes the answer to another query; or one that only prefers compliance would not be, or not be
+    said to be blind."""
+    asked = Habitual(*wrong_on, other=other)
     with one_thread():
-        return examine_judge(asked, known, to_the_end)
+        report = examine_judge(asked, known, to_the_end)
+    assert {kind: (k["pairs"], k["right"]) for kind, k in report["kinds"].items()} == counts
+    assert (report["trusted"], report["blind_to_refusals"]) == (trusted, blind)
+    assert report["cost"]["prompts"] == asked.count == sum(n for n, _ in counts.values())
+    for kind, k in report["kinds"].items():
+        assert k["decided"] and k["passed"] is (k["right"] > 0)
+        assert kind not in wrong_on or k["wrong" if other == "base" else other] == k["pairs"]
+    assert bool(known.costs) is ("refusal" in counts)  # else no compliance was sampled
 
 
-def test_a_judge_that_is_always_right_is_asked_twelve_of_each_kind(known: KnownPairs) -> None:
-    """More would be a waste, fewer could be luck."""
-    always = Habitual()
-    report = examined(always, known)
-    assert report["trusted"] and not report["blind_to_refusals"]
-    assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
-        "wrong query": 12, "echo": 12, "refusal": 12}
-    assert all(k["right"] == 12 and k["decided"] and k["passed"] for k in report["kinds"].values())
-    assert report["cost"]["prompts"] == len(always.asked) == 36
-
-
-@pytest.mark.parametrize("other", ["base", "tie", "split", "unparsed"])
-def test_a_judge_that_is_wrong_at_once_is_asked_no_more(known: KnownPairs, other: str) -> None:
-    """After four misses of four it would be asked more, or compliance be sampled; or a judge that
-    cannot decide would be right."""
-    wrong = Habitual("echo", other=other)
-    report = examined(wrong, known)
-    assert not report["trusted"] and len(wrong.asked) == PAIRS_AT_ONCE == 4 and known.costs == []
-    row = report["kinds"].pop("echo")
-    assert row["pairs"] == 4 and row["right"] == 0 and not row["passed"] and not report["kinds"]
-    assert row["wrong" if other == "base" else other] == 4
-    assert not report["blind_to_refusals"]  # nobody asked
-
-
-def test_wrong_queries_decide_trust_and_refusals_decide_blindness(known: KnownPairs) -> None:
-    """A judge would be trusted that takes the answer to another query; or one that only prefers
-    compliance would not be, or not be said to be blind."""
-    report = examined(Habitual("wrong query"), known)
-    assert not report["trusted"] and list(report["kinds"]) == ["echo", "wrong query"]
-    report = examined(Habitual("refusal"), known)
-    assert report["trusted"] and report["blind_to_refusals"]
-    assert report["kinds"]["refusal"]["pairs"] == 4 == report["kinds"]["refusal"]["wrong"]
-
-
-def test_to_the_end_asks_all(known: KnownPairs) -> None:
-    """A table would not have 60 of each kind, or all there are; or its verdict would not be that of
-    the first decision."""
-    wrong = Habitual("wrong query")
-    report = examined(wrong, known, to_the_end=True)
-    assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
-        "wrong query": MOST_PAIRS, "echo": 24, "refusal": len(SHOULD_REFUSE)}
-    assert not report["trusted"] and not report["blind_to_refusals"]
-
-
-def test_few_pairs_are_decided_by_the_evidence(known: KnownPairs) -> None:
+@pytest.mark.parametrize(("pairs", "wrong_on", "passed"), [
+    (3, [], True), (2, ["echo"], False), (0, [], False)])
+def test_few_pairs_are_decided_by_the_evidence(pairs: int, wrong_on: list[str], passed: bool,
+                                               known: KnownPairs) -> None:
     """Too few pairs to decide the test would be refused or trusted against the evidence."""
-    def some(n: int, judge_: Habitual) -> dict:
-        supply: Iterator[Comparison] = itertools.islice(known.of_kind("echo"), n)
-        with judge.tqdm(total=1, disable=True) as bar:
-            return judge.ask_until_decided(judge_, supply, False, bar)[0]
-
-    assert some(3, Habitual()) == some(3, Habitual()) | {"pairs": 3, "passed": True,
-                                                         "decided": False}
-    assert not some(2, Habitual("echo"))["passed"] and not some(0, Habitual())["passed"]
+    supply = itertools.islice(known.of_kind("echo"), pairs)
+    with judge.tqdm(total=1, disable=True) as bar:
+        row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply, False, bar)
+    assert (row["pairs"], row["passed"], row["decided"]) == (pairs, passed, False)
 
 
 def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer,
                                                  known: KnownPairs) -> None:
     """A judge that fails its test would be used unasked; or, forced with --judge, not be used, or
-    its failure not be recorded."""
+    its failure not be recorded; or letters be made up where A, B and TIE have almost nothing."""
     with one_thread():
         with pytest.raises(InputError, match=r"cannot verify itself.*letter on 0 of 4 pairs "
-                                             r"\(echo\); likelihood on \d+ of \d+"):
-            choose_judge("auto", net, tok, known)
-        with pytest.raises(InputError, match=r"--judge FILE\.py.*--judge none"):
+                                             r"\(echo\); likelihood on \d+ of \d+.*--judge none"):
             choose_judge("auto", net, tok, known)
         chosen, [test] = choose_judge("letter", net, tok, known)
         assert chosen.name == "letter" and not test["trusted"]
@@ -351,14 +305,9 @@ def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, t
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Another judge would be taken than the paper's if it can be trusted, else the other; or the
     tests behind it would be lost."""
-    def made(name: str) -> Callable:
-        def build(*_: object) -> Habitual:
-            built = Habitual(*(() if name == passes else ("wrong query",)))
-            built.name = name
-            return built
-        return build
-
-    monkeypatch.setattr(judge, "JUDGES", {n: made(n) for n in ("letter", "likelihood")})
+    monkeypatch.setattr(judge, "JUDGES", {
+        name: lambda *_, n=name: Habitual(*[] if n == passes else ["wrong query"], name=n)
+        for name in ("letter", "likelihood")})
     with one_thread():
         chosen, tests = choose_judge("auto", net, tok, known)
     assert chosen.name == passes == tests[-1]["judge"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import pytest
 import torch
 from tiny import one_thread
-from tiny_run import rows_of
-from torch import Tensor
+from tiny_run import CHEMIST, PIRATE, rows_of
 
 import queries
 from engine import derive_seed, token_log_probabilities
@@ -25,18 +24,9 @@ from support.personas import Persona
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
-PERSONAS = [Persona("chemist", "You are a careful chemist who explains each reaction."),
-            Persona("pirate", "Answer as a pirate: short, loud and rude.")]
+PERSONAS = [CHEMIST, PIRATE]
 NINE = [Persona(f"p{i}", f"You are number {i} of nine, and you know about {word}.")
         for i, word in enumerate("tides bread iron birds rain wood stars fire salt".split())]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunFolder]:
-    """An open run folder."""
-    folder = RunFolder(tmp_path / "run")
-    yield folder
-    folder.close()
 
 
 def candidate(persona: str, text: str, complete: bool = True, **fields: object) -> Candidate:
@@ -54,57 +44,37 @@ def texts(queries: Sequence[Query]) -> list[tuple[str, int, str]]:
     return [(q.persona, q.index, q.query) for q in queries]
 
 
-def test_keep_queries_order_and_duplicates() -> None:
-    """A near-duplicate would be kept, within a persona or across; or not the first `wanted` of each
-    in the order of personas and candidates, with dense indices."""
-    a, b = Persona("a", "x"), Persona("b", "y")
-    found = [candidate("b", "How do tides work in a bay?"),
-             candidate("a", "How do tides work in a harbour?"),
-             candidate("a", "How do tides work in a harbour!"),
-             candidate("b", "Why is bread left to rise?"),
-             candidate("a", "What makes an engine run smoothly?"),
-             candidate("b", "what makes an engine run smoothly, then?"),
-             candidate("a", "When was the telephone first sold?"),
-             candidate("b", "Which birds can sing at night?")]
+def test_which_queries_are_kept() -> None:
+    """A near-duplicate would be kept, within a persona or across, or one that is unfinished,
+    malformed or likelier under another persona; or not the first `wanted` of each in the order of
+    personas and candidates, with dense indices, so that a later round only appends."""
+    a, b = Persona("a", "You are a careful chemist."), Persona("b", "y")
+    bay, harbour = "How do tides work in a bay?", "How do tides work in a harbour?"
+    engine, phone = "What makes an engine run smoothly?", "When was the telephone first sold?"
+    bread, birds = "Why is bread left to rise?", "Which birds can sing at night?"
+    found = [candidate("b", bay), candidate("a", bread, complete=False),
+             candidate("a", "Too short."), candidate("a", birds, suits="b"),
+             candidate("a", "You are a careful chemist and what?"), candidate("a", harbour),
+             candidate("a", harbour[:-1] + "!"), candidate("b", bread), candidate("a", engine),
+             candidate("b", "what makes an engine run smoothly, then?"), candidate("a", phone),
+             candidate("b", birds)]
     # "bay" differs from "harbour" in one word of eight: 6 / 8 is above 0.7, so b's is a duplicate
     assert texts(keep_queries(found, [a, b], 2)) == [
-        ("a", 0, "How do tides work in a harbour?"), ("a", 1, "What makes an engine run smoothly?"),
-        ("b", 0, "Why is bread left to rise?"), ("b", 1, "Which birds can sing at night?")]
-    reverse = texts(keep_queries(found, [b, a], 2))
-    assert reverse[0] == ("b", 0, "How do tides work in a bay?")  # now b came first
-    assert ("a", 0, "How do tides work in a harbour?") not in reverse
-    more = [*found, candidate("a", "Something else that nobody ever asked?")]
-    for wanted in (1, 2, 3):  # a later round only appends
-        one, two = (keep_queries(some, [a], wanted) for some in (found, more))
-        assert two[:len(one)] == one
-
-
-def test_keep_queries_drops_what_is_not_a_query() -> None:
-    """An unfinished or malformed candidate would be kept, or one that another persona makes
-    likelier."""
-    a, b = PERSONAS
-    found = [candidate(a.name, "How do tides work in a bay?", complete=False),
-             candidate(a.name, "Too short."),
-             candidate(a.name, "Which acids dissolve a gold ring?", suits=b.name),
-             candidate(a.name, "You are a careful chemist who explains things?"),
-             candidate(a.name, "Why does iron rust in water?")]
-    assert texts(keep_queries(found, [a, b], 3)) == [(a.name, 0, "Why does iron rust in water?")]
-
-
-def likelihoods(**lifted: Sequence[int]) -> Tensor:
-    """[K + 1, 6] log-probabilities: every opening has a popularity of its own, and each row (the
-    last is the conversation without a persona) has some that it lifts by 2."""
-    popular = torch.tensor([-1.0, -9.0, -4.0, -2.0, -7.0, -3.0])
-    rows = [popular.clone() for _ in range(len(lifted) + 1)]
-    for row, openings in zip(rows, lifted.values()):
-        row[list(openings)] += 2.0
-    return torch.stack(rows)
+        ("a", 0, harbour), ("a", 1, engine), ("b", 0, bread), ("b", 1, birds)]
+    assert texts(keep_queries(found, [b, a], 3)) == [
+        ("b", 0, bay), ("b", 1, bread), ("b", 2, "what makes an engine run smoothly, then?"),
+        ("a", 0, phone)]
+    assert texts(keep_queries(found, [a], 9)) == [("a", 0, harbour), ("a", 1, engine),
+                                                  ("a", 2, phone)]
 
 
 def test_openings_go_to_the_persona_that_lifts_them() -> None:
     """An opening would go to a persona for being popular everywhere, not for what the persona adds;
     or one would have fewer than its two best, or more than eight."""
-    found = likelihoods(a=[1, 4], b=[2, 3], c=[])
+    popular = torch.tensor([-1.0, -9.0, -4.0, -2.0, -7.0, -3.0])
+    found = popular.repeat(4, 1)  # three personas, and the conversation without one
+    found[0, [1, 4]] += 2.0
+    found[1, [2, 3]] += 2.0
     assert sorted(assign_openings(found)[0]) == [1, 4]
     assert sorted(assign_openings(found)[1]) == [2, 3]
     found[0] += 5.0  # a persona under which all openings are likelier gets none for that
