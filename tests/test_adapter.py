@@ -34,9 +34,10 @@ def saved(prism: PRISM, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_save_and_load_round_trip(net: Transformer, folder: Path, tmp_path: Path) -> None:
-    """A reloaded adapter would not give equal logits and gate probabilities, bit for bit, or lose a
-    setting; or prism.json would not say what was true at saving."""
+def test_save_and_load_round_trip(folder: Path, tmp_path: Path) -> None:
+    """A reloaded adapter would not give equal logits and gate probabilities, bit for bit, or have
+    masters that a bf16 base rounded; or prism.json would not say what was true at saving."""
+    net = load(folder, dtype=torch.bfloat16)
     prism = randomize_adapter(PRISM(net, 3, 5.0, gate_layer=2, gate_pool="mean"))
     prism.gate.mean.fill_(0.1)
     prism.gate.deviation.fill_(1.7)
@@ -50,32 +51,20 @@ def test_save_and_load_round_trip(net: Transformer, folder: Path, tmp_path: Path
     assert torch.equal(again.gate_probability(ids, lengths, ids > 99),
                        prism.gate_probability(ids, lengths, ids > 99))
     assert (again.threshold, again.rank, again.alpha) == (0.37, 3, 5.0)
+    for a, b in zip(again.adapter.parameters(), prism.adapter.parameters(), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
     assert json.loads((tmp_path / "prism.json").read_text()) == {
         "base_model": str(folder.resolve()), "base_source": "folder",
         "base_fingerprint": fingerprint(folder), "rank": 3, "alpha": 5.0, "gate_layer": 2,
-        "gate_pool": "mean", "threshold": 0.37, "dtype": "float32"}
-
-
-@torch.no_grad()
-def test_masters_are_saved_in_fp32(folder: Path, tmp_path: Path) -> None:
-    """Under a bf16 base the file holds the fp32 masters, not their bf16 copies."""
-    half = load(folder, dtype=torch.bfloat16)
-    prism = randomize_adapter(PRISM(half, rank=4))
-    prism.save(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
-    assert all(t.dtype == torch.float32 for t in tensors.values())
-    assert torch.equal(tensors[name], prism.adapter[1]["o_proj"].B[0])
-    assert not torch.equal(tensors[name], tensors[name].bfloat16().float())
+        "gate_pool": "mean", "threshold": 0.37, "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("family, gate_layer", [*((family, 0) for family in FAMILIES),
                                                 ("llama", 2)])
 def test_every_family_equals_peft(family: str, gate_layer: int,
                                   tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """PEFT would compute something else from our files than the gate forced on; a projection behind
-    the gate would have no adapter, or one before it would; or the gradient of an A or B would not
-    be that of autograd through PEFT's model and a naive KL of whole logits."""
+    """PEFT would compute something else from our files; a projection behind the gate would have no
+    adapter; or a gradient not be that of autograd through PEFT's model and a naive KL."""
     folder = tiny_checkpoint(family)
     net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prism = randomize_adapter(PRISM(net, 4, 8.0, gate_layer=gate_layer))
@@ -131,8 +120,6 @@ ELSEWHERE = {  # PEFT's settings, and what is written into adapter_config.json a
     "fewer": [{"target_modules": "all-linear"}, {"target_modules": ["q_proj", "mlp.up_proj"]}],
     "subset": [{"target_modules": ["q_proj", "v_proj", "up_proj"], "layers_to_transform": [1, 3]},
                {"layers_to_transform": [1]}],
-    "one-layer": [{"target_modules": ["self_attn.q_proj"], "layers_to_transform": 2,
-                   "layers_pattern": ["h", "layers"]}],
     "full-name": [{"target_modules": [Q1, "v_proj"], "layers_to_transform": [0],
                    "layers_pattern": "layers"}],
     "expression": [{"target_modules": r".*\.[02]\.self_attn\.(q|o)_proj",
@@ -146,10 +133,7 @@ ELSEWHERE = {  # PEFT's settings, and what is written into adapter_config.json a
     "anchored": [{"target_modules": ["q_proj", "k_proj", "v_proj"],
                   "rank_pattern": {r"^model\.layers\.[01]\.self_attn\.q_proj": 5, "^q_proj": 9},
                   "alpha_pattern": {r"^model\.layers\.0\.": 50, "^model.layers.0.*k_proj$": 64,
-                                    "(q|v)_proj": 20, "v_proj": 1}}],
-    "no-scale": [{"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"q_proj": 0}}],
-    "backwards": [{"target_modules": ["q_proj", "k_proj"], "lora_alpha": -5.5},
-                  {"target_modules": r".*\d.*k_proj"}]}
+                                    "(q|v)_proj": 20, "v_proj": 1}}]}
 
 
 @pytest.mark.parametrize("family, kind", [*(("llama", kind) for kind in ELSEWHERE if kind != "all"),
@@ -203,24 +187,23 @@ def elsewhere(peft_folder: Path, tmp_path: Path) -> Path:
 
 
 PEFT_VALUES = {
-    "r": [0, "4", 1.5, True, 10**9, 3], "lora_alpha": ["8", True, float("nan"), float("inf")],
-    "alpha_pattern": [["q_proj"], {"q_proj(": 3}, {"q_proj": "3"}, {"q_proj": float("nan")},
-                      {"(?i)q_proj": 3}, {"a{99999999999}": 3}],
-    "rank_pattern": [["q_proj"], {"[": 2}, {"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": 2}],
-    "target_modules": [3, [3], "q_proj(", None, [], ["up_proj"], ".*up_proj"],
-    "exclude_modules": [3, [3], "q_proj(", ".*", ["q_proj", "v_proj"]],
-    "layers_to_transform": ["1", [1, "x"], -1, [7]], "layers_pattern": [3, [3], "layers("],
-    "use_rslora": ["true", 1], "base_model_name_or_path": [3], "use_future_variant": [True],
-    "modules_to_save": [["score"]], "peft_type": ["IA3", 3, None]}
+    "r": [0, "4", 10**9, 3], "lora_alpha": ["8", float("nan")], "use_rslora": ["true"],
+    "alpha_pattern": [["q_proj"], {"q_proj(": 3}, {"q_proj": "3"}, {"a{99999999999}": 3}],
+    "rank_pattern": [["q_proj"], {"[": 2}, {"q_proj": 2.5}, {"q_proj": 2}],
+    "target_modules": [3, "q_proj(", None, [], ["up_proj"]], "layers_pattern": [[3], "layers("],
+    "exclude_modules": [3, "q_proj(", ".*"], "layers_to_transform": ["1", [1, "x"], -1, [7]],
+    "base_model_name_or_path": [3], "peft_type": ["IA3", None], "use_dora": [True],
+    "use_future_variant": [True], "bias": ["all"], "modules_to_save": [["lm_head"]],
+    "init_lora_weights": ["pissa"]}
 
 
 @pytest.mark.parametrize("field, value", [
     (field, value) for field, values in PEFT_VALUES.items() for value in values],
     ids=lambda value: str(value)[:24])
-def test_a_setting_of_peft_that_makes_no_sense(field: str, value: object, net: Transformer,
-                                               elsewhere: Path) -> None:
-    """A value of another type, out of range, a broken expression, one that targets nothing or fits
-    no tensor: each is named in one error, where PEFT ends in a traceback or an empty adapter."""
+def test_a_setting_of_peft_that_cannot_be_computed(field: str, value: object, net: Transformer,
+                                                   elsewhere: Path) -> None:
+    """A value of another type, out of range, that targets nothing, or that makes it more than a
+    LoRA (DoRA, trained biases) would be ignored, or end in a traceback as in PEFT."""
     edit_json(elsewhere / "adapter_config.json",
               lambda c: c.update({"layers_to_transform": [0], field: value}))
     with pytest.raises(InputError, match=f"{field}|adapter_model.safetensors"):
@@ -234,24 +217,6 @@ def test_an_adapter_of_mlx(net: Transformer, elsewhere: Path) -> None:
         {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20}}))
     with pytest.raises(InputError, match="peft_type .* is missing; it is not an adapter of PEFT"):
         PRISM.load(elsewhere, net)
-
-
-@pytest.mark.parametrize("settings, named", [
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias = "),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights = .pissa"),
-], ids=lambda value: str(value)[:30])
-def test_an_adapter_that_cannot_be_computed(settings: dict, named: str,
-                                            tiny_checkpoint: Callable[..., Path],
-                                            tmp_path: Path) -> None:
-    """DoRA, trained biases and whatever else is more than LoRA is refused by name."""
-    folder = tiny_checkpoint("llama")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    peft.get_peft_model(base, peft.LoraConfig(
-        **{"r": 3, "target_modules": ["q_proj"], **settings})).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=named):
-        PRISM.load(tmp_path, load(folder))
 
 
 @pytest.mark.parametrize("theirs", [False, True], ids=["ours", "PEFT's"])

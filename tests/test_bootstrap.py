@@ -17,7 +17,7 @@ from judge import Comparison, LikelihoodJudge
 from model import Transformer
 from queries import Query, write_queries
 from support.hub import InputError
-from support.personas import Persona, load_personas
+from support.personas import load_personas
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
@@ -26,32 +26,14 @@ TEXTS = {p.name: p.text for p in PERSONAS}
 QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is the sky blue?"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Personas
-
-
-def test_load_personas(tmp_path: Path) -> None:
-    """A persona would keep a BOM or blank lines, stand in another order, or be a file that is no
-    *.txt or below the folder."""
-    (tmp_path / "b.txt").write_text("\n Be brief. \n", encoding="utf-8")
-    (tmp_path / "a.txt").write_bytes("\ufeffSei höflich.".encode())
-    (tmp_path / "notes.md").write_text("not a persona")
-    (tmp_path / "short").mkdir()
-    (tmp_path / "short" / "c.txt").write_text("Below the folder.")
-    assert load_personas(tmp_path) == [Persona("a", "Sei höflich."), Persona("b", "Be brief.")]
-
-
 def test_the_twelve_personas() -> None:
-    """One of the paper's twelve would be gone from personas/, or be much shorter or longer."""
+    """One of the paper's twelve would be gone from personas/, be much shorter or longer, or stand
+    at another place; or one of the subfolders would be read, too."""
     found = load_personas(Path(bootstrap.__file__).parent / "personas")
-    assert {p.name for p in found} == {
-        "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
-        "critic", "safety_monitor", "helpful", "compliant"}
+    assert [p.name for p in found] == [
+        "coding", "compliant", "critic", "extraction", "helpful", "humanities", "math",
+        "reasoning", "roleplay", "safety_monitor", "stem", "writing"]
     assert all(90 <= len(p.text.split()) <= 220 for p in found)
-
-
-# --------------------------------------------------------------------------------------------------
-# The stages on the tiny model
 
 
 def stages(folder: Path, net: Transformer, tok: Tokenizer, seed: int = 0,
@@ -95,10 +77,6 @@ def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None
         assert row["target"] == int(row["winner"] == "expert") and row["judge"] == "likelihood"
         assert row["winner"] in ("expert", "base", "tie", "split")
     assert any(r["base_ids"] != r["expert_ids"] for r in answers)
-
-
-# --------------------------------------------------------------------------------------------------
-# Stages 2 and 3
 
 
 def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, tok: Tokenizer,

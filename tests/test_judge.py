@@ -41,10 +41,6 @@ KNOWN = [
 ECHO = "You asked: "
 
 
-# --------------------------------------------------------------------------------------------------
-# Verdicts, the pure parts
-
-
 def test_letter_winner() -> None:
     """The expert would win without winning BOTH orders (it is A first, then B)."""
     table = {(f, s): letter_winner(f, s) for f in "ABT?" for s in "ABT?"}
@@ -67,13 +63,11 @@ def test_score_winner(pairs: list[list[float]], winner: str) -> None:
 
 
 @pytest.mark.parametrize(("answer", "expected"), [
-    ("", True), (" \n", True), ("!?", True), ("You asked: How do tides work in a bay?", True),
-    ("how do tides work in a bay", True), ("The moon pulls.", False),
-    ("Tides work in a bay as they do at sea.", False), ("Sure! How do tides work in a bay?", True),
-    ("I cannot say how do tides work in a bay", False),
+    ("", True), ("!?", True), ("Sure! How do tides work in a bay?", True), ("the sea " * 40, True),
+    ("The moon pulls.", False), ("Tides work in a bay as they do at sea.", False),
     ("How do tides work in a bay? I won't help with that.", False),
     ("How do tides work in a bay? The moon pulls the water up twice a day.", False),
-    ("the sea " * 40, True), (" ".join(map(str, range(60))), False)])
+    (" ".join(map(str, range(60))), False)])
 def test_degenerate(answer: str, expected: bool) -> None:
     """Nothing, the question again, or a loop would be an answer; or one would be none that repeats
     the question first."""
@@ -94,10 +88,6 @@ def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer) -> Non
     assert cost == {"prompts": 0, "tokens_read": 0, "tokens_written": 0, "flops": 0}
     results, cost = LikelihoodJudge(net, tok).compare([asked[0], Comparison(query, "", good, "b")])
     assert results[0] == ("expert", []) and len(results[1][1]) == 2 and cost["tokens_read"] > 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Where the evidence comes from
 
 
 def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> Tensor:
@@ -217,9 +207,8 @@ class Habitual:
 
 
 def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
-    """A worse answer would not be what its kind says, or the better one not the query's own, in the
-    expert's place and read without a context; an empty answer would be asked about; or what stage 2
-    has paid for would be sampled again, or compliance all at once."""
+    """A worse answer would not be what its kind says, or the better one not the query's own; an
+    empty one be asked about; stage 2's be sampled again, or compliance all at once."""
     own = {p.query: p.base for p in known.pairs}
     assert len(own) == 24 and known.pairs[-1].base_stop == "length"
     wrong = list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
@@ -253,10 +242,8 @@ ALL = len(SHOULD_REFUSE)
 def test_a_judge_is_asked_until_it_is_known(
         wrong_on: tuple, other: str, to_the_end: bool, counts: dict, trusted: bool, blind: bool,
         known: KnownPairs) -> None:
-    """A judge would be asked more than twelve pairs of a kind or, after four misses of four, any
-    more, unless all are wanted; one that cannot decide would be right; one would be trusted that
-    takes the answer to another query; or one that only prefers compliance would not be, or not be
-    said to be blind."""
+    """A judge would be asked more than twelve pairs of a kind, or more than four that it misses; or
+    be trusted, or called blind, for another reason than it should."""
     asked = Habitual(*wrong_on, other=other)
     with one_thread():
         report = examine_judge(asked, known, to_the_end)
@@ -312,10 +299,6 @@ def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, t
         chosen, tests = choose_judge("auto", net, tok, known)
     assert chosen.name == passes == tests[-1]["judge"]
     assert [t["judge"] for t in tests] == ["letter", "likelihood"][:1 + (passes == "likelihood")]
-
-
-# --------------------------------------------------------------------------------------------------
-# Real weights
 
 
 def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: Tokenizer) -> None:

@@ -73,10 +73,6 @@ def assert_same(mine: Tensor, expected: Tensor, wanted: Sequence[Tensor]) -> Non
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-# --------------------------------------------------------------------------------------------------
-# Forward
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [5, FEW_ROWS])
@@ -97,10 +93,6 @@ def test_rows_without_the_adapter_are_the_plain_map(dtype: torch.dtype, bias: bo
     lora.reset(torch.Generator().manual_seed(3))
     assert torch.equal(layer(x, lora, 7), off)
     assert float(lora.A.detach().abs().min()) < float(lora.A.detach().abs().max()) <= D**-0.5
-
-
-# --------------------------------------------------------------------------------------------------
-# Forward and backward
 
 
 def gated(x: Tensor) -> Tensor:
@@ -140,10 +132,6 @@ def test_dropout_is_a_mask_on_h(k: int) -> None:
     still = plain(layer, lora, x, k)
     torch.testing.assert_close(layer(x, lora, k), still, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(y[:k], still[:k])
-
-
-# --------------------------------------------------------------------------------------------------
-# Precision, and copies of the masters
 
 
 def test_master_gradients_are_fp32_under_a_bf16_base() -> None:
