@@ -13,7 +13,7 @@ import bootstrap
 from bootstrap import check_order, won_pairs, write_answers, write_verdicts
 from engine import Sampling
 from generate import generate
-from judge import Comparison, LikelihoodJudge
+from judge import Comparison, LikelihoodJudge, conversation
 from model import Transformer
 from queries import Query, write_queries
 from support.hub import InputError
@@ -87,10 +87,9 @@ def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, t
     queries = [Query(p.name, i, q) for p in PERSONAS for i, q in enumerate(QUESTIONS)]
     pairs = write_answers(run, net, tok, PERSONAS, queries, 12, 0)
     for side in ("base", "expert"):
-        system = {n: [{"role": "system", "content": t}] if side == "expert" else []
-                  for n, t in TEXTS.items()}
-        expected = generate(net, tok, [[*system[q.persona], {"role": "user", "content": q.query}]
-                                       for q in queries], Sampling(12, 0.0))
+        talks = [conversation(q.query, TEXTS[q.persona] if side == "expert" else "")
+                 for q in queries]
+        expected = generate(net, tok, talks, Sampling(12, 0.0))
         assert [getattr(p, f"{side}_ids") for p in pairs] == [c.ids for c in expected]
     assert all(p.base_ids != p.expert_ids for p in pairs)
 
@@ -132,10 +131,8 @@ def test_rows_that_were_moved_or_removed_are_named(run: RunFolder, net: Transfor
     for wrong, line in ((pairs[1:], 1), ([pairs[0], pairs[2], pairs[1]], 2),
                         ([*pairs, pair(3, persona="pirate")], 4)):
         run.write("answers.jsonl", wrong)
-        before = (run.path / "answers.jsonl").read_bytes()
         with pytest.raises(InputError, match=rf"answers\.jsonl, line {line}: "):
             write_answers(run, net, tok, PERSONAS, queries, 4, 0)
-        assert (run.path / "answers.jsonl").read_bytes() == before
     verdicts = write_verdicts(run, ByLength(), PERSONAS, pairs)
     check_order(verdicts, pairs, run.path)
     check_order(verdicts[:2], pairs, run.path)  # an interrupted stage

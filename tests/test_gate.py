@@ -205,37 +205,28 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
     monkeypatch.setattr(gate, "GATE_STEPS", 20)  # as in `run_train`
     queries = [r["query"] for r in rows_of(finished, "queries.jsonl")]
     verdicts = rows_of(finished, "verdicts.jsonl")
-    targets, personas = [v["target"] for v in verdicts], [v["persona"] for v in verdicts]
+    labels, personas = [v["target"] for v in verdicts], [v["persona"] for v in verdicts]
     [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
     prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
-    with one_thread():
-        features, _ = gate_features(prism, tok, list(map(conversation, queries)))
-        t = torch.tensor([float(x) for x in targets])
-        probability, fold = out_of_fold(features, t, personas, row["target"], 0)
-        train_gate(again.gate, features, gate_targets(t, personas, row["target"]))
-    for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
-        torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
-    assert row["log_losses"].keys() == {"verdict", "intent"}
-    assert row["log_losses"][row["target"]] < min(row["log_losses"].values()) + 0.2
     with RunFolder(finished, read_only=True) as run:
         messages = read_traffic(run)
-    assert len(set(messages)) == len(messages)
-    traffic, _ = gate_features(prism, tok, list(map(conversation, messages)))
-    learned = gate_targets(t, personas, row["target"])
-    thresholds = choose_thresholds(prism.gate, traffic, probability, learned, fold, None, 0.05)
+    assert len(set(messages)) == len(messages) == row["traffic"]
+    targets = gate_targets(torch.tensor(labels).float(), personas, row["target"])
+    with one_thread():
+        features, _ = gate_features(prism, tok, list(map(conversation, queries)))
+        traffic, _ = gate_features(prism, tok, list(map(conversation, messages)))
+        probability, fold = out_of_fold(features, torch.tensor(labels).float(), personas,
+                                        row["target"], 0)
+        train_gate(again.gate, features, targets)
+    for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
+        torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
+    thresholds = choose_thresholds(prism.gate, traffic, probability, targets, fold, None, 0.05)
     assert row["threshold"] == pytest.approx(thresholds[None])
-    assert row["traffic"] == len(traffic)
     lowest, opened = upper_quantile(prism.gate(traffic).sigmoid().tolist(), 0.05), []
     for i, f in enumerate(fold):  # no query has a part in its own threshold
         others = [j for j, g in enumerate(fold) if g != f]
         own = youden_threshold([probability[j] for j in others],
-                               [bool(learned[j] > learned.mean()) for j in others])
+                               [bool(targets[j] > targets.mean()) for j in others])
         opened.append(probability[i] >= max(own, lowest))
-    expected = decision_scores(probability, opened, targets)
+    expected = decision_scores(probability, opened, labels)
     assert {n: row[n] for n in expected} == expected
-    assert row["roc"][-1][1:] == [1, 1] and row["folds"] == 5
-    ids, mask = tok.render([{"role": "user", "content": queries[0]}], return_user_mask=True)
-    [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)]),
-                                 torch.tensor([mask])).tolist()
-    with torch.no_grad():  # so training read the bare prompt, too
-        assert p == pytest.approx(float(prism.gate(features[:1]).sigmoid()), abs=1e-4)
