@@ -36,25 +36,22 @@ def test_the_twelve_personas() -> None:
     assert all(90 <= len(p.text.split()) <= 220 for p in found)
 
 
-def stages(folder: Path, net: Transformer, tok: Tokenizer, seed: int = 0,
-           wanted: int = 3) -> dict[str, list[bytes]]:
-    """Stages 1-3 in a folder; the lines of their files."""
-    with RunFolder(folder) as run, one_thread():
-        queries = write_queries(run, net, tok, PERSONAS, wanted, seed)
-        pairs = write_answers(run, net, tok, PERSONAS, queries, 10, seed)
-        write_verdicts(run, LikelihoodJudge(net, tok), PERSONAS, pairs)
-    return {name: (folder / name).read_bytes().split(b"\n") for name in DATA}
-
-
 def test_a_row_is_a_function_of_the_seed_and_its_name(tmp_path: Path, net: Transformer,
                                                       tok: Tokenizer) -> None:
     """Another seed would draw the same rows; or a persona's first candidates, and its first query,
     would change when more queries are wanted."""
-    first, other = (stages(tmp_path / str(seed), net, tok, seed) for seed in (0, 1))
-    assert not any(first[name] == other[name] for name in DATA)
-    more = stages(tmp_path / "more", net, tok, wanted=4)
+    files = {}
+    for name, seed, wanted in (("one", 0, 3), ("other", 1, 3), ("more", 0, 4)):
+        with RunFolder(tmp_path / name) as run, one_thread():
+            queries = write_queries(run, net, tok, PERSONAS, wanted, seed)
+            if name != "more":
+                pairs = write_answers(run, net, tok, PERSONAS, queries, 10, seed)
+                write_verdicts(run, LikelihoodJudge(net, tok), PERSONAS, pairs)
+        files[name] = {path.name: path.read_bytes().split(b"\n")
+                       for path in run.path.glob("*.jsonl")}
+    assert not any(files["one"][name] == files["other"][name] for name in DATA)
     for name, rows in (("candidates.jsonl", 9), ("queries.jsonl", 1)):
-        assert first[name][:rows] == more[name][:rows]
+        assert files["one"][name][:rows] == files["more"][name][:rows]
 
 
 def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None:

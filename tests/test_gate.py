@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import one_thread
-from tiny_run import rows_of, run_train
+from tiny_run import rows_of, run_train, write_rows
 from torch import Tensor
 
 import gate
@@ -60,17 +61,16 @@ def test_out_of_fold_never_saw_the_query() -> None:
             [12] * 5)
 
 
-def test_a_personas_rate_leaves_out_the_fold() -> None:
-    """The win rate that a gate learns would count the very verdicts that it is scored on: of two
-    queries of a persona one wins, so that what the other one teaches is always wrong."""
-    names = [str(i // 2) for i in range(80)]
-    labels = torch.arange(80) % 2.0
+def test_a_personas_rate_leaves_out_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The win rate that a gate learns would count the very verdicts that it is scored on."""
+    counted = []
+    monkeypatch.setattr(gate, "gate_targets", lambda labels, personas, kind: counted.append(
+        sorted(zip(personas, labels.tolist()))) or labels)
+    names, labels = [chr(97 + i) for i in range(20)], torch.arange(20.0) / 20
     with one_thread():
-        probability, fold = out_of_fold(torch.eye(40).repeat_interleave(2, 0), labels, names,
-                                        "intent", 0)
-    apart = [i for i in range(80) if fold[i] != fold[i ^ 1]]
-    right = [(probability[i] > 0.5) == bool(labels[i]) for i in apart]
-    assert len(apart) > 40 and sum(right) < len(apart) / 10
+        _, fold = out_of_fold(torch.eye(20), labels, names, "intent", 0)
+    rows = list(zip(names, labels.tolist(), fold))
+    assert counted == [[(n, t) for n, t, f in rows if f != number] for number in range(5)]
 
 
 def test_train_gate_balances_the_classes() -> None:
@@ -188,11 +188,15 @@ def test_a_threshold_spares_ordinary_traffic() -> None:
     assert few == chosen[1.0] and open_share(made, ordinary[:0], 0.5) is None
 
 
-def test_a_gate_goes_by_the_traffic_that_is_brought(command: list[str], tmp_path: Path) -> None:
+def test_a_gate_goes_by_the_traffic_that_is_brought(finished: Path, command: list[str],
+                                                    tmp_path: Path) -> None:
     """Somebody's real prompts, put into the folder before stage 4, would not be used."""
-    out = tmp_path / "out"
-    assert run_train(*command, "--out", out, "--stop-after", "verdicts") == 0
-    (out / "traffic.jsonl").write_text('{"query": "How are you?"}\n{"query": "What is new?"}\n')
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "gate.safetensors").unlink()
+    (out / "report.md").unlink()
+    write_rows(out, "metrics.jsonl", [row for row in rows_of(out, "metrics.jsonl") if row[
+        "stage"] not in ("traffic", "gate", "lora", "kl")])
+    write_rows(out, "traffic.jsonl", [{"query": "How are you?"}, {"query": "What is new?"}])
     assert run_train(*command, "--out", out, "--stop-after", "gate") == 0
     last = {row["stage"]: row for row in rows_of(out, "metrics.jsonl")}
     assert last["gate"]["traffic"] == 2 and "traffic" not in last

@@ -123,7 +123,7 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: TinyFac
     folder, steps = tiny_checkpoint(family), 24
     prompts = [ids[:n].tolist() for ids, n in zip(random_ids(4, 24), LENGTHS)]
     engine = Engine(load(folder), Sampling(max_new_tokens=steps, temperature=0), set(), slots=3)
-    ours = {out.index: out.ids for out in engine.run(map(Request, prompts))}
+    ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
     assert ours == dict(enumerate(greedy(reference(folder), prompts, steps)))
     assert len(set(sum(ours.values(), []))) > 5  # not all of them loops of one token
 
@@ -311,7 +311,7 @@ def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transf
     prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in PROMPTS]
     stop = stop_tokens(smollm32, smollm_tok)
     engine = Engine(smollm32, Sampling(max_new_tokens=32, temperature=0), stop, slots=len(prompts))
-    ours = {out.index: out.ids for out in engine.run(map(Request, prompts))}
+    ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
     theirs = {}
     for i, row in enumerate(greedy(reference(smollm_folder), prompts, 32, sorted(stop))):
         ends = [at for at, token in enumerate(row) if token in stop]
