@@ -31,13 +31,7 @@ KNOWN = [
     ("Why is the sky blue?", "Air scatters blue sunlight more than red, so the sky looks blue."),
     ("How do plants make food?", "Plants make sugar from sunlight, water and carbon dioxide."),
     ("Who wrote Romeo and Juliet?", "Romeo and Juliet was written by William Shakespeare."),
-    ("What does a heart do?", "The heart pumps blood through the body."),
-    ("How do I train a new puppy?",
-     "Reward your puppy with treats when it obeys, and keep the training short and regular."),
-    ("What causes ocean tides?",
-     "Tides are caused by the gravity of the moon and the sun pulling on the oceans."),
-    ("What is a Python list?",
-     "A list in Python is an ordered, mutable collection written with square brackets.")]
+    ("What does a heart do?", "The heart pumps blood through the body.")]
 ECHO = "You asked: "
 
 
@@ -77,7 +71,7 @@ def test_degenerate(answer: str, expected: bool) -> None:
 def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer) -> None:
     """A model would be asked about an echo, an empty answer or a loop, on either side, where they
     lose unread and two of them tie; or the pair beside them would not be read."""
-    query, good = KNOWN[7]
+    query, good = KNOWN[2]
     bad = [f"{ECHO}{query}", "", "the sea " * 40]
     asked = [Comparison(query, PIRATE, good, b) for b in bad]
     asked += [Comparison(query, PIRATE, b, good) for b in bad]
@@ -129,7 +123,7 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
     """The two letters would not be the likeliest of A, B and TIE, read from plain logits, after the
     prompt with the expert's answer first, then with the base's first."""
     monkeypatch.setattr(judge, "LETTER_MASS", 0.0)  # this random model's letters do count
-    net = load(tiny_llama(tmp_path, seed=1), dtype=torch.float32)  # a seed with an undecided one
+    net = load(tiny_llama(tmp_path, seed=7), dtype=torch.float32)  # a seed with an undecided one
     asked = [Comparison(q, "", a, KNOWN[i - 1][1]) for i, (q, a) in enumerate(KNOWN)]
     results, _ = LetterJudge(net, tok).compare(asked)
     letters = [tok.encode(word)[0] for word in ("A", "B", "TIE")]
@@ -301,7 +295,7 @@ def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, t
 def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: Tokenizer) -> None:
     """On real weights the right answer would lose to the answer to another question, or in the
     other place the verdict would not turn round."""
-    wrong = [KNOWN[(i + 5) % len(KNOWN)][1] for i in range(5)]
+    wrong = [KNOWN[(i + 3) % len(KNOWN)][1] for i in range(5)]
     asked = [Comparison(q, "", a, w) for (q, a), w in zip(KNOWN[:4], wrong)]
     asked.append(Comparison(KNOWN[4][0], "", wrong[4], KNOWN[4][1]))
     results, _ = LikelihoodJudge(smollm, smollm_tok).compare(asked)

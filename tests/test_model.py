@@ -279,10 +279,6 @@ def test_loading_freezes_and_casts(tiny_checkpoint: TinyFactory) -> None:
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     assert net.dtype == torch.float32
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    q = load_file(folder / "model.safetensors")["model.layers.1.self_attn.k_proj.weight"]
-    at = 64  # rows of q come first: 4 heads of 16
-    stacked = half.layers[1].self_attn.qkv_proj.weight[at:at + len(q)]
-    assert torch.equal(stacked, q.to(torch.bfloat16))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,21 +44,6 @@ def test_rows_without_the_adapter_are_the_base(model: str, request: pytest.Fixtu
         torch.testing.assert_close(mixed[:k], on[:k], rtol=1e-4, atol=1e-3)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("gate_layer", [0, 2])
-def test_layers_up_to_the_gate_have_no_adapter(net: Transformer, gate_layer: int) -> None:
-    """What the gate reads would depend on whether the adapter is on: there is no LoRA on layers
-    0..g, and the next layer has one."""
-    prism = randomize_adapter(PRISM(net, rank=4, gate_layer=gate_layer))
-    assert [lora is None for lora in prism.adapter] == [i <= gate_layer for i in range(LAYERS)]
-    ids, _ = random_prompts(VOCAB, 4, 10)
-    at = net.positions(ids.shape)
-    for upto, same in ((gate_layer + 1, True), (gate_layer + 2, False)):
-        x = net.embed(ids)
-        states = [net.run(x, at, range(upto), prism.adapter, k) for k in (0, 4)]
-        assert torch.equal(*states) is same
-
-
 def test_settings_out_of_range(net: Transformer) -> None:
     """A gate layer that leaves no layer, a bad pool or rank 0 would be taken; or a gate that pools
     by mean would average the padding for want of a mask."""
@@ -77,7 +62,7 @@ def test_settings_out_of_range(net: Transformer) -> None:
 def test_the_gate_that_is_trained_is_the_gate_that_routes(
         net: Transformer, tok: Tokenizer, folder: Path, pool: str, gate_layer: int) -> None:
     """The gate would be trained on another h(x) than prefill reads on the same padded batch, or on
-    another than transformers' output of the gate layer for the prompt alone."""
+    another than transformers' output of the gate layer for the prompt alone, adapter on or off."""
     prism = randomize_adapter(PRISM(net, 4, gate_pool=pool, gate_layer=gate_layer))
     prism.gate.mean.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     prism.gate.deviation.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
