@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -29,6 +29,7 @@ from prism import PRISM
 from support.config import FAMILIES
 from support.device import choose_dtype
 from support.hub import DEFAULT_MODEL, resolve
+from support.runs import RunFolder
 from tokenizer import Tokenizer
 from tiny import randomize_adapter, tiny_llama
 from tiny_run import command, finished, personas
@@ -174,6 +175,13 @@ def prism(net: Transformer) -> PRISM:
 def tok(folder: Path) -> Tokenizer:
     """Its tokenizer."""
     return Tokenizer(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunFolder]:
+    """An open run folder."""
+    with RunFolder(tmp_path / "run") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -3,111 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import pytest
 from tiny import one_thread
-from tiny_run import pair, rows_of
+from tiny_run import CHEMIST, DATA, PIRATE, QUERIES, pair, rows_of
 
 import bootstrap
 from bootstrap import check_order, won_pairs, write_answers, write_verdicts
 from engine import Sampling
 from generate import generate
-from judge import Comparison, LikelihoodJudge
+from judge import Comparison, LikelihoodJudge, conversation
 from model import Transformer
 from queries import Query, write_queries
 from support.hub import InputError
-from support.personas import Persona, load_personas
+from support.personas import load_personas
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
-PERSONAS = [Persona("chemist", "You are a careful chemist who explains each reaction."),
-            Persona("pirate", "Answer as a pirate: short, loud and rude.")]
+PERSONAS = [CHEMIST, PIRATE]
 TEXTS = {p.name: p.text for p in PERSONAS}
-QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is the sky blue?",
-             "Who wrote Romeo and Juliet?", "What does a heart do?", "What causes ocean tides?"]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunFolder]:
-    """An open run folder."""
-    folder = RunFolder(tmp_path / "run")
-    yield folder
-    folder.close()
-
-
-# --------------------------------------------------------------------------------------------------
-# Personas
-
-
-def test_load_personas(tmp_path: Path) -> None:
-    """A persona would keep a BOM or blank lines, stand in another order, or be a file that is no
-    *.txt or below the folder."""
-    (tmp_path / "b.txt").write_text("\n Be brief. \n", encoding="utf-8")
-    (tmp_path / "a.txt").write_bytes("\ufeffSei höflich.".encode())
-    (tmp_path / "notes.md").write_text("not a persona")
-    (tmp_path / "short").mkdir()
-    (tmp_path / "short" / "c.txt").write_text("Below the folder.")
-    assert load_personas(tmp_path) == [Persona("a", "Sei höflich."), Persona("b", "Be brief.")]
+QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is the sky blue?"]
 
 
 def test_the_twelve_personas() -> None:
-    """One of the paper's twelve would be gone from personas/, or be much shorter or longer."""
+    """One of the paper's twelve would be gone from personas/, be much shorter or longer, or stand
+    at another place; or one of the subfolders would be read, too."""
     found = load_personas(Path(bootstrap.__file__).parent / "personas")
-    assert {p.name for p in found} == {
-        "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
-        "critic", "safety_monitor", "helpful", "compliant"}
+    assert [p.name for p in found] == [
+        "coding", "compliant", "critic", "extraction", "helpful", "humanities", "math",
+        "reasoning", "roleplay", "safety_monitor", "stem", "writing"]
     assert all(90 <= len(p.text.split()) <= 220 for p in found)
 
 
-# --------------------------------------------------------------------------------------------------
-# The stages on the tiny model
-
-
-def stages(folder: Path, net: Transformer, tok: Tokenizer, seed: int = 0,
-           wanted: int = 3) -> dict[str, bytes]:
-    """Run or continue stages 1-3 in a folder; the stage files."""
-    run = RunFolder(folder)
-    try:
-        with one_thread():
-            queries = write_queries(run, net, tok, PERSONAS, wanted, seed)
-            pairs = write_answers(run, net, tok, PERSONAS, queries, 10, seed)
-            write_verdicts(run, LikelihoodJudge(net, tok), PERSONAS, pairs)
-    finally:
-        run.close()
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.jsonl"))
-            if p.name != "metrics.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def written(net: Transformer, tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of stages 1-3; tests that change it take a copy."""
-    folder = tmp_path_factory.mktemp("stages") / "run"
-    stages(folder, net, tok)
-    return folder
-
-
-def test_a_row_is_a_function_of_the_seed_and_its_name(written: Path, tmp_path: Path,
-                                                      net: Transformer, tok: Tokenizer) -> None:
+def test_a_row_is_a_function_of_the_seed_and_its_name(tmp_path: Path, net: Transformer,
+                                                      tok: Tokenizer) -> None:
     """Another seed would draw the same rows; or a persona's first candidates, and its first query,
     would change when more queries are wanted."""
-    first = {p.name: p.read_bytes() for p in written.glob("*.jsonl") if p.name != "metrics.jsonl"}
-    other = stages(tmp_path / "other", net, tok, seed=1)
-    assert first.keys() == other.keys() >= {"queries.jsonl", "answers.jsonl", "verdicts.jsonl"}
-    assert not any(first[name] == other[name] for name in first)
-    more = stages(tmp_path / "more", net, tok, wanted=4)
+    files = {}
+    for name, seed, wanted in (("one", 0, 3), ("other", 1, 3), ("more", 0, 4)):
+        with RunFolder(tmp_path / name) as run, one_thread():
+            queries = write_queries(run, net, tok, PERSONAS, wanted, seed)
+            if name != "more":
+                pairs = write_answers(run, net, tok, PERSONAS, queries, 10, seed)
+                write_verdicts(run, LikelihoodJudge(net, tok), PERSONAS, pairs)
+        files[name] = {path.name: path.read_bytes().split(b"\n")
+                       for path in run.path.glob("*.jsonl")}
+    assert not any(files["one"][name] == files["other"][name] for name in DATA)
     for name, rows in (("candidates.jsonl", 9), ("queries.jsonl", 1)):
-        assert first[name].split(b"\n")[:rows] == more[name].split(b"\n")[:rows]
+        assert files["one"][name][:rows] == files["more"][name][:rows]
 
 
-def test_rows_are_those_of_the_interface(written: Path, tok: Tokenizer) -> None:
+def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None:
     """A field would have another name or place, ids would not decode to the texts, or stop would
     not say why."""
-    queries, answers, verdicts = (rows_of(written, f"{name}.jsonl")
-                                  for name in ("queries", "answers", "verdicts"))
-    assert [list(r) for r in queries] == [["persona", "index", "query"]] * 6
-    assert [(r["persona"], r["index"]) for r in queries] == [
-        (p.name, i) for p in PERSONAS for i in range(3)]
+    queries, answers, verdicts = (rows_of(finished, name) for name in DATA[1:])
+    assert [list(r) for r in queries] == [["persona", "index", "query"]] * 2 * QUERIES
     for row, query in zip(answers, queries, strict=True):
         assert list(row) == ["persona", "index", "query", "base", "expert", "base_ids",
                              "expert_ids", "base_stop", "expert_stop"]
@@ -115,19 +66,14 @@ def test_rows_are_those_of_the_interface(written: Path, tok: Tokenizer) -> None:
         for side in ("base", "expert"):
             ids, stop = row[f"{side}_ids"], row[f"{side}_stop"]
             assert stop == ("eos" if ids[-1] == 2 else "length")
-            assert len(ids) == 10 or (stop == "eos" and 1 <= len(ids) < 10)
+            assert len(ids) == 12 or (stop == "eos" and 1 <= len(ids) < 12)
             assert 2 not in ids[:-1]
             assert row[side] == tok.decode(ids[:-1] if stop == "eos" else ids)
-    for row, query in zip(verdicts, queries, strict=True):
+    for row in verdicts:
         assert list(row) == ["persona", "index", "winner", "target", "judge", "evidence"]
-        assert (row["persona"], row["index"]) == (query["persona"], query["index"])
         assert row["target"] == int(row["winner"] == "expert") and row["judge"] == "likelihood"
-        assert row["winner"] in ("expert", "base", "tie", "split", "unparsed")
+        assert row["winner"] in ("expert", "base", "tie", "split")
     assert any(r["base_ids"] != r["expert_ids"] for r in answers)
-
-
-# --------------------------------------------------------------------------------------------------
-# Stages 2 and 3
 
 
 def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, tok: Tokenizer,
@@ -135,13 +81,12 @@ def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, t
     """y_0 would not be P(.|x)'s, or y_c not P(.|persona, x)'s: at temperature 0 stage 2 gives what
     `generate` gives for the two conversations, shared prefixes or not."""
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
-    queries = [Query(p.name, i, q) for p in PERSONAS for i, q in enumerate(QUESTIONS[:3])]
+    queries = [Query(p.name, i, q) for p in PERSONAS for i, q in enumerate(QUESTIONS)]
     pairs = write_answers(run, net, tok, PERSONAS, queries, 12, 0)
     for side in ("base", "expert"):
-        system = {n: [{"role": "system", "content": t}] if side == "expert" else []
-                  for n, t in TEXTS.items()}
-        expected = generate(net, tok, [[*system[q.persona], {"role": "user", "content": q.query}]
-                                       for q in queries], Sampling(12, 0.0))
+        talks = [conversation(q.query, TEXTS[q.persona] if side == "expert" else "")
+                 for q in queries]
+        expected = generate(net, tok, talks, Sampling(12, 0.0))
         assert [getattr(p, f"{side}_ids") for p in pairs] == [c.ids for c in expected]
     assert all(p.base_ids != p.expert_ids for p in pairs)
 
@@ -183,10 +128,8 @@ def test_rows_that_were_moved_or_removed_are_named(run: RunFolder, net: Transfor
     for wrong, line in ((pairs[1:], 1), ([pairs[0], pairs[2], pairs[1]], 2),
                         ([*pairs, pair(3, persona="pirate")], 4)):
         run.write("answers.jsonl", wrong)
-        before = (run.path / "answers.jsonl").read_bytes()
         with pytest.raises(InputError, match=rf"answers\.jsonl, line {line}: "):
             write_answers(run, net, tok, PERSONAS, queries, 4, 0)
-        assert (run.path / "answers.jsonl").read_bytes() == before
     verdicts = write_verdicts(run, ByLength(), PERSONAS, pairs)
     check_order(verdicts, pairs, run.path)
     check_order(verdicts[:2], pairs, run.path)  # an interrupted stage

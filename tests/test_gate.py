@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import one_thread
-from tiny_run import rows_of, run_train
+from tiny_run import rows_of, run_train, write_rows
 from torch import Tensor
 
 import gate
 from gate import (choose_target, choose_thresholds, gate_targets, open_share, out_of_fold,
-                  read_traffic, train_gate, with_traffic, write_traffic)
+                  read_traffic, train_gate, with_traffic)
 from generate import gate_features
 from judge import conversation
 from model import Transformer
@@ -62,21 +63,14 @@ def test_out_of_fold_never_saw_the_query() -> None:
 
 def test_a_personas_rate_leaves_out_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The win rate that a gate learns would count the very verdicts that it is scored on."""
-    counted, real = [], gate.gate_targets
-
-    def spy(labels: Tensor, personas: list[str], kind: str) -> Tensor:
-        counted.append((labels.tolist(), list(personas)))
-        return real(labels, personas, kind)
-
-    monkeypatch.setattr(gate, "gate_targets", spy)
-    names = [str(i % 4) for i in range(20)]
-    labels = torch.arange(20.0) / 20  # each is another's, to be told apart
+    counted = []
+    monkeypatch.setattr(gate, "gate_targets", lambda labels, personas, kind: counted.append(
+        sorted(zip(personas, labels.tolist()))) or labels)
+    names, labels = [chr(97 + i) for i in range(20)], torch.arange(20.0) / 20
     with one_thread():
         _, fold = out_of_fold(torch.eye(20), labels, names, "intent", 0)
-    for number, (seen, personas) in enumerate(counted):
-        left = [i for i in range(20) if fold[i] != number]
-        assert seen == [float(labels[i]) for i in left] and personas == [names[i] for i in left]
-    assert len(counted) == 5
+    rows = list(zip(names, labels.tolist(), fold))
+    assert counted == [[(n, t) for n, t, f in rows if f != number] for number in range(5)]
 
 
 def test_train_gate_balances_the_classes() -> None:
@@ -165,7 +159,7 @@ def regrets(per_persona: int, rates: float, query: float, seed: int) -> dict[str
 
 
 @pytest.mark.parametrize(("rates", "query", "better"), [
-    (2.0, 0.0, "intent"), (1.5, 0.3, "intent"), (0.0, 2.0, "verdict"), (0.5, 1.5, "verdict")])
+    (1.5, 0.3, "intent"), (0.5, 1.5, "verdict")])
 def test_auto_takes_the_better_target(rates: float, query: float, better: str) -> None:
     """Where verdicts are noise around a persona's rate, learning them would do as well as learning
     that rate, or where the query decides, the rate would do; or auto would take the worse one."""
@@ -194,23 +188,15 @@ def test_a_threshold_spares_ordinary_traffic() -> None:
     assert few == chosen[1.0] and open_share(made, ordinary[:0], 0.5) is None
 
 
-def test_traffic_is_written_once_and_may_be_edited(smollm: Transformer, smollm_tok: Tokenizer,
-                                                   tmp_path: Path) -> None:
-    """Ordinary traffic would be no messages of users, come twice, depend on when it was written, or
-    a file of real prompts would not be used."""
-    with RunFolder(tmp_path) as run:
-        messages = write_traffic(run, smollm, smollm_tok, 6, 0)
-        assert 3 <= len(messages) <= 6 and len(set(messages)) == len(messages)
-        assert run.latest()["traffic"]["tokens_written"] > 60 and read_traffic(run) == messages
-        (tmp_path / "traffic.jsonl").write_text('{"query": "Hello there"}\n')
-        assert write_traffic(run, smollm, smollm_tok, 6, 0) == ["Hello there"]
-
-
-def test_a_gate_goes_by_the_traffic_that_is_brought(command: list[str], tmp_path: Path) -> None:
+def test_a_gate_goes_by_the_traffic_that_is_brought(finished: Path, command: list[str],
+                                                    tmp_path: Path) -> None:
     """Somebody's real prompts, put into the folder before stage 4, would not be used."""
-    out = tmp_path / "out"
-    assert run_train(*command, "--out", out, "--stop-after", "verdicts") == 0
-    (out / "traffic.jsonl").write_text('{"query": "How are you?"}\n{"query": "What is new?"}\n')
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "gate.safetensors").unlink()
+    (out / "report.md").unlink()
+    write_rows(out, "metrics.jsonl", [row for row in rows_of(out, "metrics.jsonl") if row[
+        "stage"] not in ("traffic", "gate", "lora", "kl")])
+    write_rows(out, "traffic.jsonl", [{"query": "How are you?"}, {"query": "What is new?"}])
     assert run_train(*command, "--out", out, "--stop-after", "gate") == 0
     last = {row["stage"]: row for row in rows_of(out, "metrics.jsonl")}
     assert last["gate"]["traffic"] == 2 and "traffic" not in last
@@ -223,35 +209,28 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
     monkeypatch.setattr(gate, "GATE_STEPS", 20)  # as in `run_train`
     queries = [r["query"] for r in rows_of(finished, "queries.jsonl")]
     verdicts = rows_of(finished, "verdicts.jsonl")
-    targets, personas = [v["target"] for v in verdicts], [v["persona"] for v in verdicts]
+    labels, personas = [v["target"] for v in verdicts], [v["persona"] for v in verdicts]
     [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
     prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
+    with RunFolder(finished, read_only=True) as run:
+        messages = read_traffic(run)
+    assert len(set(messages)) == len(messages) == row["traffic"]
+    targets = gate_targets(torch.tensor(labels).float(), personas, row["target"])
     with one_thread():
         features, _ = gate_features(prism, tok, list(map(conversation, queries)))
-        t = torch.tensor([float(x) for x in targets])
-        probability, fold = out_of_fold(features, t, personas, row["target"], 0)
-        train_gate(again.gate, features, gate_targets(t, personas, row["target"]))
+        traffic, _ = gate_features(prism, tok, list(map(conversation, messages)))
+        probability, fold = out_of_fold(features, torch.tensor(labels).float(), personas,
+                                        row["target"], 0)
+        train_gate(again.gate, features, targets)
     for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
         torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
-    assert row["log_losses"].keys() == {"verdict", "intent"}
-    assert row["log_losses"][row["target"]] < min(row["log_losses"].values()) + 0.2
-    with RunFolder(finished, read_only=True) as run:
-        traffic, _ = gate_features(prism, tok, list(map(conversation, read_traffic(run))))
-    learned = gate_targets(t, personas, row["target"])
-    thresholds = choose_thresholds(prism.gate, traffic, probability, learned, fold, None, 0.05)
+    thresholds = choose_thresholds(prism.gate, traffic, probability, targets, fold, None, 0.05)
     assert row["threshold"] == pytest.approx(thresholds[None])
-    assert row["traffic"] == len(traffic)
     lowest, opened = upper_quantile(prism.gate(traffic).sigmoid().tolist(), 0.05), []
     for i, f in enumerate(fold):  # no query has a part in its own threshold
         others = [j for j, g in enumerate(fold) if g != f]
         own = youden_threshold([probability[j] for j in others],
-                               [bool(learned[j] > learned.mean()) for j in others])
+                               [bool(targets[j] > targets.mean()) for j in others])
         opened.append(probability[i] >= max(own, lowest))
-    expected = decision_scores(probability, opened, targets)
+    expected = decision_scores(probability, opened, labels)
     assert {n: row[n] for n in expected} == expected
-    assert row["roc"][-1][1:] == [1, 1] and row["folds"] == 5
-    ids, mask = tok.render([{"role": "user", "content": queries[0]}], return_user_mask=True)
-    [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)]),
-                                 torch.tensor([mask])).tolist()
-    with torch.no_grad():  # so training read the bare prompt, too
-        assert p == pytest.approx(float(prism.gate(features[:1]).sigmoid()), abs=1e-4)

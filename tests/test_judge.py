@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Sequence
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from model import Transformer, load
 from queries import write_queries
 from support.hub import InputError
 from support.personas import load_personas
-from support.runs import RunFolder, add_costs, cost_of
+from support.runs import RunFolder, cost_of
 from support.settings import HERE, QUICK_PERSONAS, answer_room
 from tokenizer import Tokenizer
 
@@ -34,18 +34,8 @@ KNOWN = [
     ("Why is the sky blue?", "Air scatters blue sunlight more than red, so the sky looks blue."),
     ("How do plants make food?", "Plants make sugar from sunlight, water and carbon dioxide."),
     ("Who wrote Romeo and Juliet?", "Romeo and Juliet was written by William Shakespeare."),
-    ("What does a heart do?", "The heart pumps blood through the body."),
-    ("How do I train a new puppy?",
-     "Reward your puppy with treats when it obeys, and keep the training short and regular."),
-    ("What causes ocean tides?",
-     "Tides are caused by the gravity of the moon and the sun pulling on the oceans."),
-    ("What is a Python list?",
-     "A list in Python is an ordered, mutable collection written with square brackets.")]
+    ("What does a heart do?", "The heart pumps blood through the body.")]
 ECHO = "You asked: "
-
-
-# --------------------------------------------------------------------------------------------------
-# Verdicts, the pure parts
 
 
 def test_letter_winner() -> None:
@@ -58,28 +48,23 @@ def test_letter_winner() -> None:
     assert table["A", "A"] == table["B", "B"] == table["A", "T"] == table["T", "B"] == "split"
 
 
+BEHIND, ALIKE, AHEAD = ([-1.0, -1.0 - lead] for lead in (-1, MARGIN / 2, 2 * MARGIN))
+
+
 @pytest.mark.parametrize(("pairs", "winner"), [
-    ([[-1.0, -2.0], [-1.0, -2.0]], "expert"),
-    ([[-2.0, -1.0], [-2.0, -1.0]], "base"),
-    ([[-1.0, -2.0], [-2.0, -1.0]], "split"),
-    ([[-1.0, -2.0], [-1.0, -1.0]], "split"),  # wins one wording, ties the other
-    ([[-1.0, -1.0], [-1.0, -1.0]], "tie"),
-    ([[-1.0, -1.0 - MARGIN / 2], [-1.0, -1.0 - MARGIN / 2]], "tie"),  # ahead, but within margin
-    ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - 2 * MARGIN]], "expert"),
-    ([[-1.0, -1.0 - 2 * MARGIN], [-1.0, -1.0 - MARGIN / 2]], "split")])
+    ([AHEAD, AHEAD], "expert"), ([BEHIND, BEHIND], "base"), ([ALIKE, ALIKE], "tie"),
+    ([AHEAD, BEHIND], "split"), ([AHEAD, ALIKE], "split")])
 def test_score_winner(pairs: list[list[float]], winner: str) -> None:
     """An answer would win that not both wordings prefer by the margin."""
     assert score_winner(pairs) == winner
 
 
 @pytest.mark.parametrize(("answer", "expected"), [
-    ("", True), (" \n", True), ("!?", True), ("You asked: How do tides work in a bay?", True),
-    ("how do tides work in a bay", True), ("The moon pulls.", False),
-    ("Tides work in a bay as they do at sea.", False), ("Sure! How do tides work in a bay?", True),
-    ("I cannot say how do tides work in a bay", False),
+    ("", True), ("!?", True), ("Sure! How do tides work in a bay?", True), ("the sea " * 40, True),
+    ("The moon pulls.", False), ("Tides work in a bay as they do at sea.", False),
     ("How do tides work in a bay? I won't help with that.", False),
     ("How do tides work in a bay? The moon pulls the water up twice a day.", False),
-    ("the sea " * 40, True), (" ".join(map(str, range(60))), False)])
+    (" ".join(map(str, range(60))), False)])
 def test_degenerate(answer: str, expected: bool) -> None:
     """Nothing, the question again, or a loop would be an answer; or one would be none that repeats
     the question first."""
@@ -90,7 +75,7 @@ def test_degenerate(answer: str, expected: bool) -> None:
 def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer, kind: type) -> None:
     """A model would be asked about an echo, an empty answer or a loop, on either side, where they
     lose unread and two of them tie; or the pair beside them would not be read."""
-    query, good = KNOWN[7]
+    query, good = KNOWN[2]
     bad = [f"{ECHO}{query}", "", "the sea " * 40]
     asked = [Comparison(query, PIRATE, good, b) for b in bad]
     asked += [Comparison(query, PIRATE, b, good) for b in bad]
@@ -101,10 +86,6 @@ def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer, kind: 
     assert cost == {"prompts": 0, "tokens_read": 0, "tokens_written": 0, "flops": 0}
     results, cost = kind(net, tok).compare([asked[0], Comparison(query, "", good, "b")])
     assert results[0] == ("expert", []) and len(results[1][1]) == 2 and cost["tokens_read"] > 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Where the evidence comes from
 
 
 def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> Tensor:
@@ -146,7 +127,7 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
     """The two letters would not be the likeliest of A, B and TIE, read from plain logits, after the
     prompt with the expert's answer first, then with the base's first."""
     monkeypatch.setattr(judge, "LETTER_MASS", 0.0)  # this random model's letters do count
-    net = load(tiny_llama(tmp_path, seed=1), dtype=torch.float32)  # a seed with an undecided one
+    net = load(tiny_llama(tmp_path, seed=7), dtype=torch.float32)  # a seed with an undecided one
     asked = [Comparison(q, "", a, KNOWN[i - 1][1]) for i, (q, a) in enumerate(KNOWN)]
     results, _ = LetterJudge(net, tok).compare(asked)
     letters = [tok.encode(word)[0] for word in ("A", "B", "TIE")]
@@ -160,22 +141,11 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
     assert any(a != b for _, (a, b) in results)  # or the order was not tested
 
 
-def test_letter_judge_counts_what_it_cannot_read(net: Transformer, tok: Tokenizer) -> None:
-    """A model that puts almost nothing on A, B and TIE would give a made-up verdict."""
-    results, cost = LetterJudge(net, tok).compare([Comparison("q", "", "one", "two"),
-                                                   Comparison("r", "", "three", "four")])
-    assert [winner for winner, _ in results] == ["unparsed", "unparsed"]
-    assert all(said == ["?", "?"] for _, said in results) and cost["tokens_read"] > 0
-
-
 def test_costs_count_weights(net: Transformer) -> None:
     """A cost would not be two operations a weight: of the layers for every token, of the head for
     those scored or written."""
-    layer = sum(p.numel() for p in net.layers.parameters())
-    row = cost_of(net, 3, 100, 10, 7)
-    assert row == {"prompts": 3, "tokens_read": 100, "tokens_written": 10,
-                   "flops": 2 * (110 * layer + 17 * net.lm_head.numel())}
-    assert add_costs([row, row]) == {k: 2 * v for k, v in row.items()} and add_costs([]) == {}
+    layers, head = sum(p.numel() for p in net.layers.parameters()), net.lm_head.numel()
+    assert cost_of(net, 3, 100, 10, 7)["flops"] == 2 * (110 * layers + 17 * head)
 
 
 @pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
@@ -219,28 +189,21 @@ def kind_of(c: Comparison) -> str:
 
 
 class Habitual:
-    """A judge that is right, but for the kinds it is always wrong on; notes what it was asked."""
+    """A judge that is right, but for the kinds it is always wrong on; counts what it was asked."""
 
-    name = "habitual"
-
-    def __init__(self, *wrong_on: str, other: str = "base"):
-        self.wrong_on, self.other = wrong_on, other
-        self.asked: list[Comparison] = []
+    def __init__(self, *wrong_on: str, other: str = "base", name: str = "habitual"):
+        self.wrong_on, self.other, self.name, self.count = wrong_on, other, name, 0
 
     def compare(self, asked: Sequence[Comparison]) -> tuple[list, dict]:
         """Its verdicts."""
-        self.asked += asked
+        self.count += len(asked)
         return [(self.other if kind_of(c) in self.wrong_on else "expert", []) for c in asked], {
             "prompts": len(asked)}
 
-    def count(self, kind: str) -> int:
-        """How many pairs of a kind it was asked about."""
-        return sum(kind_of(c) == kind for c in self.asked)
-
 
 def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
-    """A worse answer would not be what its kind says, or the better one not the query's own, in the
-    expert's place and read without a context; or no answer at all would be the better one."""
+    """A worse answer would not be what its kind says, or the better one not the query's own; an
+    echo be the better one; stage 2's be sampled again, or compliance all at once."""
     own = {p.query: p.base for p in known.pairs}
     assert len(own) == 24 and known.pairs[-1].base_stop == "length"
     wrong = list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
@@ -248,90 +211,60 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
     assert all(c.expert == own[c.query] != c.base and c.base in own.values() for c in wrong)
     cut = known.pairs[-1].base
     assert all(c.ended == (cut not in (c.expert, c.base)) and c.context == "" for c in wrong)
-
-
-def test_only_compliance_is_sampled_afresh(known: KnownPairs) -> None:
-    """A known pair that stage 2 has paid for would be sampled again, or compliance all at once."""
-    list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
     assert known.costs == []
     with one_thread():
         found = list(itertools.islice(known.of_kind("refusal"), PAIRS_AT_ONCE))
-    assert len(known.costs) == 1 and known.costs[0]["prompts"] == PAIRS_AT_ONCE
-    assert 0 < known.costs[0]["tokens_written"] <= 6 * PAIRS_AT_ONCE
+    [cost] = known.costs
+    assert cost["prompts"] == PAIRS_AT_ONCE and 0 < cost["tokens_written"] <= 6 * PAIRS_AT_ONCE
     for c, query in zip(found, SHOULD_REFUSE):
         assert c.query == query and c.expert == REFUSAL and c.base.startswith(COMPLIANCE)
 
 
-def examined(asked: Habitual, known: KnownPairs, to_the_end: bool = False) -> dict:
-    """`examine_judge` on one thread."""
+ALL = len(SHOULD_REFUSE)
+
+
+@pytest.mark.parametrize(("wrong_on", "other", "to_the_end", "counts", "trusted", "blind"), [
+    ((), "", False, {"wrong query": (12, 12), "refusal": (12, 12)}, True, False),
+    *((("wrong query",), other, False, {"wrong query": (4, 0)}, False, False)
+      for other in ("base", "tie", "split", "unparsed")),
+    (("refusal",), "base", False, {"wrong query": (12, 12), "refusal": (4, 0)}, True, True),
+    (("wrong query",), "base", True, {"wrong query": (MOST_PAIRS, 0), "refusal": (ALL, ALL)}, False,
+     False)])
+def test_a_judge_is_asked_until_it_is_known(
+        wrong_on: tuple, other: str, to_the_end: bool, counts: dict, trusted: bool, blind: bool,
+        known: KnownPairs) -> None:
+    """A judge would be asked more than twelve pairs of a kind, or more than four that it misses; or
+    be trusted, or called blind, for another reason than it should."""
+    asked = Habitual(*wrong_on, other=other)
     with one_thread():
-        return examine_judge(asked, known, to_the_end)
+        report = examine_judge(asked, known, to_the_end)
+    assert {kind: (k["pairs"], k["right"]) for kind, k in report["kinds"].items()} == counts
+    assert (report["trusted"], report["blind_to_refusals"]) == (trusted, blind)
+    assert report["cost"]["prompts"] == asked.count == sum(n for n, _ in counts.values())
+    for kind, k in report["kinds"].items():
+        assert k["decided"] and k["passed"] is (k["right"] > 0)
+        assert kind not in wrong_on or k["wrong" if other == "base" else other] == k["pairs"]
+    assert bool(known.costs) is ("refusal" in counts)  # else no compliance was sampled
 
 
-def test_a_judge_that_is_always_right_is_asked_twelve_of_each_kind(known: KnownPairs) -> None:
-    """More would be a waste, fewer could be luck."""
-    always = Habitual()
-    report = examined(always, known)
-    assert report["trusted"] and not report["blind_to_refusals"]
-    assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
-        "wrong query": 12, "refusal": 12}
-    assert all(k["right"] == 12 and k["decided"] and k["passed"] for k in report["kinds"].values())
-    assert report["cost"]["prompts"] == len(always.asked) == 24
-
-
-@pytest.mark.parametrize("other", ["base", "tie", "split", "unparsed"])
-def test_a_judge_that_is_wrong_at_once_is_asked_no_more(known: KnownPairs, other: str) -> None:
-    """After four misses of four it would be asked more, or compliance be sampled; or a judge that
-    cannot decide would be right."""
-    wrong = Habitual("wrong query", other=other)
-    report = examined(wrong, known)
-    assert not report["trusted"] and len(wrong.asked) == PAIRS_AT_ONCE == 4 and known.costs == []
-    row = report["kinds"].pop("wrong query")
-    assert row["pairs"] == 4 and row["right"] == 0 and not row["passed"] and not report["kinds"]
-    assert row["wrong" if other == "base" else other] == 4
-    assert not report["blind_to_refusals"]  # nobody asked
-
-
-def test_wrong_queries_decide_trust_and_refusals_decide_blindness(known: KnownPairs) -> None:
-    """A judge would be trusted that takes the answer to another query; or one that only prefers
-    compliance would not be, or not be said to be blind."""
-    assert not examined(Habitual("wrong query"), known)["trusted"]
-    report = examined(Habitual("refusal"), known)
-    assert report["trusted"] and report["blind_to_refusals"]
-    assert report["kinds"]["refusal"]["pairs"] == 4 == report["kinds"]["refusal"]["wrong"]
-
-
-def test_to_the_end_asks_all(known: KnownPairs) -> None:
-    """A table would not have 60 of each kind, or all there are; or its verdict would not be that of
-    the first decision."""
-    wrong = Habitual("wrong query")
-    report = examined(wrong, known, to_the_end=True)
-    assert {kind: k["pairs"] for kind, k in report["kinds"].items()} == {
-        "wrong query": MOST_PAIRS, "refusal": len(SHOULD_REFUSE)}
-    assert not report["trusted"] and not report["blind_to_refusals"]
-
-
-def test_few_pairs_are_decided_by_the_evidence(known: KnownPairs) -> None:
+@pytest.mark.parametrize(("pairs", "wrong_on", "passed"), [
+    (3, [], True), (2, ["wrong query"], False), (0, [], False)])
+def test_few_pairs_are_decided_by_the_evidence(pairs: int, wrong_on: list[str], passed: bool,
+                                               known: KnownPairs) -> None:
     """Too few pairs to decide the test would be refused or trusted against the evidence."""
-    def some(n: int, judge_: Habitual) -> dict:
-        supply: Iterator[Comparison] = itertools.islice(known.wrong_query(), n)
-        with judge.tqdm(total=1, disable=True) as bar:
-            return judge.ask_until_decided(judge_, supply, False, bar)[0]
-
-    assert some(3, Habitual()) == some(3, Habitual()) | {"pairs": 3, "passed": True,
-                                                         "decided": False}
-    assert not some(2, Habitual("wrong query"))["passed"] and not some(0, Habitual())["passed"]
+    supply = itertools.islice(known.wrong_query(), pairs)
+    with judge.tqdm(total=1, disable=True) as bar:
+        row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply, False, bar)
+    assert (row["pairs"], row["passed"], row["decided"]) == (pairs, passed, False)
 
 
 def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer,
                                                  known: KnownPairs) -> None:
     """A judge that fails its test would be used unasked; or, forced with --judge, not be used, or
-    its failure not be recorded."""
+    its failure not be recorded; or letters be made up where A, B and TIE have almost nothing."""
     with one_thread():
-        with pytest.raises(InputError, match=r"cannot verify itself.*letter on 0 of 4 pairs "
-                                             r"\(wrong query\); likelihood on \d+ of \d+"):
-            choose_judge("auto", net, tok, known)
-        with pytest.raises(InputError, match=r"--judge FILE\.py.*--judge none"):
+        with pytest.raises(InputError, match=r"letter on 0 of 4 pairs \(wrong query\);"
+                                             r" likelihood on \d+ of \d+.*--judge none"):
             choose_judge("auto", net, tok, known)
         chosen, [test] = choose_judge("letter", net, tok, known)
         assert chosen.name == "letter" and not test["trusted"]
@@ -350,28 +283,19 @@ def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, t
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Another judge would be taken than the paper's if it can be trusted, else the other; or the
     tests behind it would be lost."""
-    def made(name: str) -> Callable:
-        def build(*_: object) -> Habitual:
-            built = Habitual(*(() if name == passes else ("wrong query",)))
-            built.name = name
-            return built
-        return build
-
-    monkeypatch.setattr(judge, "JUDGES", {n: made(n) for n in ("letter", "likelihood")})
+    monkeypatch.setattr(judge, "JUDGES", {
+        name: lambda *_, n=name: Habitual(*[] if n == passes else ["wrong query"], name=n)
+        for name in ("letter", "likelihood")})
     with one_thread():
         chosen, tests = choose_judge("auto", net, tok, known)
     assert chosen.name == passes == tests[-1]["judge"]
     assert [t["judge"] for t in tests] == ["letter", "likelihood"][:1 + (passes == "likelihood")]
 
 
-# --------------------------------------------------------------------------------------------------
-# Real weights
-
-
 def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: Tokenizer) -> None:
     """On real weights the right answer would lose to the answer to another question, or in the
     other place the verdict would not turn round."""
-    wrong = [KNOWN[(i + 5) % len(KNOWN)][1] for i in range(5)]
+    wrong = [KNOWN[(i + 3) % len(KNOWN)][1] for i in range(5)]
     asked = [Comparison(q, "", a, w) for (q, a), w in zip(KNOWN[:4], wrong)]
     asked.append(Comparison(KNOWN[4][0], "", wrong[4], KNOWN[4][1]))
     results, _ = LikelihoodJudge(smollm, smollm_tok).compare(asked)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Callable
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +17,6 @@ from engine import pad
 from model import Transformer, load
 from prism import PRISM, Gate, distill_loss, gate_loss
 from support import cpu
-from support.adapter import to_peft
-from support.config import FAMILIES
 from support.hub import InputError
 from tokenizer import Tokenizer
 import prism as prism_module
@@ -31,66 +27,21 @@ MESSAGES = ["Hello there!", "Why is the sky blue at noon, and red in the evening
             "Is water wet? Explain."]
 
 
-def prompts(tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """MESSAGES rendered and right-padded: ids, lengths, masks of the user's text."""
-    rendered = [tokenizer.render([{"role": "user", "content": m}], return_user_mask=True)
-                for m in MESSAGES]
-    ids, masks = zip(*rendered)
-    return *pad(ids, "cpu"), pad(masks, "cpu")[0].bool()
-
-
-def halfway(probability: Tensor, closed: int) -> float:
-    """A threshold between two neighbours, below which `closed` of the probabilities lie."""
-    below, above = sorted(probability.tolist())[closed - 1:closed + 1]
-    assert above - below > 1e-5
-    return (below + above) / 2
-
-
-# --------------------------------------------------------------------------------------------------
-# The adapter's switch
-
-
 @torch.no_grad()
-def test_rows_without_the_adapter_are_the_base(prism: PRISM, net: Transformer) -> None:
+@pytest.mark.parametrize("model", ["net", "smollm32"])
+def test_rows_without_the_adapter_are_the_base(model: str, request: pytest.FixtureRequest) -> None:
     """Through all layers: k = 0, the rows from k on of a mixed batch, or k = B of a fresh adapter
     would not be the base's logits bit for bit; or gated rows would not be those of k = B."""
-    ids, _ = random_prompts(VOCAB, 6, 20)
+    net = request.getfixturevalue(model)
+    prism = randomize_adapter(PRISM(net, rank=4, alpha=8.0))
+    ids, _ = random_prompts(net.config.vocab_size, 6, 20)
     base, on = net(ids), prism(ids, 6)
     assert torch.equal(prism(ids, 0), base) and torch.equal(PRISM(net)(ids, 6), base)
     assert not torch.allclose(on, base, atol=0.1)
     for k in (1, 4):
         mixed = prism(ids, k)
         assert torch.equal(mixed[k:], base[k:])
-        torch.testing.assert_close(mixed[:k], on[:k], rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("gate_layer", [0, 2])
-def test_layers_up_to_the_gate_have_no_adapter(net: Transformer, gate_layer: int) -> None:
-    """What the gate reads would depend on whether the adapter is on: there is no LoRA on layers
-    0..g, and the next layer has one."""
-    prism = randomize_adapter(PRISM(net, rank=4, gate_layer=gate_layer))
-    assert [lora is None for lora in prism.adapter] == [i <= gate_layer for i in range(LAYERS)]
-    ids, _ = random_prompts(VOCAB, 4, 10)
-    at = net.positions(ids.shape)
-    for upto, same in ((gate_layer + 1, True), (gate_layer + 2, False)):
-        x = net.embed(ids)
-        states = [net.run(x, at, range(upto), prism.adapter, k) for k in (0, 4)]
-        assert torch.equal(*states) is same
-
-
-def test_adapter_is_on_all_seven_projections(net: Transformer) -> None:
-    """One of q, k, v, o, gate, up and down of an adapted layer would have none: rank x (in + out)
-    parameters each."""
-    prism = PRISM(net, rank=4)
-    c = net.config
-    q, kv, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
-    d = c.hidden_size
-    widths = [(d, q), (d, kv), (d, kv), (q, d), (d, mlp), (d, mlp), (mlp, d)]
-    per_layer = sum(4 * (a + b) for a, b in widths)
-    assert sum(p.numel() for p in prism.adapter.parameters()) == per_layer * (LAYERS - 1)
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in prism.adapter.parameters())
-    assert not any(p.requires_grad for p in net.parameters())
+        torch.testing.assert_close(mixed[:k], on[:k], rtol=1e-4, atol=1e-3)
 
 
 def test_settings_out_of_range(net: Transformer) -> None:
@@ -106,36 +57,19 @@ def test_settings_out_of_range(net: Transformer) -> None:
 
 
 @torch.no_grad()
-def test_real_model_switch_and_routing(smollm32: Transformer) -> None:
-    """On SmolLM2's weights un-gated rows would not be the base's bit for bit, or the gate would
-    report another probability in prefill than alone."""
-    prism = randomize_adapter(PRISM(smollm32, rank=2), scale=0.05)
-    ids, lengths = random_prompts(smollm32.config.vocab_size, 4, 24)
-    base, mixed = smollm32(ids), prism(ids, 2)
-    assert torch.equal(prism(ids, 0), base)
-    assert torch.equal(mixed[2:], base[2:])
-    assert not torch.allclose(mixed[:2], base[:2], atol=0.1)
-    routed = prism.prefill(ids, lengths, "auto")
-    alone = prism.gate_probability(ids, lengths).tolist()
-    assert routed.probability == pytest.approx(alone, abs=1e-6)
-
-
-# --------------------------------------------------------------------------------------------------
-# Routing
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("gate_layer", [0, 2])
 def test_the_gate_that_is_trained_is_the_gate_that_routes(
-        net: Transformer, folder: Path, pool: str, gate_layer: int) -> None:
-    """The gate would be trained on another h(x) than prefill reads on the same batch, or on another
-    than transformers' output of the gate layer."""
+        net: Transformer, tok: Tokenizer, folder: Path, pool: str, gate_layer: int) -> None:
+    """The gate would be trained on another h(x) than prefill reads on the same padded batch, or on
+    another than transformers' output of the gate layer for the prompt alone, adapter on or off."""
     prism = randomize_adapter(PRISM(net, 4, gate_pool=pool, gate_layer=gate_layer))
     prism.gate.mean.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     prism.gate.deviation.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
-    ids, lengths, mask = prompts(Tokenizer(folder))
-    mask = mask if pool == "mean" else None
+    ids, masks = zip(*[tok.render([{"role": "user", "content": text}], return_user_mask=True)
+                       for text in MESSAGES])
+    ids, lengths = pad(ids, "cpu")
+    mask = pad(masks, "cpu")[0].bool() if pool == "mean" else None
     alone = prism.gate_probability(ids, lengths, mask)
     h = prism.features(ids, lengths, mask)
     torch.testing.assert_close(prism.gate(h).sigmoid(), alone, rtol=0, atol=1e-6)
@@ -152,100 +86,31 @@ def test_the_gate_that_is_trained_is_the_gate_that_routes(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", ["auto", "on", "off"])
-def test_prefill_reads_every_layer_once(prism: PRISM, gate: str) -> None:
-    """Routing would cost a second forward: each layer runs exactly once for the whole batch."""
+@pytest.mark.parametrize("gate_layer", [0, 2])
+@pytest.mark.parametrize("gate, opened", [("auto", 3), ("on", 6), ("off", 0)])
+def test_prefill_routes_in_one_pass(net: Transformer, gate_layer: int, gate: str,
+                                    opened: int) -> None:
+    """A layer would run twice; R(x) = threshold not open the gate; or gated rows not come first,
+    each class in input order, with their states. (test_engine.py has the cache.)"""
+    prism = randomize_adapter(PRISM(net, 4, gate_layer=gate_layer))
     ids, lengths = random_prompts(VOCAB, 6, 15)
-    prism.threshold = halfway(prism.gate_probability(ids, lengths), 3)
+    probability = prism.prefill(ids, lengths, "off").probability
+    prism.threshold = sorted(probability)[3]
     calls: Counter[int] = Counter()
     hooks = [layer.register_forward_hook(lambda m, a, y, i=i: calls.update([i]))
-             for i, layer in enumerate(prism.net.layers)]
-    try:
-        routed = prism.prefill(ids, lengths, gate)
-    finally:
-        for hook in hooks:
-            hook.remove()
+             for i, layer in enumerate(net.layers)]
+    routed = prism.prefill(ids, lengths, gate)
+    for hook in hooks:
+        hook.remove()
     assert calls == Counter(range(LAYERS))
-    assert routed.k == {"auto": 3, "on": 6, "off": 0}[gate]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("gate_layer", [0, 2])
-def test_mixed_prefill_orders_rows_and_cache(net: Transformer, gate_layer: int) -> None:
-    """Gated rows would not come first, each class in input order; or hidden states and the cache's
-    rows would not follow, so that a decoding step after it differs from a full forward."""
-    prism = randomize_adapter(PRISM(net, 4, gate_layer=gate_layer))
-    ids, lengths = random_prompts(VOCAB, 8, 15)
-    alone = prism.gate_probability(ids, lengths).tolist()
-    probability, cache = prism.prefill(ids, lengths, "off").probability, net.new_cache(8, 16)
-    assert probability == pytest.approx(alone, abs=1e-6) and len(set(probability)) == 8
-    prism.threshold = sorted(probability)[4]  # R(x) = threshold opens the gate
-    routed = prism.prefill(ids, lengths, "auto", cache)
-    opened = [i for i, p in enumerate(probability) if p >= prism.threshold]
-    closed = [i for i, p in enumerate(probability) if p < prism.threshold]
-    assert routed.order == opened + closed and routed.k == len(opened) == 4
-    assert routed.order != list(range(8))  # or the reordering was not tested
-    assert routed.probability == probability
+    rows = range(6)
+    order = sorted(rows, key=lambda i: probability[i] < prism.threshold)
+    assert order != list(rows)  # or the reordering was not tested
+    assert routed.order == (order if gate == "auto" else list(rows))
+    assert routed.k == opened and routed.probability == probability
     order = torch.tensor(routed.order)
-    ids, lengths = ids[order], lengths[order]
-    rows = torch.arange(8)
-    full = prism(ids, routed.k)
-    torch.testing.assert_close(net.head(routed.hidden), full[rows, lengths - 1],
-                               rtol=1e-4, atol=1e-4)
-    # One step further, each row with its own next token at its own position.
-    token = torch.arange(100, 108)
-    at = net.positions((8, 1), cache, lengths, int(lengths.max()) + 1)
-    x = net.run(net.embed(token[:, None]), at, range(LAYERS), prism.adapter, routed.k)
-    longer = F.pad(ids, (0, 1))
-    longer[rows, lengths] = token
-    full = prism(longer, routed.k)
-    torch.testing.assert_close(net.head(net.norm(x[:, 0])), full[rows, lengths],
-                               rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_padding_does_not_reach_the_gate(net: Transformer, folder: Path, pool: str) -> None:
-    """What stands in the padding, or how long it is, would change a probability."""
-    prism = PRISM(net, gate_pool=pool)
-    ids, lengths, mask = prompts(Tokenizer(folder))
-    first = prism.gate_probability(ids, lengths, mask)
-    padding = torch.arange(ids.shape[1])[None] >= lengths[:, None]
-    ids = F.pad(ids.masked_fill(padding, 77), (0, 9), value=5)
-    again = prism.gate_probability(ids, lengths, F.pad(mask, (0, 9)))
-    torch.testing.assert_close(first, again, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_every_family_equal_pefts(family: str, tiny_checkpoint: Callable[..., Path],
-                                               tmp_path: Path) -> None:
-    """The gradient of an A or B would not be that of autograd through PEFT's model and a naive KL
-    of whole logits, whatever stands between an adapted projection and the sum."""
-    folder = tiny_checkpoint(family)
-    net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prism = randomize_adapter(PRISM(net, 4, 8.0))
-    prism.save(tmp_path)
-    ids, _ = random_prompts(net.config.vocab_size, 3, 12)
-    teacher = states(36, net.config.hidden_size)
-    loss = distill_loss(net.hidden(ids, prism.adapter, 3).flatten(0, 1), teacher, net)
-    loss.backward()
-    model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
-    log_q = model(ids).logits.flatten(0, 1).log_softmax(-1)
-    log_p = net.head(teacher).log_softmax(-1)
-    naive = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    naive.backward()
-    torch.testing.assert_close(loss, naive, rtol=1e-4, atol=0)
-    for p in prism.adapter.parameters():
-        p.data.copy_(p.grad)
-    mine = to_peft(prism.weights, net.config)
-    theirs = {n.replace(".default", ""): p.grad for n, p in model.named_parameters()
-              if p.requires_grad}
-    assert mine.keys() == theirs.keys()
-    for name, gradient in mine.items():
-        found = theirs[name] * (gradient != 0)  # a fused B is full there, block-diagonal here
-        scale = float(found.abs().max())
-        assert scale > 1e-3
-        torch.testing.assert_close(gradient, found, rtol=0, atol=1e-3 * scale, msg=name)
+    full = prism(ids[order], routed.k)[torch.arange(6), lengths[order] - 1]
+    torch.testing.assert_close(net.head(routed.hidden), full, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,13 +133,13 @@ def naive_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: floa
     return temperature**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("rows", [1, 7, 50, 51])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("rows", [1, 7, 51])
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_distill_loss_is_the_naive_kl(net: Transformer, monkeypatch: pytest.MonkeyPatch,
                                       rows: int, temperature: float, cap: float | None) -> None:
     """Chunks of `rows` tokens, three worked on at once, would not give the value and gradient of
-    the full computation, with soft-capped logits, too."""
+    KL(teacher || student) on full logits, soft-capped ones, too."""
     monkeypatch.setattr(net.config, "final_cap", cap)
     monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", rows * VOCAB)
     monkeypatch.setattr(cpu, "CACHED_ELEMENTS", 3 * VOCAB)
@@ -288,20 +153,6 @@ def test_distill_loss_is_the_naive_kl(net: Transformer, monkeypatch: pytest.Monk
     scale = float(reference.grad.abs().max())
     torch.testing.assert_close(student.grad, reference.grad, rtol=0, atol=1e-5 * scale)
     assert mine.item() > 50 * 0.01 and teacher.grad is None
-
-
-def test_distill_loss_is_forward_kl(net: Transformer) -> None:
-    """The student's distribution would weigh the log ratio, not the teacher's; or a model would
-    have something to learn from itself."""
-    a, b = states(20, seed=1), 2 * states(20, seed=2)
-    forward, reverse = distill_loss(a, b, net), distill_loss(b, a, net)
-    p, q = ((x @ net.lm_head.t()).softmax(-1) for x in (b, a))
-    torch.testing.assert_close(forward, (p * (p / q).log()).sum(), rtol=1e-4, atol=0)
-    assert abs(forward.item() / reverse.item() - 1) > 0.05
-    student = states(50).requires_grad_()
-    loss = distill_loss(student, student.detach().clone(), net, 1.5)
-    loss.backward()
-    assert abs(loss.item()) < 1e-5 and float(student.grad.abs().max()) < 1e-6
 
 
 def test_distill_loss_under_bf16(folder: Path) -> None:
@@ -356,14 +207,11 @@ def test_gate_standardises_what_it_reads() -> None:
 
 
 def test_gate_and_adapter_are_seeded(net: Transformer) -> None:
-    """One seed would draw two gates or As, another seed the same, or the global state would be
-    used."""
+    """Another seed would draw the same gate or A, or the global state would be used."""
     torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    one, two, other = (PRISM(net, 4, seed=s) for s in (3, 3, 4))
-    assert torch.equal(torch.rand(1), expected)
-    for a, b in zip(one.parameters(), two.parameters()):
+    one, other = PRISM(net, 4, seed=3), PRISM(net, 4, seed=4)
+    torch.manual_seed(6)
+    for a, b in zip(one.parameters(), PRISM(net, 4, seed=3).parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(one.gate.mlp[0].weight, other.gate.mlp[0].weight)
     assert not torch.equal(one.adapter[1]["o_proj"].A, other.adapter[1]["o_proj"].A)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Iterator, Sequence
 
 import pytest
 import torch
 from tiny import one_thread
-from tiny_run import rows_of
-from torch import Tensor
+from tiny_run import CHEMIST, PIRATE, rows_of
 
 import queries
 from engine import derive_seed, token_log_probabilities
@@ -25,18 +22,9 @@ from support.personas import Persona
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
-PERSONAS = [Persona("chemist", "You are a careful chemist who explains each reaction."),
-            Persona("pirate", "Answer as a pirate: short, loud and rude.")]
+PERSONAS = [CHEMIST, PIRATE]
 NINE = [Persona(f"p{i}", f"You are number {i} of nine, and you know about {word}.")
         for i, word in enumerate("tides bread iron birds rain wood stars fire salt".split())]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunFolder]:
-    """An open run folder."""
-    folder = RunFolder(tmp_path / "run")
-    yield folder
-    folder.close()
 
 
 def candidate(persona: str, text: str, complete: bool = True, **fields: object) -> Candidate:
@@ -45,70 +33,38 @@ def candidate(persona: str, text: str, complete: bool = True, **fields: object) 
                         "complete": complete, "suits": persona} | fields)
 
 
-# --------------------------------------------------------------------------------------------------
-# The pure parts
+def test_which_queries_are_kept() -> None:
+    """A near-duplicate, or what is unfinished, malformed or likelier under another persona, would
+    be kept; or not the first `wanted` in order, so that a later round only appends."""
+    def kept(personas: list[Persona], wanted: int) -> list[tuple[str, int, str]]:
+        return [(q.persona, q.index, q.query) for q in keep_queries(found, personas, wanted)]
 
-
-def texts(queries: Sequence[Query]) -> list[tuple[str, int, str]]:
-    """(persona, index, text) of each."""
-    return [(q.persona, q.index, q.query) for q in queries]
-
-
-def test_keep_queries_order_and_duplicates() -> None:
-    """A near-duplicate would be kept, within a persona or across; or not the first `wanted` of each
-    in the order of personas and candidates, with dense indices."""
-    a, b = Persona("a", "x"), Persona("b", "y")
-    found = [candidate("b", "How do tides work in a bay?"),
-             candidate("a", "How do tides work in a harbour?"),
-             candidate("a", "How do tides work in a harbour!"),
-             candidate("b", "Why is bread left to rise?"),
-             candidate("a", "What makes an engine run smoothly?"),
-             candidate("b", "what makes an engine run smoothly, then?"),
-             candidate("a", "When was the telephone first sold?"),
-             candidate("b", "Which birds can sing at night?")]
+    a, b = Persona("a", "You are a careful chemist."), Persona("b", "y")
+    bay, harbour = "How do tides work in a bay?", "How do tides work in a harbour?"
+    engine, phone = "What makes an engine run smoothly?", "When was the telephone first sold?"
+    bread, birds = "Why is bread left to rise?", "Which birds can sing at night?"
+    found = [candidate("b", bay), candidate("a", bread, complete=False),
+             candidate("a", "Too short."), candidate("a", birds, suits="b"),
+             candidate("a", "You are a careful chemist and what?"), candidate("a", harbour),
+             candidate("a", harbour[:-1] + "!"), candidate("b", bread), candidate("a", engine),
+             candidate("b", "what makes an engine run smoothly, then?"), candidate("a", phone),
+             candidate("b", birds)]
     # "bay" differs from "harbour" in one word of eight: 6 / 8 is above 0.7, so b's is a duplicate
-    assert texts(keep_queries(found, [a, b], 2)) == [
-        ("a", 0, "How do tides work in a harbour?"), ("a", 1, "What makes an engine run smoothly?"),
-        ("b", 0, "Why is bread left to rise?"), ("b", 1, "Which birds can sing at night?")]
-    reverse = texts(keep_queries(found, [b, a], 2))
-    assert reverse[0] == ("b", 0, "How do tides work in a bay?")  # now b came first
-    assert ("a", 0, "How do tides work in a harbour?") not in reverse
-    more = [*found, candidate("a", "Something else that nobody ever asked?")]
-    for wanted in (1, 2, 3):  # a later round only appends
-        one, two = (keep_queries(some, [a], wanted) for some in (found, more))
-        assert two[:len(one)] == one
-
-
-def test_keep_queries_drops_what_is_not_a_query() -> None:
-    """An unfinished or malformed candidate would be kept, or one that another persona makes
-    likelier."""
-    a, b = PERSONAS
-    found = [candidate(a.name, "How do tides work in a bay?", complete=False),
-             candidate(a.name, "Too short."),
-             candidate(a.name, "Which acids dissolve a gold ring?", suits=b.name),
-             candidate(a.name, "You are a careful chemist who explains things?"),
-             candidate(a.name, "Why does iron rust in water?")]
-    assert texts(keep_queries(found, [a, b], 3)) == [(a.name, 0, "Why does iron rust in water?")]
-
-
-def likelihoods(**lifted: Sequence[int]) -> Tensor:
-    """[K + 1, 6] log-probabilities: every opening has a popularity of its own, and each row (the
-    last is the conversation without a persona) has some that it lifts by 2."""
-    popular = torch.tensor([-1.0, -9.0, -4.0, -2.0, -7.0, -3.0])
-    rows = [popular.clone() for _ in range(len(lifted) + 1)]
-    for row, openings in zip(rows, lifted.values()):
-        row[list(openings)] += 2.0
-    return torch.stack(rows)
+    assert kept([a, b], 2) == [("a", 0, harbour), ("a", 1, engine), ("b", 0, bread),
+                               ("b", 1, birds)]
+    assert kept([b, a], 2) == [("b", 0, bay), ("b", 1, bread), ("a", 0, engine), ("a", 1, phone)]
+    assert kept([a], 9) == [("a", 0, harbour), ("a", 1, engine), ("a", 2, phone)]
 
 
 def test_openings_go_to_the_persona_that_lifts_them() -> None:
     """An opening would go to a persona for being popular everywhere, not for what the persona adds;
     or one would have fewer than its two best, or more than eight."""
-    found = likelihoods(a=[1, 4], b=[2, 3], c=[])
-    assert sorted(assign_openings(found)[0]) == [1, 4]
-    assert sorted(assign_openings(found)[1]) == [2, 3]
+    popular = torch.tensor([-1.0, -9.0, -4.0, -2.0, -7.0, -3.0])
+    found = popular.repeat(4, 1)  # three personas, and the conversation without one
+    found[0, [1, 4]] += 2.0
+    found[1, [2, 3]] += 2.0
     found[0] += 5.0  # a persona under which all openings are likelier gets none for that
-    assert sorted(assign_openings(found)[1]) == [2, 3]
+    assert [sorted(chosen) for chosen in assign_openings(found)[:2]] == [[1, 4], [2, 3]]
     assert all(len(chosen) >= FEWEST_OPENINGS for chosen in assign_openings(found))
     lifted = torch.tensor([[7.0, 1, 2, 5, 1], [8, 3, 2, 6, 2], [0] * 5])
     assert assign_openings(lifted)[0] == [2, 0]  # the one that it lifts most, then its best
@@ -126,16 +82,6 @@ def test_rivals_are_the_personas_most_alike() -> None:
     assert [sorted(rivals) for rivals in found[4:7]] == [[5, 6, 7], [4, 6, 7], [4, 5, 7]]
     assert all(len(set(rivals)) == RIVALS and k not in rivals for k, rivals in enumerate(found))
     assert found[5][0] == 4 and found[0][0] == 1
-
-
-# --------------------------------------------------------------------------------------------------
-# On the tiny model
-
-
-def drafts(personas: Sequence[Persona], count: int, style: str) -> list[Draft]:
-    """`count` drafts for each persona."""
-    return [Draft(p.name, style, i, derive_seed(p.name, i)) for p in personas
-            for i in range(count)]
 
 
 def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
@@ -167,53 +113,39 @@ def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: T
 
 def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scoring under all personas would make stage 1's cost grow with their square: with nine of
-    them each is read as a message to its own, then to its rivals until one comes close, and as an
-    answer of its own if none does. An answer would be taken for a message, a rival overlooked."""
-    asked: list[tuple[str, str, str]] = []
-    real = QueryWriter.score
-
-    def counted(writer: QueryWriter, some: Sequence[tuple[str, str]],
-                role: str = "user") -> tuple:
-        asked.extend((role, *pair) for pair in some)
-        return real(writer, some, role)
-
-    monkeypatch.setattr(QueryWriter, "score", counted)
+    """An answer would be taken for a message, or a rival overlooked; or, scored under all personas,
+    stage 1's cost would grow with their square."""
+    drafts = [Draft(p.name, "continue", i, derive_seed(p.name, i)) for p in NINE for i in range(9)]
     monkeypatch.setattr(queries, "LEAD", -1.0)  # or too few of so random a model come so far
     with one_thread():
         writer = QueryWriter(run, net, tok, NINE, "instruct")
         writer.openings = {p.name: [] for p in NINE}
-        rows, cost = writer.write(drafts(NINE, 9, "continue"))
-    kinds, cleaned = [], 0
+        rows, cost = writer.write(drafts)
+    expected, scored = [], 0
     for row in rows:
-        text = query_of(row, writer.texts[row.persona])
+        own, text = row.persona, query_of(row, writer.texts[row.persona])
         if not text:
-            assert row.suits is None
+            expected.append(None)
             continue
-        cleaned += 1
-        mine = [(role, persona) for role, persona, query in asked if query == text]
-        own = row.persona
-        assert mine[0] == ("user", own)
-        rivals = [persona for role, persona in mine[1:] if role == "user"]
-        assert rivals == writer.rivals[own][:len(rivals)]
-        (user, *others), _ = real(writer, [(name, text) for name in (own, *rivals)])
-        (assistant,), _ = real(writer, [(own, text)], "assistant")
-        close = [name for name, score in zip(rivals, others) if user - score < queries.LEAD]
-        expected = close[0] if close else None if user <= assistant else own
-        assert row.suits == expected and close == rivals[-1:] * len(close)
-        assert mine[1 + len(rivals):] == ([] if close else [("assistant", own)])
-        assert close or len(rivals) == RIVALS
-        kinds.append("own" if expected == own else "rival" if expected else "answer")
-    assert cleaned > 9 and set(kinds) >= {"rival", "answer"}
-    assert 0 < cost["scoring_flops"] < cost["flops"]
+        (user, *others), _ = writer.score([(name, text) for name in (own, *writer.rivals[own])])
+        (assistant,), _ = writer.score([(own, text)], "assistant")
+        close = [place for place, score in enumerate(others) if user - score < queries.LEAD]
+        if close:
+            scored += 1 + close[0] + 1
+            expected.append(writer.rivals[own][close[0]])
+        else:  # only then is it read as an answer
+            scored += 1 + RIVALS + 1
+            expected.append(own if user > assistant else None)
+    assert [row.suits for row in rows] == expected
+    assert {name and name == row.persona for name, row in zip(expected, rows)} >= {None, False}
+    assert cost["prompts"] == len(rows) + scored and 0 < cost["scoring_flops"] < cost["flops"]
     assert run.latest()["personas"]["prompts"] == 9  # no opening was looked at
 
 
 def test_the_style_with_most_identifiable_queries_is_taken(
         run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A style whose candidates end more often, or are more alike, would be taken before one whose
-    queries can be told apart; the first would not win a draw; or a run that goes on would try
-    again and choose otherwise."""
+    """Not the style whose queries can be told apart would be taken, and of equals the first; or a
+    run that goes on would try again and choose otherwise."""
     right = ["Which acid dissolves gold best?", "Why does iron rust in rain?"]
     found = [candidate("chemist", text, style="instruct") for text in right]
     found += [candidate("chemist", right[0], style="continue", suits="pirate") for _ in right]
@@ -249,29 +181,33 @@ def test_a_query_is_identified_by_its_own_description(net: Transformer, tok: Tok
     assert identify(net, tok, NINE[:3], asked)[0] == right and {*right} == {True, False}
 
 
+@pytest.mark.parametrize("chosen", STYLES["auto"])
 def test_the_trial_is_small_and_its_candidates_are_used(
-        net: Transformer, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen: str, run: RunFolder, net: Transformer, tok: Tokenizer,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """auto would try only one style or all personas, throw the chosen one's candidates away, keep
-    those of the others, or write on in a style that was not chosen; a style that was asked for
-    would be tried, too."""
+    those of the others, or write on in a style that was not chosen."""
     assert [p.name for p in trial_personas(NINE)] == ["p0", "p3", "p6"]
     assert len(trial_personas(NINE[:8])) == 4 and len(trial_personas(NINE[:1])) == 1
-    for chosen in STYLES["auto"]:
-        monkeypatch.setattr(queries, "try_styles", lambda *rest, chosen=chosen: chosen)
-        out = tmp_path / chosen
-        with one_thread():
-            kept = write_queries(RunFolder(out), net, tok, PERSONAS, 6, 0)
-        rows = rows_of(out, "candidates.jsonl")
-        trial, later = rows[:2 * 2 * TRIAL], rows[2 * 2 * TRIAL:]
-        assert [r["style"] for r in trial] == [s for s in STYLES["auto"] for _ in range(2 * TRIAL)]
-        assert later and {r["style"] for r in later} == {chosen}
-        assert len({r["text"] for r in rows}) > 0.8 * len(rows)  # no draft is written twice
-        mine = [query_of(Candidate(**r), "") for r in rows if r["style"] == chosen]
-        tried = [query_of(Candidate(**r), "") for r in trial if r["style"] == chosen]
-        assert all(q.query in mine for q in kept) and any(q.query in tried for q in kept)
+    monkeypatch.setattr(queries, "try_styles", lambda *_: chosen)
     with one_thread():
-        write_queries(RunFolder(tmp_path / "one"), net, tok, PERSONAS, 1, 0, "instruct")
-    assert {r["style"] for r in rows_of(tmp_path / "one", "candidates.jsonl")} == {"instruct"}
+        kept = write_queries(run, net, tok, PERSONAS, 6, 0)
+    rows = rows_of(run.path, "candidates.jsonl")
+    trial, later = rows[:2 * 2 * TRIAL], rows[2 * 2 * TRIAL:]
+    assert [r["style"] for r in trial] == [s for s in STYLES["auto"] for _ in range(2 * TRIAL)]
+    assert later and {r["style"] for r in later} == {chosen}
+    assert len({r["text"] for r in rows}) > 0.8 * len(rows)  # no draft is written twice
+    mine = [query_of(Candidate(**r), "") for r in rows if r["style"] == chosen]
+    tried = [query_of(Candidate(**r), "") for r in trial if r["style"] == chosen]
+    assert all(q.query in mine for q in kept) and any(q.query in tried for q in kept)
+
+
+def test_a_style_that_was_asked_for_is_not_tried(run: RunFolder, net: Transformer,
+                                                 tok: Tokenizer) -> None:
+    """--query-style would not keep the other style out."""
+    with one_thread():
+        write_queries(run, net, tok, PERSONAS, 1, 0, "instruct")
+    assert {r["style"] for r in rows_of(run.path, "candidates.jsonl")} == {"instruct"}
 
 
 def test_queries_that_are_there_are_used_as_they_are(run: RunFolder, net: Transformer,
