@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from conftest import edit_json
+from conftest import copy_folder, edit_json
 from tiny_run import error_of, run_train
 
-import judge
 import queries
 import train
 from model import Transformer
@@ -27,11 +23,11 @@ UNKNOWN = "nobody-at-all/no-such-model"
 
 
 @pytest.mark.parametrize("flags", [
-    ["--gate-threshold", "often"], ["--from", "judge"], ["--votes", "2"], ["--model", UNKNOWN],
+    ["--gate-threshold", "often"], ["--from", "judge"], ["--model", UNKNOWN],
     ["--judge-model", UNKNOWN]], ids=" ".join)
 def test_wrong_input_is_one_line(flags: list[str], command: list[str], tmp_path: Path,
                                  capfd: Capture) -> None:
-    """A word for a number, a stage or flag that is not there, or a model that nobody has would be a
+    """A word for a number, a stage that is not there, or a model that nobody has would be a
     traceback, or leave something behind. (All other wrong flags: test_hostile.py.)"""
     assert run_train(*command, "--out", tmp_path / "out", *flags) == 2
     out, error = capfd.readouterr()
@@ -64,38 +60,31 @@ def test_default_out_is_named_after_the_model() -> None:
     assert parsed("--model", "./my/Model/").out == Path("out/model")
 
 
-@pytest.mark.parametrize(("module", "name", "value", "setting", "stage"), [
-    (queries, "QUERY_RULES", ("other",), "query_rules", "queries"),
-    (judge, "VERDICT_RULES", ("other",), "verdict_rules", "verdicts"),
-    (settings, "GATE_RULES", ("other",), "gate_rules", "gate"),
-    (settings, "LORA_RULES", ("other",), "lora_rules", "lora"),
-    (settings, "ANSWER_TEMPERATURE", 0.9, "answer_temperature", "answers")])
-def test_a_changed_constant_is_another_setting(module: ModuleType, name: str, value: object,
-                                               setting: str, stage: str, net: Transformer,
-                                               folder: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of two versions of a prompt or a constant, or of a persona's text, would be mixed."""
-    args, given = parsed("--model", str(folder)), [Persona("p", "Be brief.")]
-    before = run_settings(args, net, folder, given, None)
-    edited = run_settings(args, net, folder, [Persona("p", "Be long.")], None)
-    assert {n for n in before if before[n] != edited[n]} == {"personas_sha256"}
-    monkeypatch.setattr(settings, name, value)
-    assert hasattr(module, name)
-    after = run_settings(args, net, folder, given, None)
-    assert {n for n in before if before[n] != after[n]} == {setting}
-    assert settings.FIRST_STAGE.get(setting, "queries") == stage
+def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two texts of a persona, of two versions of a prompt or a constant, of two chat
+    templates or of two sets of stop tokens would be mixed in one run."""
+    args, copy = parsed("--model", str(folder)), copy_folder(folder, tmp_path / "copy")
 
+    def found(text: str = "Be brief.") -> dict:
+        return run_settings(args, net, copy, [Persona("p", text)], None)
 
-def test_an_edited_template_is_another_setting(folder: Path, net: Transformer,
-                                               tmp_path: Path) -> None:
-    """Rows of two chat templates, or of two sets of stop tokens, would be mixed in one run."""
-    args, copied = parsed("--model", str(folder)), Path(shutil.copytree(folder, tmp_path / "copy"))
-    before = run_settings(args, net, copied, [Persona("p", "x")], None)
+    def differ(after: dict) -> set[str]:
+        return {name for name in before if before[name] != after[name]}
+
+    before = found()
+    assert differ(found("Be long.")) == {"personas_sha256"}
+    for constant, stage in (("QUERY_RULES", "queries"), ("VERDICT_RULES", "verdicts"),
+                            ("GATE_RULES", "gate"), ("LORA_RULES", "lora"),
+                            ("ANSWER_TEMPERATURE", "answers")):
+        monkeypatch.setattr(settings, constant, "other")
+        assert differ(found()) == {constant.lower()}
+        assert settings.FIRST_STAGE.get(constant.lower(), "queries") == stage
+        before = found()
     for name in ("chat_template.jinja", "generation_config.json"):
-        (copied / name).write_text("{}")
-        after = run_settings(args, net, copied, [Persona("p", "x")], None)
-        assert {n for n in before if before[n] != after[n]} == {"text_fingerprint"}
-        before = after
+        (copy / name).write_text("{}")
+        assert differ(found()) == {"text_fingerprint"}
+        before = found()
 
 
 def test_settings_reach_run_json(command: list[str], folder: Path, net: Transformer) -> None:
@@ -114,7 +103,7 @@ def test_answers_longer_than_the_judges_context(name: str, folder: Path, command
                                                 tmp_path: Path, capfd: Capture) -> None:
     """Answers that the judge could not read would be found out after hours: they are refused before
     stage 1 writes anything, whoever the judge is, with the longest that would do."""
-    short = Path(shutil.copytree(folder, tmp_path / "short"))
+    short = copy_folder(folder, tmp_path / "short")
     edit_json(short / "config.json", lambda c: c.update(max_position_embeddings=600))
     asked = [*command, "--judge", name, "--out", tmp_path / "out"]
     for flags in (["--model", short], ["--judge-model", short]):
@@ -130,20 +119,6 @@ def test_answers_longer_than_the_judges_context(name: str, folder: Path, command
     args.max_new_tokens = room + 1
     with pytest.raises(InputError, match=f"room for answers of {room};"):
         settings.check_judge(args, folder, given)
-
-
-def test_persona_whose_file_name_is_not_text(command: list[str], tmp_path: Path,
-                                             capfd: Capture) -> None:
-    """A file name that is not UTF-8, which no row can hold, would be a traceback."""
-    (tmp_path / "personas").mkdir()
-    path = os.fsencode(tmp_path / "personas") + b"/caf\xe9.txt"
-    try:
-        with open(path, "wb") as file:
-            file.write(b"Be brief.")
-    except OSError:
-        pytest.skip("this file system has UTF-8 names only")
-    assert run_train(*command, "--out", tmp_path / "out", "--personas", tmp_path / "personas") == 2
-    assert "not printable" in error_of(capfd)
 
 
 def test_room_of_the_default_settings(smollm_tok: Tokenizer) -> None:

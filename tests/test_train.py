@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from conftest import copy_folder
 from safetensors.torch import load_file
 from tiny import one_thread, randomize_adapter, tiny_llama
 from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, contents, error_of, rows_of,
@@ -30,7 +30,7 @@ from support import memory
 from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
-from support.runs import FILES, RunFolder
+from support.runs import FILES, STAGES, RunFolder
 from tokenizer import Tokenizer
 from train import (Sample, distill_samples, held_out_kl, learning_rate, micro_batches, sample_loss,
                    train_lora)
@@ -44,12 +44,12 @@ def settings(**changes: object) -> argparse.Namespace:
                                  "loss": "kl", "seed": 0} | changes)
 
 
-def pairs_for(persona: Persona, n: int = 6, tokens: int = 8, vocab: int = 2000) -> list[Pair]:
+def pairs_for(persona: Persona, n: int = 6) -> list[Pair]:
     """Hand-made rows: n queries with random expert answers that end in the end of turn."""
     generator = torch.Generator().manual_seed(n)
     pairs = []
     for i in range(n):
-        ids = [*torch.randint(20, vocab, (tokens + i,), generator=generator).tolist(), 2]
+        ids = [*torch.randint(20, 2000, (8 + i,), generator=generator).tolist(), 2]
         pairs.append(Pair(persona.name, i, f"What about the thing number {i}?", "b", "e", [7, 2],
                           ids, "eos", "eos"))
     return pairs
@@ -60,8 +60,7 @@ def pairs_for(persona: Persona, n: int = 6, tokens: int = 8, vocab: int = 2000) 
 
 
 @pytest.mark.parametrize(("ones", "zeros", "expected"), [
-    (25, 40, (5, 8)), (2, 2, (1, 1)), (1, 9, (0, 2)), (1, 1, (0, 0)), (0, 10, (0, 2)),
-    (3, 0, (1, 0)), (0, 0, (0, 0))])
+    (25, 40, (5, 8)), (2, 2, (1, 1)), (1, 9, (0, 2)), (3, 0, (1, 0)), (0, 0, (0, 0))])
 def test_hold_out_takes_a_fifth_of_each_class(ones: int, zeros: int,
                                               expected: tuple[int, int]) -> None:
     """The split would depend on the order, not on the seed, or leave nothing to fit on: at least
@@ -79,10 +78,7 @@ def test_learning_rate() -> None:
     """The rate would not rise over 5% of the steps and fall in a line to zero after the last."""
     rates = [learning_rate(i, 100, 2.0) for i in range(101)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
-    assert rates[5] == pytest.approx(2.0) and rates[99] == pytest.approx(2 / 95)
-    assert rates[100] == 0
-    falls = [a - b for a, b in zip(rates[5:], rates[6:])]
-    assert falls == pytest.approx([2 / 95] * 95)
+    assert rates[5:] == pytest.approx([2 - i * 2 / 95 for i in range(96)])
     assert learning_rate(0, 1, 2.0) == 2.0  # a single step is not wasted
 
 
@@ -90,18 +86,19 @@ def test_micro_batches() -> None:
     """A sample would be lost, a group exceed the budget, or the groups depend on the order."""
     samples = [Sample(f"p/{i}", [1] * n, 1, torch.zeros(0)) for i, n in enumerate(
         [7, 30, 7, 120, 12, 55, 1, 99, 30])]
-    groups = micro_batches(samples, 100)
-    assert sorted(s.name for g in groups for s in g) == sorted(s.name for s in samples)
-    for group in groups:
-        padded = len(group) * max(len(s.ids) for s in group)
-        assert padded <= 100 or len(group) == 1
-    assert len(groups) < len(samples)
-    shuffled = micro_batches(samples[::-1], 100)
-    assert [[s.name for s in g] for g in shuffled] == [[s.name for s in g] for g in groups]
+    names = [[s.name for s in group] for group in micro_batches(samples, 100)]
+    assert names == [["p/6", "p/0", "p/2", "p/4"], ["p/1", "p/8"], ["p/5"], ["p/7"], ["p/3"]]
+    assert [[s.name for s in group] for group in micro_batches(samples[::-1], 100)] == names
 
 
 # --------------------------------------------------------------------------------------------------
 # Stage 5
+
+
+@pytest.fixture(scope="module")
+def samples(net: Transformer, tok: Tokenizer) -> list[Sample]:
+    """Six won answers of the chemist and their teacher."""
+    return distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
 
 
 @torch.no_grad()
@@ -129,11 +126,10 @@ def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperatur
     assert held_out_kl(prism, []) is None
 
 
-def test_sft_loss_is_cross_entropy(net: Transformer, tok: Tokenizer,
+def test_sft_loss_is_cross_entropy(net: Transformer, samples: list[Sample],
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """--loss sft would not be the cross-entropy of the answer tokens, in value or gradient, with
     chunks of one token or of all."""
-    samples = distill_samples(net, tok, [PIRATE], pairs_for(PIRATE, 3), 1024)
     prism = randomize_adapter(PRISM(net, rank=4))
     expected = 0.0
     for s in samples:
@@ -149,12 +145,11 @@ def test_sft_loss_is_cross_entropy(net: Transformer, tok: Tokenizer,
         torch.testing.assert_close(torch.autograd.grad(found, b)[0], gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_recomputed_layers_give_the_same_gradients(net: Transformer, tok: Tokenizer,
+def test_recomputed_layers_give_the_same_gradients(net: Transformer, samples: list[Sample],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradient checkpointing would change a bit of loss or gradients, by another dropout mask, or
     save no memory."""
-    samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
-    found = []
+    found, held = [], []
     for above in (memory.RECOMPUTE_ABOVE, -1):
         monkeypatch.setattr(memory, "RECOMPUTE_ABOVE", above)
         prism, kept = randomize_adapter(PRISM(net, dropout=0.3)), {}
@@ -163,15 +158,14 @@ def test_recomputed_layers_give_the_same_gradients(net: Transformer, tok: Tokeni
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        with one_thread(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = sample_loss(prism, samples, 1.0, torch.Generator().manual_seed(3))
         with one_thread():
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                loss = sample_loss(prism, samples, 1.0, torch.Generator().manual_seed(3))
             loss.backward()
-        found.append((loss.detach(), [p.grad for p in prism.adapter.parameters()],
-                      sum(kept.values())))
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
-    assert found[1][2] < 0.7 * found[0][2]
+        found.append([loss.detach(), *(p.grad for p in prism.adapter.parameters())])
+        held.append(sum(kept.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert held[1] < 0.7 * held[0]
 
 
 def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
@@ -199,54 +193,44 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
     prism = PRISM(net, rank=4)
     a = prism.adapter[2]["down_proj"].A
     old = a.detach().clone()
-    run = RunFolder(tmp_path)
-    with one_thread():
+    with one_thread(), RunFolder(tmp_path) as run:
         train_gate(prism.gate, gate_features(prism, tok, list(map(conversation, "abc")))[0],
                    torch.tensor([1.0, 0.0, 0.0]))
         samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
         train_lora(run, prism, samples, settings(lr=1e-5, epochs=1))
-    run.close()
     moved = (a.detach() - old).abs()
     assert a.dtype == torch.float32
     assert 0 < float(moved.max()) < 1e-4 and float((moved > 0).float().mean()) > 0.9
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_last_good_state_is_kept(what: str, net: Transformer, tok: Tokenizer, tmp_path: Path,
+def test_last_good_state_is_kept(net: Transformer, samples: list[Sample], tmp_path: Path,
                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss, or only a gradient, that stops being finite at step 3 would spoil the checkpoint of
-    step 2, or not be named with its samples."""
+    """A gradient (or a loss) that stops being finite at step 3 would spoil the checkpoint of step
+    2, or not be named with its samples."""
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST, 6), 1024)
     real, calls = train.sample_loss, []
 
     def faulty(*arguments: object) -> Tensor:
         loss = real(*arguments)
-        calls.append(None)
-        if len(calls) != 4:
-            return loss
-        if what == "loss":
-            return loss * float("nan")
-        return loss + (loss - loss.detach()).sqrt()  # finite, with an infinite gradient
+        calls.append(loss)
+        # finite, with an infinite gradient
+        return loss if len(calls) != 4 else loss + (loss - loss.detach()).sqrt()
 
     monkeypatch.setattr(train, "sample_loss", faulty)
-    run = RunFolder(tmp_path)
-    with one_thread(), pytest.raises(InputError, match=r"step 3: .*chemist/\d.*checkpoint is kept"):
+    with (one_thread(), RunFolder(tmp_path) as run,
+          pytest.raises(InputError, match=r"step 3: .*chemist/\d.*checkpoint is kept")):
         train_lora(run, PRISM(net, rank=2), samples, settings(epochs=3))
-    run.close()
     assert int(load_file(tmp_path / "checkpoint.safetensors")["step"]) == 2
     assert [m["step"] for m in rows_of(tmp_path, "metrics.jsonl")] == [0, 1, 2]
 
 
-def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, tok: Tokenizer,
+def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, samples: list[Sample],
                                               tmp_path: Path) -> None:
     """A step would not be what it is by hand: mean KL an answer token, gradient clipped to norm 1,
     AdamW with weight decay 0.01 at the scheduled rate."""
-    samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
     mine, hand = PRISM(net, rank=4, dropout=0.0), PRISM(net, rank=4, dropout=0.0)
-    run = RunFolder(tmp_path)
-    with one_thread():
+    with one_thread(), RunFolder(tmp_path) as run:
         train_lora(run, mine, samples, settings(epochs=3, batch_size=len(samples), lr=0.01))
         parameters = list(hand.adapter.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
@@ -257,8 +241,7 @@ def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, tok: Tokenizer,
             (sample_loss(hand, samples, 1.0) / sum(s.answer_tokens for s in samples)).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
             optimizer.step()
-    recorded = run.metrics()
-    run.close()
+        recorded = run.metrics()
     assert [m["gradient_norm"] for m in recorded] == pytest.approx(norms, rel=1e-3)
     assert max(norms) > 1  # or clipping was not tested
     for a, b in zip(mine.adapter.parameters(), parameters):
@@ -269,33 +252,37 @@ def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, tok: Tokenizer,
 # The command
 
 
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, which a test may change."""
+    return copy_folder(finished, tmp_path / "out")
+
+
+def stamps(out: Path, *names: str) -> list[int]:
+    """When each file was last written."""
+    return [(out / name).stat().st_mtime_ns for name in names]
+
+
 def test_files_of_a_run(finished: Path, folder: Path) -> None:
     """A promised file would be missing, or a temporary one left; run.json would not say what made
-    the run, or prism.json not what loading needs."""
+    the run, or prism.json not the threshold that stage 4 chose."""
     assert contents(finished).keys() == ALL_FILES
-    run = json.loads((finished / "run.json").read_text())
-    base = {"base_source": "folder", "base_fingerprint": fingerprint(folder)}
-    expected = base | {"queries": QUERIES, "lr": 1e-3, "alpha": 32.0, "gate_layer": 0,
-                       "gate_threshold": None, "personas": ["chemist", "pirate"],
-                       "dtype": "float32", "device": "cpu"}  # all: test_settings.py
-    assert {n: run["settings"][n] for n in expected} == expected
+    run, adapter = (json.loads((finished / f"{name}.json").read_text())
+                    for name in ("run", "prism"))
+    expected = {"base_source": "folder", "base_fingerprint": fingerprint(folder), "gate_layer": 0,
+                "queries": QUERIES, "gate_threshold": None, "personas": ["chemist", "pirate"],
+                "dtype": "float32", "device": "cpu"}  # all: test_settings.py
+    assert expected.items() <= run["settings"].items()
     assert run["versions"]["torch"] == torch.__version__
-    found = json.loads((finished / "prism.json").read_text())
     [gate] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
-    expected = base | {"base_model": str(folder.resolve()), "rank": 4, "alpha": 32.0,
-                       "gate_layer": 0, "gate_pool": "mean", "dtype": "float32",
-                       "threshold": gate["threshold"]}
-    assert {n: found[n] for n in expected} == expected
+    assert adapter["threshold"] == gate["threshold"] and adapter["gate_layer"] == 0
 
 
-def test_rows_and_metrics_of_a_run(finished: Path) -> None:
-    """A query would lack its row in a stage file, a chunk or a step its metrics row, or the
-    schedule and the counts would not add up."""
-    queries, answers, verdicts = (rows_of(finished, name) for name in DATA[1:])
-    keys = [[(r["persona"], r["index"]) for r in rows] for rows in (queries, answers, verdicts)]
-    assert keys[0] == keys[1] == keys[2] == [(p, i) for p in ("chemist", "pirate")
-                                             for i in range(QUERIES)]
-    assert {v["target"] for v in verdicts} == {0, 1}
+def test_metrics_of_a_run(finished: Path) -> None:
+    """A query would lack its verdict, a chunk or a step its metrics row, or the schedule and the
+    counts would not add up."""
+    answers, verdicts = (rows_of(finished, name) for name in DATA[2:])
+    assert len(verdicts) == 2 * QUERIES and {v["target"] for v in verdicts} == {0, 1}
     metrics = rows_of(finished, "metrics.jsonl")
     order = ["personas", "queries", "style", "quality", "answers", "judge", "verdicts", "traffic",
              "gate", "lora", "kl"]
@@ -357,62 +344,47 @@ def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: 
     assert kl["before"] > 0.2 and kl["after"] < 0.75 * kl["before"]
 
 
-def stamps(out: Path, *names: str) -> list[int]:
-    """When each file was last written."""
-    return [(out / name).stat().st_mtime_ns for name in names]
-
-
-def test_an_edited_query_takes_effect(finished: Path, command: list[str], tmp_path: Path,
-                                      capfd: Capture) -> None:
+def test_an_edited_query_takes_effect(out: Path, command: list[str], capfd: Capture) -> None:
     """A researcher's edit of queries.jsonl would be lost or go unnoticed: the command again is one
     line, status 2, with the file's name and the way on; with --overwrite the answers are to the
-    edited query, stage 1 is untouched, and the run is complete again."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
-    rows = rows_of(out, "queries.jsonl")
+    edited query, and stage 1 is untouched."""
+    rows, old = rows_of(out, "queries.jsonl"), rows_of(out, "answers.jsonl")
     rows[3]["query"] = "How do I weld two pipes of copper?"
     write_rows(out, "queries.jsonl", rows)
-    before = contents(out)
+    before, first = contents(out), stamps(out, *DATA[:2])
     assert run_train(*command, "--out", out) == 2
     error = error_of(capfd)
     assert "queries.jsonl was edited after answers had been made from it" in error
     assert "--overwrite" in error and contents(out) == before
-    first = stamps(out, "candidates.jsonl", "queries.jsonl")
-    assert run_train(*command, "--out", out, "--overwrite") == 0
-    assert stamps(out, "candidates.jsonl", "queries.jsonl") == first
+    assert run_train(*command, "--out", out, "--overwrite", "--stop-after", "answers") == 0
+    assert stamps(out, *DATA[:2]) == first
     answers = rows_of(out, "answers.jsonl")
     assert [r["query"] for r in answers] == [r["query"] for r in rows]
-    old = [json.loads(line) for line in before["answers.jsonl"].splitlines()]
     assert answers[3]["base_ids"] != old[3]["base_ids"]
-    assert run_train(*command, "--out", out) == 0 and "complete" in capfd.readouterr().out
 
 
-def test_a_flipped_verdict_takes_effect(finished: Path, command: list[str], tmp_path: Path,
-                                        capfd: Capture) -> None:
+def test_a_flipped_verdict_takes_effect(out: Path, command: list[str], capfd: Capture) -> None:
     """A researcher could not overrule the judge: gate and adapter are made from the edited verdict,
-    the answers and the other verdicts stay."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
-    rows = rows_of(out, "verdicts.jsonl")
+    the answers and the other verdicts stay, and the run is complete again."""
+    before, rows = contents(out), rows_of(out, "verdicts.jsonl")
+    won = sum(row["target"] for row in rows)
     lost = next(r for r in rows if r["winner"] == "base")
     lost |= {"winner": "expert", "target": 1}
     write_rows(out, "verdicts.jsonl", rows)
-    assert run_train(*command, "--out", out) == 2
-    assert "verdicts.jsonl was edited after gate had been made from it" in error_of(capfd)
-    before, data = contents(out), stamps(out, *DATA)
+    data = stamps(out, *DATA)
     assert run_train(*command, "--out", out, "--overwrite") == 0
     after = contents(out)
     assert stamps(out, *DATA) == data
     for name in ("gate.safetensors", "adapter_model.safetensors"):
         assert after[name] != before[name]
-    won = sum(v["target"] for v in rows_of(finished, "verdicts.jsonl"))
     assert rows_of(out, "metrics.jsonl")[-1]["prompts"] == won + 1
     assert f"distill / retain: {won + 1} / " in after["report.md"].decode()
+    assert run_train(*command, "--out", out) == 0 and "complete" in capfd.readouterr().out
 
 
-def test_nothing_to_distil(finished: Path, command: list[str], tmp_path: Path,
-                           capsys: Capture) -> None:
+def test_nothing_to_distil(finished: Path, out: Path, command: list[str], capsys: Capture) -> None:
     """Without a win the data would be lost, the reason not told, or an adapter be there, if only
     that of an earlier run. Again: status 3, and nothing changes."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
     letter = [*command, "--judge", "letter", "--out", out]  # unparsed throughout on this model
     assert run_train(*letter, "--overwrite") == 3
     assert "nothing to distil" in capsys.readouterr().err
@@ -429,20 +401,17 @@ def test_stage_by_stage(finished: Path, command: list[str], tmp_path: Path) -> N
     """--stop-after each stage in turn would leave other files than that stage's, or end with
     others than a run in one go."""
     expected = {"run.json", "metrics.jsonl"}
-    for stage, names in FILES.items():
-        if stage != "lora":
-            expected |= set(names)
-            assert run_train(*command, "--out", tmp_path, "--stop-after", stage) == 0
-            assert contents(tmp_path).keys() == expected
-    assert run_train(*command, "--out", tmp_path, "--stop-after", "lora") == 0
+    for stage in STAGES:
+        assert run_train(*command, "--out", tmp_path, "--stop-after", stage) == 0
+        expected |= set(FILES[stage])
+        assert stage == "lora" or contents(tmp_path).keys() == expected
     assert timeless(tmp_path) == timeless(finished)
 
 
-def test_gate_settings_reach_the_adapter(finished: Path, command: list[str], tmp_path: Path,
-                                         net: Transformer, tok: Tokenizer) -> None:
+def test_gate_settings_reach_the_adapter(out: Path, command: list[str], net: Transformer,
+                                         tok: Tokenizer) -> None:
     """--gate-layer, --gate-pool or --gate-threshold would not reach prism.json and the routing, or
     --overwrite would not keep stages 1-3."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
     before = stamps(out, *DATA)
     assert run_train(*command, "--out", out, "--overwrite", "--gate-layer", "1", "--gate-pool",
                      "last", "--gate-threshold", "0.25", "--epochs", "1") == 0
@@ -456,11 +425,10 @@ def test_gate_settings_reach_the_adapter(finished: Path, command: list[str], tmp
     assert answer.routed == (answer.gate >= 0.25)
 
 
-def test_judge_model_judges(finished: Path, command: list[str], tmp_path: Path) -> None:
+def test_judge_model_judges(finished: Path, out: Path, command: list[str], tmp_path: Path) -> None:
     """--judge-model would not give another model's verdicts on the same answers, or not be named
     with its fingerprint."""
     other = tiny_llama(tmp_path / "judge", seed=5)
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
     before = stamps(out, *DATA[:3])
     assert run_train(*command, "--out", out, "--overwrite", "--stop-after", "verdicts",
                      "--judge-model", other) == 0
@@ -472,23 +440,18 @@ def test_judge_model_judges(finished: Path, command: list[str], tmp_path: Path) 
     assert row["model"] == str(other) and settings["judge_fingerprint"] == fingerprint(other)
 
 
-def test_one_query_only(folder: Path, personas: Path, tmp_path: Path) -> None:
+def test_one_query_only(folder: Path, tmp_path: Path) -> None:
     """The smallest runs would end in NaN, or in neither an adapter nor status 3."""
-    one = tmp_path / "personas"
-    one.mkdir()
-    shutil.copy(personas / "pirate.txt", one)
-    statuses = set()
-    for seed in range(12):
+    (tmp_path / "pirate.txt").write_text(PIRATE.text)
+    statuses = {}
+    while set(statuses.values()) != {0, 3}:
+        seed = len(statuses)
         out = tmp_path / str(seed)
-        status = run_train("--model", folder, "--personas", one, "--queries", 1, "--judge",
-                           "likelihood", "--max-new-tokens", 8, "--epochs", 1, "--seed", seed,
-                           "--out", out, "--rank", 2, "--dtype", "float32")
-        statuses.add(status)
-        if status == 0:
-            for name in ("gate.safetensors", "adapter_model.safetensors"):
-                tensors = load_file(out / name)
-                assert all(bool(t.isfinite().all()) for t in tensors.values()), (seed, name)
-            assert "NaN" not in (out / "metrics.jsonl").read_text()
-        if statuses == {0, 3}:
-            break
-    assert statuses == {0, 3}
+        statuses[seed] = run_train(
+            "--model", folder, "--personas", tmp_path, "--queries", 1, "--judge", "likelihood",
+            "--max-new-tokens", 8, "--epochs", 1, "--seed", seed, "--out", out, "--rank", 2,
+            "--dtype", "float32")
+        assert statuses[seed] in (0, 3) and seed < 12
+        assert "NaN" not in (out / "metrics.jsonl").read_text()
+        for path in out.glob("*.safetensors"):
+            assert all(bool(t.isfinite().all()) for t in load_file(path).values()), path

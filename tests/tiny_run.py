@@ -63,14 +63,18 @@ def contents(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
 
 
+def figures(out: Path) -> list[dict]:
+    """Rows of metrics.jsonl without what may differ between runs: seconds and peak memory."""
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "peak_memory"))}
+            for row in rows_of(out, "metrics.jsonl")]
+
+
 def timeless(out: Path) -> dict[str, bytes]:
     """`contents` without what may differ between runs: seconds, peak memory, the date, and whether
     the run once was begun with --from."""
     files = contents(out)
     if "metrics.jsonl" in files:
-        rows = [{k: v for k, v in row.items() if not k.startswith(("seconds", "peak_memory"))}
-                for row in rows_of(out, "metrics.jsonl")]
-        files["metrics.jsonl"] = json.dumps(rows).encode()
+        files["metrics.jsonl"] = json.dumps(figures(out)).encode()
     if "report.md" in files:  # the bill's seconds, tokens per second and peak memory
         line = rb"(?m)^(\| [a-z]+ (?:\| \d+ ){4})\| [^|]+\| [^|]+(\| [^|]+)\|[^|]+"
         files["report.md"] = re.sub(line, rb"\1\2", files["report.md"])
