@@ -95,6 +95,14 @@ def write_rows(out: Path, name: str, rows: list[dict]) -> None:
     (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_files(folder: Path, texts: dict[str, str]) -> Path:
+    """Files by name, with the folders that they need; returns the folder."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
 def error_of(capture: pytest.CaptureFixture[str]) -> str:
     """The last line on stderr, which has to be an error's; and there is no traceback."""
     said = capture.readouterr().err
