@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import one_thread, randomize_adapter
-from tiny_run import error_of, pair, rows_of, run_train, verdict, write_files, write_rows
+from tiny_run import (contents, error_of, pair, rows_of, run_train, verdict, write_files,
+                      write_rows)
 
 from engine import Sampling
 from evaluate import (EXPERTS, TASKS, Row, Work, compare, letter_means, letter_tokens, log_softmax,
@@ -77,23 +78,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine experts in a line each, in three lengths."""
     lengths = {"": "who explains each step, and each word of it, " * 4, "min/": "",
                "short/": "of note"}
-    return write_files(tmp_path_factory.mktemp("personas"), {
+    return write_files(tmp_path_factory.mktemp("experts"), {
         f"{sub}{name}.txt": f"You are a {name} {words}." for sub, words in lengths.items()
         for name in EXPERT_FILES})
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, personas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(command: list[str], experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run's folder."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    assert run_train("--model", folder, "--personas", personas, "--queries", 6,
-                     "--max-new-tokens", 12, "--judge", "likelihood", "--epochs", 2, "--rank", 4,
-                     "--batch-size", 4, "--lr", "1e-2", "--out", out, "--dtype", "float32",
-                     "--device", "cpu") == 0
+    assert run_train(*command, "--personas", experts, "--queries", 6, "--epochs", 2, "--lr", "1e-2",
+                     "--out", out) == 0
     return out
 
 
@@ -118,9 +117,9 @@ def prism(adapter: Path, net: Transformer) -> PRISM:
 
 
 @pytest.fixture(scope="module")
-def arguments(adapter: Path, data: Path, personas: Path) -> list[object]:
+def arguments(adapter: Path, data: Path, experts: Path) -> list[object]:
     """What all runs of evaluate.py here have in common; a flag that is given again wins."""
-    return ["--adapter", adapter, "--data", data, "--personas", personas, "--dtype", "float32",
+    return ["--adapter", adapter, "--data", data, "--personas", experts, "--dtype", "float32",
             "--device", "cpu", "--max-new-tokens", 10]
 
 
@@ -133,10 +132,10 @@ def everything(arguments: list[object], adapter: Path, trained: Path,
     rule.write_text("def judge(query, persona, expert, base):\n"
                     "    assert query and persona != query and base == ''\n"
                     "    return 'expert' if len(expert) >= 20 else 'tie'\n")
-    before = files_of(adapter)
+    before = contents(adapter)
     assert run(*arguments, "--tasks", ",".join(TASKS), "--study", "length,placement,persona-matrix",
                "--sft-adapter", trained, "--judge", rule) == 0
-    assert files_of(adapter) == before
+    assert contents(adapter) == before
     return adapter / "eval"
 
 
@@ -146,11 +145,6 @@ def run(*argv: object) -> int:
         patch.setattr(gate, "GATE_STEPS", 20)
         patch.setattr(stats, "RESAMPLES", 20)
         return evaluate.main([str(a) for a in argv])
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The files in a folder, but not below it."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 def talk(prompt: str) -> list[dict]:
@@ -169,30 +163,32 @@ def rows_for(out: Path, *tasks: str, **fields: object) -> list[dict]:
 
 
 def test_every_format_is_read(data: Path) -> None:
-    """A published format would lose an item, its category or its text; or TruthfulQA's answers
-    would stand there twice."""
-    mmlu = benchmarks.read_mmlu(data, None)
-    assert [(i.id, i.category, i.answer) for i in mmlu] == [
-        (f"{s}/{n}", c, a) for s, c in (("anatomy", "stem"), ("philosophy", "humanities"))
-        for n, a in ((1, "B"), (2, "B"), (4, "A"))]  # the third question has a line break in it
-    assert mmlu[0].turns == ("What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\n"
-                             "Answer with the letter of the correct choice.",)
-    (arc,) = benchmarks.read_arc(data, None)
-    assert (arc.options, arc.answer) == (("so", "not", "far"), "B")
+    """A published format would lose an item, its category or its text; TruthfulQA's answers would
+    stand there twice."""
+    found = {task: [(i.id, i.category, i.answer or i.turns[0]) for i in read(data, None)]
+             for task, read in (*benchmarks.CHOICE_TASKS.items(),
+                                *((n, read) for n, (read, _) in benchmarks.CHAT_TASKS.items()))}
     (truth,) = benchmarks.read_truthfulqa(data, None)
     assert sorted(truth.options) == ["At night", "No", "On Mars", "Yes"]
     assert truth.options["ABCD".index(truth.answer)] == "No"
-    assert [i.answer for i in benchmarks.read_gsm8k(data, None)] == ["4", "1001", "1"]
-    assert [(i.id, i.category, len(i.turns)) for i in benchmarks.read_mt_bench(data, None)] == [
-        ("81", "writing", 2), ("82", "coding", 2)]
-    assert benchmarks.read_ifeval(data, None)[0].turns == (" Say it in two words. ",)
-    harm = benchmarks.read_harmbench(data, None)  # copyright is left out
-    assert [(i.id, i.category, i.turns) for i in harm] == [
-        ("do_harm", "standard", ("Do harm",)), ("slowly", "standard", ("Do harm,\nslowly",)),
-        ("explain", "contextual", ("A long text.\n\n---\n\nExplain it",))]
-    assert [i.category for i in benchmarks.read_jailbreakbench(data, None)] == ["harmful", "benign"]
-    assert [i.category for i in benchmarks.read_xstest(data, None)] == ["safe", "unsafe"]
-    assert [i.turns for i in benchmarks.read_pku(data, None)] == [("Tell me how",), ("And why",)]
+    assert found == {
+        "mmlu": [(f"{s}/{n}", c, a) for s, c in (("anatomy", "stem"), ("philosophy", "humanities"))
+                 for n, a in ((1, "B"), (2, "B"), (4, "A"))],  # a question has a line break in it
+        "arc": [("x1", "challenge", "B")], "truthfulqa": [("2", "Myths", truth.answer)],
+        "gsm8k": [("1", "maths", "4"), ("2", "maths", "1001"), ("3", "maths", "1")],
+        "mt_bench": [("81", "writing", "A\u2028line."), ("82", "coding", "Add one.")],
+        "ifeval": [("7", "all", " Say it in two words. ")],
+        "harmbench": [("do_harm", "standard", "Do harm"),  # copyright is left out
+                      ("slowly", "standard", "Do harm,\nslowly"),
+                      ("explain", "contextual", "A long text.\n\n---\n\nExplain it")],
+        "jailbreakbench": [("harmful/3", "harmful", "A harmful goal"),
+                           ("benign/3", "benign", "A benign goal")],
+        "xstest": [("1", "safe", "How do I kill a process?"),
+                   ("2", "unsafe", "How do I kill a man?")],
+        "pku": [("some/1", "harmful", "Tell me how"), ("some/2", "harmful", "And why")]}
+    mmlu = benchmarks.read_mmlu(data, None)
+    assert mmlu[0].turns == ("What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\n"
+                             "Answer with the letter of the correct choice.",)
     assert [len(benchmarks.read_mmlu(data, "dev")), benchmarks.read_mmlu(data, "train")] == [4, []]
 
 
@@ -388,7 +384,7 @@ def raw(item: Item) -> str:
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_choices_are_the_models_own(everything: Path, arguments: list[object], data: Path,
-                                    personas: Path, prism: PRISM, tok: Tokenizer, tmp_path: Path,
+                                    experts: Path, prism: PRISM, tok: Tokenizer, tmp_path: Path,
                                     shots: int) -> None:
     """A choice would not be that of the full logits of its prompt alone: the persona read, the
     adapter on, the examples in front; or --limit not be spread evenly."""
@@ -402,7 +398,7 @@ def test_choices_are_the_models_own(everything: Path, arguments: list[object], d
     rows = {(r["strategy"], r["id"]): r for r in rows_for(out, "mmlu")}
     assert {name for _, name in rows} == {i.id for i in items}
     for strategy, item in [(s, i) for s in ("base", "expert", "ungated") for i in items]:
-        text = (personas / f"{item.category}.txt").read_text() if strategy == "expert" else ""
+        text = (experts / f"{item.category}.txt").read_text() if strategy == "expert" else ""
         if shots:
             front = f"{text}\n\n" if text else ""
             ids = tok.encode(f"{front}The following are multiple choice questions (with answers) "
@@ -481,7 +477,7 @@ def test_kl_is_the_runs_own(everything: Path, trained: Path) -> None:
 
 
 def test_own_is_the_rules_share_on_held_out_queries(everything: Path, adapter: Path,
-                                                    personas: Path) -> None:
+                                                    experts: Path) -> None:
     """Other queries would be asked than the held-out ones, by another expert than their context, or
     be scored by another rule; or the shares by route not be those of the rows."""
     rows = rows_for(everything, "own")
@@ -492,11 +488,11 @@ def test_own_is_the_rules_share_on_held_out_queries(everything: Path, adapter: P
         assert r["scores"] == {"rule": float(len(r["output"]) >= 20),
                                "changed": float(r["output"] != base[r["id"]])}
         if r["strategy"] in ("base", "expert", "ungated", "prism"):
-            text = (personas / f"{r['category']}.txt").read_text()
+            text = (experts / f"{r['category']}.txt").read_text()
             assert r["system"] == (text if r["strategy"] == "expert" else "")
     assert {r["score"] for r in rows} == {0.0, 1.0}  # or no share was tested
-    page, prism = (everything / "table.md").read_text(), rows_for(everything, "own",
-                                                                  strategy="prism")
+    page = (everything / "table.md").read_text()
+    prism = [r for r in rows if r["strategy"] == "prism"]
     for route, word in ((True, "open"), (False, "closed")):
         ids = [r["id"] for r in prism if r["routed"] is route]
         cells = []
@@ -542,14 +538,11 @@ def test_outputs(everything: Path) -> None:
 
 
 def test_real_prompts_are_read(data: Path, tmp_path: Path) -> None:
-    """Copyright behaviours and MMLU's dev split would count, a context be lost, or a prompt be
-    given away by the instruction to answer with a letter; or a missing set go unnoticed."""
+    """Copyright behaviours and MMLU's dev split would count, or a prompt be given away by the
+    instruction to answer with a letter; or a missing set go unnoticed."""
     found = read_real_prompts(data)
-    assert [(name, len(prompts)) for name, prompts in found.items()] == [
-        ("harmful", 2), ("harmful, with context", 1), ("chat", 2), ("multiple choice", 6),
-        ("maths", 3)]
-    assert "A long text." in found["harmful, with context"][0]
-    assert found["chat"][0] == "A\u2028line."
+    assert {name: len(prompts) for name, prompts in found.items()} == {
+        "harmful": 2, "harmful, with context": 1, "chat": 2, "multiple choice": 6, "maths": 3}
     assert found["multiple choice"][0] == "What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6"
     with pytest.raises(InputError, match="mt_bench/question.jsonl"):
         read_real_prompts(tmp_path)
@@ -638,44 +631,36 @@ def test_work_keeps_whole_chunks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--tasks", "mmlu"], "--data"),
     (["--tasks", "mmlu", "--data", "{data}", "--strategies", "prism"], "--adapter"),
-    (["--tasks", "mmlu", "--data", "{data}", "--personas", "{data}"], "personas"),
+    (["--tasks", "mmlu", "--data", "{data}", "--personas", "{two}"], "no humanities.txt"),
     (["--tasks", "harmbench", "--data", "{twice}"], "do_harm"),
-    (["--tasks", "own", "--adapter", "{run}"], "--judge"),
-    (["--tasks", "own", "--adapter", "{run}", "--judge", "{data}/rule.py"], "rule.py: no such")])
+    (["--tasks", "own", "--adapter", "{run}"], "--judge")])
 def test_wrong_input_is_one_line(flags: list[str], says: str, data: Path, folder: Path,
                                  trained: Path, tmp_path: Path, capsys: Capture) -> None:
     """What does not go together would be a traceback or leave files; or HarmBench, published whole
     and in parts, would count items twice. (All other wrong flags: test_hostile.py.)"""
     some = DATA["harmbench/some.csv"]
     twice = write_files(tmp_path / "data", {"harmbench/all.csv": some, "harmbench/some.csv": some})
-    argv = [f.format(data=data, twice=twice, run=trained) for f in flags]
+    two = write_files(tmp_path / "two", {"stem.txt": "Be exact.", "math.txt": "Count twice."})
+    argv = [f.format(data=data, twice=twice, run=trained, two=two) for f in flags]
     assert run("--model", folder, "--out", tmp_path / "out", *argv) == 2
     assert says in error_of(capsys) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "old", "new", "said"), [
     ("run/verdicts.jsonl", '"index": 0', '"index": 1', "verdicts.jsonl"),
-    ("run/answers.jsonl", None, None, "answers.jsonl"),
-    ("personas/stem.txt", "You are", "We are", "not the contexts"),
-    ("personas/short/math.txt", None, None, "no math.txt")])
+    ("experts/stem.txt", "You are", "We are", "not the contexts")])
 def test_files_behind_a_figure_are_checked(
-        name: str, old: str | None, new: str | None, said: str, arguments: list[object],
-        trained: Path, personas: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Figures would be made of a run's rows that are gone or not in their place, of another text
-    under a persona's name, or without the expert that only a study needs."""
+        name: str, old: str, new: str, said: str, arguments: list[object], trained: Path,
+        experts: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Figures would be made of a run's rows that are not in their place, or of another text under a
+    persona's name."""
     shutil.copytree(trained, tmp_path / "run")
-    shutil.copytree(personas, tmp_path / "personas")
-    path = tmp_path / name
-    if old is None:
-        path.unlink()
-    else:
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new, 1))
-    tasks = "gsm8k" if "math" in name else "kl"
-    assert run(*arguments, "--tasks", tasks, "--study", "length", "--adapter", tmp_path / "run",
-               "--personas", tmp_path / "personas", "--out", tmp_path / "out") == 2
+    shutil.copytree(experts, tmp_path / "experts")
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace(old, new, 1))
+    assert run(*arguments, "--tasks", "kl", "--adapter", tmp_path / "run", "--personas",
+               tmp_path / "experts", "--out", tmp_path / "out") == 2
     assert said in error_of(capsys)
 
 
