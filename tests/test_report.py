@@ -11,10 +11,9 @@ import pytest
 from tiny_run import QUERIES, contents, rows_of, verdict, write_rows
 
 from bootstrap import Pair, Verdict
-from support.report import (WAYS, advice, gate_lines, judge_lines, no_better_than_base, quoted,
+from support.report import (advice, gate_lines, judge_lines, no_better_than_base, quoted,
                             split_warnings, stage_costs, style_lines, summarize)
 from support.runs import WITHIN, RunFolder
-from support.words import word_list
 
 
 def verdicts(winners: list[str], persona: str = "p", first: int = 0) -> list[Verdict]:
@@ -22,14 +21,19 @@ def verdicts(winners: list[str], persona: str = "p", first: int = 0) -> list[Ver
     return [verdict(first + i, w, persona) for i, w in enumerate(winners)]
 
 
-def test_report_of_a_run(finished: Path) -> None:
+@pytest.fixture
+def last(finished: Path) -> dict[str, dict]:
+    """The last metrics row of each stage."""
+    return {m["stage"]: m for m in rows_of(finished, "metrics.jsonl")}
+
+
+def test_report_of_a_run(finished: Path, last: dict[str, dict]) -> None:
     """report.md would lack kept queries, verdicts per persona, gate, KL, the cost of a stage,
     samples, the loss, or what to try next."""
     report, n = (finished / "report.md").read_text(), QUERIES
-    judged, metrics = rows_of(finished, "verdicts.jsonl"), rows_of(finished, "metrics.jsonl")
-    won, kl = sum(v["target"] for v in judged), metrics[-1]
-    tried = next(m for m in metrics if m["stage"] == "style")
-    losses = [m["loss"] for m in metrics if m["stage"] == "lora"]
+    judged, kl, tried = rows_of(finished, "verdicts.jsonl"), last["kl"], last["style"]
+    won = sum(v["target"] for v in judged)
+    losses = [m["loss"] for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "lora"]
     tenth = max(1, len(losses) // 10)
     query = rows_of(finished, "queries.jsonl")[0]["query"]
     for text in (f"queries kept: {2 * n}", f"distill / retain: {won} / {2 * n - won}", "AUC",
@@ -52,12 +56,11 @@ def test_report_of_a_run(finished: Path) -> None:
         assert f"| {stage} |" in report
 
 
-def test_card_tells_what_was_made(finished: Path) -> None:
+def test_card_tells_what_was_made(finished: Path, last: dict[str, dict]) -> None:
     """The hub would not know the base, or a reader the contexts, the figures or the warnings."""
     _, front, text = (finished / "README.md").read_text().split("---\n", 2)
     base = json.loads((finished / "prism.json").read_text())["base_model"]
     assert f"base_model: {base}\n" in front and "library_name: peft" in front
-    last = {row["stage"]: row for row in rows_of(finished, "metrics.jsonl")}
     won = sum(row["target"] for row in rows_of(finished, "verdicts.jsonl"))
     kl, report = last["kl"], (finished / "report.md").read_text().splitlines()
     warnings = [f"- {line}" for line in report if line.startswith("WARNING")]
@@ -69,15 +72,12 @@ def test_card_tells_what_was_made(finished: Path) -> None:
 
 
 def test_the_trial_of_styles() -> None:
-    """A share would be of another number than it says, or the hand-written openings be used
-    without a word."""
+    """A share would be of another number than it says."""
     tables = {"instruct": {"candidates": 24, "complete": 24, "distinct": 16, "identifiable": 12},
               "continue": {"candidates": 24, "complete": 6, "distinct": 0, "identifiable": 0}}
-    lines = style_lines({"styles": tables, "chance": 0.25})[1].splitlines()
-    assert lines[2] == ("| instruct | 24 | 1.00 [0.86, 1.00] | 0.67 [0.47, 0.82] | 12 | "
-                        "0.75 [0.51, 0.90] |")
-    assert lines[3] == "| continue | 24 | 0.25 [0.12, 0.45] | 0.00 [0.00, 0.14] | 0 | - |"
-    assert f"{len(word_list('openings'))} hand-written openings" in WAYS["continue"]
+    assert style_lines({"styles": tables, "chance": 0.25})[1].splitlines()[2:] == [
+        "| instruct | 24 | 1.00 [0.86, 1.00] | 0.67 [0.47, 0.82] | 12 | 0.75 [0.51, 0.90] |",
+        "| continue | 24 | 0.25 [0.12, 0.45] | 0.00 [0.00, 0.14] | 0 | - |"]
 
 
 def test_the_bill_is_the_sum_of_the_metrics(finished: Path) -> None:
@@ -152,33 +152,28 @@ def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, first: str, said: li
     assert lines[0] == first
 
 
-def gate(low: float | None) -> dict:
-    """A metrics row of the gate."""
-    return {"target": "intent", "log_losses": {"intent": 0.5}, "traffic": 4, "traffic_opened": 0.25,
-            "queries": 6, "folds": 5, "n": 10, "threshold": 0.5, "accuracy": 0.6, "majority": 0.5,
-            "auc": 0.7, "auc_interval": [low, 0.9], "roc": [[0.9, 0.0, 0.5], [0.1, 1.0, 1.0]],
-            "confusion": {"true_open": 1, "false_open": 2, "true_closed": 3, "false_closed": 4}}
-
-
-def test_what_is_said_of_a_gate() -> None:
-    """A gate at AUC 0.7 [0.45, 0.9] would not be called chance, or one at [0.55, 0.9] would; or
-    ordinary traffic that a gate learned from be counted among the queries."""
+def test_what_is_said_of_a_gate(last: dict[str, dict]) -> None:
+    """A gate at AUC 0.7 [0.45, 0.9] would not be called chance, or one at [0.55, 0.9] would; the
+    ROC be read off wrongly; or traffic that a gate learned from be counted among the queries."""
     for low, warned in ((0.45, True), (0.55, False), (None, False)):
-        assert any("told from chance" in line for line in gate_lines(gate(low))) is warned
-    assert "0.50, 0.50, 0.50, 0.50" in gate_lines(gate(0.6))[-1]
-    assert "on 6 queries and 4 messages of ordinary traffic," in gate_lines(gate(0.6))[2]
-    assert "on 10 queries, threshold" in gate_lines(gate(0.6) | {"queries": 10})[2]
+        lines = gate_lines(last["gate"] | {"auc_interval": [low, 0.9]})
+        assert any("told from chance" in line for line in lines) is warned
+    lines = gate_lines(last["gate"] | {"queries": 6, "n": 10, "roc": [[0.9, 0, 0.5], [0.1, 1, 1]]})
+    assert "on 6 queries and 4 messages of ordinary traffic," in lines[2]
+    assert "0.50, 0.50, 0.50, 0.50" in lines[-1]
+    assert "on 10 queries, threshold" in gate_lines(last["gate"] | {"queries": 10, "n": 10})[2]
 
 
 def test_advice_follows_the_signals() -> None:
     """A trouble would not be named, the worst first, or one that is none."""
-    won = verdicts(["expert"] * 5 + ["base"] * 5)
-    fine = [{"stage": "judge", **judged(True, False, False)}, {"stage": "gate", **gate(0.6)},
-            {"stage": "kl", "before": 1.0, "after": 0.3}]
-    assert advice(fine, won) == ["Nothing looks off. evaluate.py shows whether it helps."]
-    bad = [{"stage": "judge", **judged(False, False, True)}, {"stage": "gate", **gate(0.4)},
-           {"stage": "kl", "before": 1.0, "after": 0.9}]
-    for text, begins in zip(advice(bad, verdicts(["base"] * 10)), (
+    def signals(trusted: bool, low: float, after: float) -> list[dict]:
+        return [{"stage": "judge", **judged(trusted, False, False)},
+                {"stage": "gate", "auc_interval": [low, 0.9]},
+                {"stage": "kl", "before": 1.0, "after": after}]
+
+    assert advice(signals(True, 0.6, 0.3), verdicts(["expert", "base"])) == [
+        "Nothing looks off. evaluate.py shows whether it helps."]
+    for text, begins in zip(advice(signals(False, 0.4, 0.9), verdicts(["base"])), (
             "The judge", "The persona", "The gate", "Of the teacher's effect 0.10"), strict=True):
         assert text.startswith(begins)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -12,12 +11,14 @@ from pathlib import Path
 import pytest
 from tiny_run import contents, error_of, rows_of, run_train, timeless, verdict
 
+import evaluate
+import train
 from bootstrap import Verdict
 from judge import Comparison
 from support.hub import InputError
 from support.personas import CONTRAST, load_personas
-from support.report import judge_lines, swap_lines
-from support.rule import FREE, NoJudge, Rule, RuleJudge, judge_in_place
+from support.report import swap_lines
+from support.rule import FREE, NoJudge, Rule, RuleJudge
 
 Capture = pytest.CaptureFixture[str]
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -57,24 +58,10 @@ def judged(finished: Path, tmp_path: Path) -> Path:
 def test_a_rule_is_told_who_asked_what_and_who_said_what(tmp_path: Path) -> None:
     """Query, context, expert's and base answer would not come in their order; or what a rule says
     of the swapped answers would count."""
-    rule = rule_file(tmp_path, LONGER)
-    asked = [Comparison("q", "c", "long", "s"), Comparison("q", "c", "s", "long"),
-             Comparison("q", "c", "as", "as")]
-    results, cost = RuleJudge(Rule(rule)).compare(asked)
-    assert results == [("expert", ["expert", "base"]), ("base", ["base", "expert"]),
-                       ("tie", ["tie", "tie"])] and cost == FREE
-    rule = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
+    path = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
                                          '["q", "shop", "e", "b"] else "base"'))
-    [(winner, said)], _ = RuleJudge(Rule(rule)).compare(
-        [Comparison("q", "text of the context", "e", "b", persona="shop")])
-    assert winner == "expert" and said == ["expert", "base"]
-
-
-def test_nobody_judges_but_contrast_contexts(tmp_path: Path) -> None:
-    """An answer would not be distilled with --judge none, or a contrast context's would be."""
-    asked = [Comparison("q", "c", "", "b", persona=name) for name in ("shop", "contrast_cook")]
-    assert NoJudge().compare(asked) == ([("expert", []), ("base", [])], FREE)
-    assert judge_in_place("auto") is judge_in_place("letter") is None
+    asked = [Comparison("q", "text of the context", "e", "b", persona="shop")]
+    assert RuleJudge(Rule(path)).compare(asked) == ([("expert", ["expert", "base"])], FREE)
 
 
 @pytest.mark.parametrize(("text", "says"), [
@@ -146,16 +133,18 @@ def test_a_run_judged_by_a_rule(command: list[str], judged: Path, finished: Path
 
 
 def test_a_run_judged_by_nobody(command: list[str], judged: Path) -> None:
-    """--judge none would ask a model, or leave an answer out of the distill set."""
+    """--judge none would ask a model, leave an answer out of the distill set, or take a contrast
+    context's into it."""
     assert run_train(*command, "--judge", "none", "--overwrite", "--out", judged) == 0
-    verdicts = rows_of(judged, "verdicts.jsonl")
-    assert verdicts and all((v["winner"], v["target"], v["judge"]) == ("expert", 1, "none")
-                            for v in verdicts)
+    assert {(v["winner"], v["target"], v["judge"]) for v in rows_of(judged, "verdicts.jsonl")} == {
+        ("expert", 1, "none")}
     report = (judged / "report.md").read_text()
     assert "judged by nobody" in report and "distill / retain: 34 / 0" in report
     assert "fails its own test" not in report and "nothing to tell apart" not in report
     assert not any(m.get("flops") for m in rows_of(judged, "metrics.jsonl")
                    if m["stage"] in ("judge", "verdicts"))
+    asked = [Comparison("q", "c", "", "b", persona=name) for name in ("shop", "contrast_cook")]
+    assert NoJudge().compare(asked) == ([("expert", []), ("base", [])], FREE)
 
 
 def test_no_model_beside_a_rule(command: list[str], tmp_path: Path, capsys: Capture) -> None:
@@ -168,24 +157,19 @@ def test_no_model_beside_a_rule(command: list[str], tmp_path: Path, capsys: Capt
 
 def said_of(forward: str, swapped: str, count: int) -> list[Verdict]:
     """Verdicts of a rule that says this of a pair and of the pair swapped."""
-    row = verdict(0, forward)
-    return [Verdict(row.persona, i, forward, row.target, "rule", [forward, swapped])
-            for i in range(count)]
+    return [Verdict("p", i, forward, 0, "rule", [forward, swapped]) for i in range(count)]
 
 
 def test_same_prompt_control_of_a_rule() -> None:
     """A rule that prefers the expert's place, whoever stands there, would pass as one that compares
     the answers; or one that compares them would be warned about; or a model's verdicts be asked."""
-    fair = said_of("expert", "base", 30) + said_of("tie", "tie", 3)
-    [line] = swap_lines(fair)
+    [line] = swap_lines(said_of("expert", "base", 30) + said_of("tie", "tie", 3))
     assert "turned round on 33 of 33 pairs" in line
     assert "expert's place won 30 times and the base's 30 times" in line
     for place in ("expert", "base"):
         line, warning = swap_lines(said_of(place, place, 30))
         assert "turned round on 0 of 30" in line and warning.startswith("WARNING")
     assert swap_lines([verdict(0, "expert")]) == []
-    assert judge_lines({"chosen": "rule", "tests": [], "forced": False}) == [
-        "judged by a rule, not by the model"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,9 +194,8 @@ def test_example_is_whole(name: str) -> None:
         assert rule("q", contrast, shown, base) == "tie"
     assert rule("q", own, shown, shown) == rule("q", own, plain, "") == "tie"
     page = re.sub(r" \\\n +", " ", (folder / "README.md").read_text())
-    commands = re.findall(r"^    python (train|evaluate)\.py (.*)$", page, re.MULTILINE)
-    assert [script for script, _ in commands] == ["train", "evaluate"]
-    for script, arguments in commands:
-        args = importlib.import_module(script).parser().parse_args(arguments.split())
-        assert (args.personas, Path(args.judge)) == (Path("examples") / name,
-                                                     Path("examples") / name / "judge.py")
+    for script in (train, evaluate):
+        [line] = re.findall(rf"^    python {script.__name__}\.py (.*)$", page, re.MULTILINE)
+        args = script.parser().parse_args(line.split())
+        assert args.personas == Path("examples") / name
+        assert Path(args.judge) == Path("examples") / name / "judge.py"
