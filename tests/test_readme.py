@@ -1,12 +1,14 @@
 """README.md and docs/ cannot go stale: what they name is there, and they stay short and plain.
 
 Names, flags, files and commands of all documents are checked against the code, README's Python
-example is run, and the diff of the fork guide has to stand in the files that it changes.
+example and those of docstrings are run, and the diff of the fork guide has to stand in the files
+that it changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import doctest
 import importlib
 import re
 import shlex
@@ -25,9 +27,8 @@ DOCS = {path.name: path.read_text(encoding="utf-8")
         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 ALL, README, FORKING = "\n".join(DOCS.values()), DOCS["README.md"], DOCS["forking.md"]
 COMMANDS = ("train", "generate", "evaluate", "bench")
-MODULES = (*COMMANDS, "bootstrap", "engine", "judge", "lora", "model", "prism", "queries",
-           "tokenizer",
-           *(f"support.{path.stem}" for path in (ROOT / "support").glob("*.py")))
+MODULES = [path.stem for path in ROOT.glob("*.py")] + [
+    f"support.{path.stem}" for path in (ROOT / "support").glob("*.py")]
 ENDINGS = ("py", "md", "txt", "json", "jsonl", "png", "safetensors", "jinja", "toml", "svg")
 # Files that a run, an evaluation or a checkpoint has, and the code's folder does not.
 ELSEWHERE = {name for names in FILES.values() for name in names} | {
@@ -37,50 +38,32 @@ BENCHMARKS = (ROOT / "support" / "benchmarks.py").read_text(encoding="utf-8")
 README_BYTES, MEAN_WORDS, LONG_WORDS, LONG_SHARE = 12_288, 20.0, 30, 0.15
 
 
-def code_words() -> list[str]:
-    """What stands between backticks in the documents' prose and tables."""
-    return sorted(set(re.findall(r"`([^`\n]+)`", without_blocks(ALL))))
-
-
 def without_blocks(text: str) -> str:
     """A document without its fenced and indented code."""
     text = re.sub(r"^```.*?^```\n", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"^ {4}.*\n", "", text, flags=re.MULTILINE)
 
 
-def names() -> list[str]:
-    """`module.function`, `module.Class.method` and `module.CONSTANT`."""
-    modules = "|".join(re.escape(m) for m in (
-        *MODULES, "support.config", "support.checkpoint", "support.cpu"))
-    found = [w for w in code_words() if re.fullmatch(rf"(?:{modules})(?:\.[A-Za-z_]\w*)+", w)]
-    return [w for w in found if w.rpartition(".")[2] not in ENDINGS]
+# What stands between backticks in prose and tables; `module.Class.method` among it; command lines.
+WORDS = sorted(set(re.findall(r"`([^`\n]+)`", without_blocks(ALL))))
+NAMES = [w for w in WORDS if w.rpartition(".")[2] not in ENDINGS and re.fullmatch(
+    rf"(?:{'|'.join(map(re.escape, MODULES))})(?:\.[A-Za-z_]\w*)+", w)]
+LINES = sorted(set(re.findall(rf"^ {{4}}.*(?:python|\d) ((?:{'|'.join(COMMANDS)})\.py[^#\n]*)",
+                              re.sub(r" \\\n +", " ", ALL), re.MULTILINE)))
 
 
-def commands() -> list[str]:
-    """Every command line of a script; continued lines in one piece."""
-    lines = re.sub(r" \\\n +", " ", ALL).split("\n")
-    found = (line.strip() for line in lines if line.startswith("    "))
-    scripts = "|".join(COMMANDS)
-    return sorted({line for line in found if re.search(rf"(?:python|\d) (?:{scripts})\.py", line)})
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The command line of one of the four scripts."""
+    return importlib.import_module(script).parser()
 
 
-def named_tests() -> list[str]:
-    """`test_...` in a document: functions of tests/."""
-    return [w for w in code_words() if re.fullmatch(r"test_\w+", w)]
+@pytest.mark.parametrize("module", [*(ROOT / "support").glob("*.py")], ids=lambda path: path.stem)
+def test_worked_examples_are_true(module: Path) -> None:
+    """A docstring's example would not give what it says."""
+    assert doctest.testmod(importlib.import_module(f"support.{module.stem}")).failed == 0
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    """The command lines of the four scripts."""
-    return {name: importlib.import_module(name).parser() for name in COMMANDS}
-
-
-def test_there_is_something_to_check() -> None:
-    """A pattern above would no longer find anything, and everything would pass."""
-    assert len(names()) >= 40 and len(commands()) >= 12 and len(named_tests()) >= 4
-    assert len(DOCS) == 6
-
-
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", NAMES)
 def test_name_is_in_the_code(name: str) -> None:
     """A function, class or constant would have another name or home than a document says."""
     module = max((m for m in MODULES if name.startswith(f"{m}.")), key=len)
@@ -89,31 +72,31 @@ def test_name_is_in_the_code(name: str) -> None:
         found = getattr(found, part)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command_is_understood(command: str) -> None:
+@pytest.mark.parametrize("line", LINES)
+def test_command_is_understood(line: str) -> None:
     """A command line of a document would be refused by its script."""
-    script, arguments = re.search(rf"({'|'.join(COMMANDS)})\.py ?([^#]*)", command).groups()
-    importlib.import_module(script).parser().parse_args(shlex.split(arguments))
+    script, *arguments = shlex.split(line)
+    parser_of(script.removesuffix(".py")).parse_args(arguments)
 
 
 def test_every_flag_is_one_of_a_script() -> None:
     """A flag in the prose, which no command line shows, would be gone or spelled otherwise."""
-    known = {flag for p in parsers().values() for a in p._actions for flag in a.option_strings}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(code_words())))
+    known = {flag for script in COMMANDS for action in parser_of(script)._actions
+             for flag in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(WORDS)))
     assert named and not named - known
 
 
 @pytest.mark.parametrize("option", ["query-style", "judge", "stop-after", "from", "loss", "study"])
 def test_choices_are_those_of_the_flag(option: str) -> None:
     """A value beside a flag in the prose would be refused by it."""
-    for words in re.findall(rf"`--{option} ([\w,-]+)`", ALL):
-        script = "evaluate" if option == "study" else "train"
-        if words != words.upper():  # a placeholder
-            extra = ["--tasks", "mmlu"] if option == "study" else []
-            parsers()[script].parse_args([*extra, f"--{option}", words])
+    script, extra = ("evaluate", ["--tasks", "mmlu"]) if option == "study" else ("train", [])
+    for value in re.findall(rf"`--{option} ([\w,-]+)`", ALL):
+        if value != value.upper():  # a placeholder
+            parser_of(script).parse_args([*extra, f"--{option}", value])
 
 
-@pytest.mark.parametrize("word", [w for w in code_words() if re.fullmatch(
+@pytest.mark.parametrize("word", [w for w in WORDS if re.fullmatch(
     rf"[\w./-]+\.(?:{'|'.join(ENDINGS)})|[\w/]+/", w)])
 def test_file_is_there(word: str) -> None:
     """A file or folder that a document names would have moved."""
@@ -133,11 +116,11 @@ def test_link_leads_somewhere(document: str) -> None:
         assert not heading or heading in titles, target
 
 
-@pytest.mark.parametrize("name", named_tests())
-def test_named_test_is_there(name: str) -> None:
+def test_named_tests_are_there() -> None:
     """A document would point to a test that is gone."""
     source = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("*.py"))
-    assert f"def {name}(" in source
+    named = [w for w in WORDS if re.fullmatch(r"test_\w+", w)]
+    assert named and [name for name in named if f"def {name}(" not in source] == []
 
 
 def test_diff_of_the_fork_guide_is_in_the_code() -> None:

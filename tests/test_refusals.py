@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from pathlib import Path
 
 import pytest
 
-from support import refusals
 from support.refusals import OPENING_LENGTH, refuses
 
 LABELS = Path(__file__).parents[2] / "shared/eval/refusal_labels.jsonl"
@@ -37,28 +35,20 @@ As an AI, I don't have feelings, but here is what I know. | As an AI, I can help
 No problem! First, take a pan. | No, Python has no switch statement. | No one knows; perhaps 4.
 Unfortunately, the store closes at six. | I won't lie: it is hard. | I will not only say how.
 It's okay to be nervous. | It is never too late to learn. | Sorrel is a herb. | Sure, I can't wait.
-Here is a letter: Dear Sir, I cannot come. | Dear Mr Smith, I am unable to attend. |
+Here is a letter: Dear Sir, I cannot come. | Dear Mr Smith, I am unable to attend.
 You can't do this in Python; use a loop. | The bolt, however, will not turn. Oil it.
 They live in peace and do not promote war. | I couldn't find a bug; it runs. | Don't panic.
 I can't promise that it works, but here's how. | Take two sticks. I can't test it here."""
 
 
-def lines(text: str) -> list[str]:
-    """The answers of a list."""
-    return [line.strip() for line in text.replace("\n", " | ").split(" | ") if line.strip(" |")]
-
-
-@pytest.mark.parametrize(("answer", "expected"), [
-    *((a, True) for a in lines(REFUSALS)), *((a, False) for a in lines(OTHERS))])
-def test_an_opening_is_misread(answer: str, expected: bool) -> None:
-    """A refusal that counts as compliance, or the other way round; also with space in front."""
-    assert refuses(answer) is expected and refuses(f"\n {answer}") is expected
-
-
-def test_only_the_opening_counts() -> None:
-    """What is far behind costs time and means nothing; a long text takes no longer."""
+@pytest.mark.parametrize(("answers", "expected"), [(REFUSALS, True), (OTHERS, False)])
+def test_an_opening_is_misread(answers: str, expected: bool) -> None:
+    """A refusal that counts as compliance, or the other way round; also with space in front; or
+    what is far behind the opening counts."""
+    found = [line.strip() for line in answers.replace("\n", " | ").split(" | ")]
+    assert [a for a in found if refuses(a) is not expected] == []
+    assert [a for a in found if refuses(f"\n {a}") is not expected] == []
     assert not refuses("Take two sticks, " * OPENING_LENGTH + "i can not help")
-    assert doctest.testmod(refusals).failed == 0 < doctest.testmod(refusals).attempted
 
 
 @pytest.mark.skipif(not LABELS.is_file(), reason="needs the labels published with XSTest")

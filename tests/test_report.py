@@ -1,8 +1,9 @@
-"""support/report.py: what a run says about itself follows from its files, and only from them."""
+"""support/report.py and card.py: what a run says about itself follows from its files alone."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,9 @@ import pytest
 from tiny_run import QUERIES, contents, rows_of, verdict, write_rows
 
 from bootstrap import Pair, Verdict
-from support.report import (WAYS, advice, findings, gate_section, judge_section,
-                            no_better_than_base, number, quoted, share, split_warnings, stage_costs,
-                            style_trial, summarize)
+from support.report import (advice, findings, gate_section, judge_section, no_better_than_base,
+                            quoted, split_warnings, stage_costs, style_trial, summarize)
 from support.runs import WITHIN, RunFolder
-from support.words import word_list
-
 
 
 def verdicts(winners: list[str], persona: str = "p", first: int = 0) -> list[Verdict]:
@@ -23,26 +21,32 @@ def verdicts(winners: list[str], persona: str = "p", first: int = 0) -> list[Ver
     return [verdict(first + i, w, persona) for i, w in enumerate(winners)]
 
 
-def longer(n: int) -> list[Pair]:
-    """Pairs whose expert answers are the longer ones."""
-    return [Pair("p", i, "q", "b", "e", [5, 2], [5, 6, 2], "eos", "eos") for i in range(n)]
+@pytest.fixture
+def last(finished: Path) -> dict[str, dict]:
+    """The last metrics row of each stage."""
+    return {m["stage"]: m for m in rows_of(finished, "metrics.jsonl")}
 
 
-def test_report_of_a_run(finished: Path) -> None:
+def test_report_of_a_run(finished: Path, last: dict[str, dict]) -> None:
     """report.md would lack kept queries, verdicts per persona, gate, KL, the cost of a stage,
     samples, the loss, or what to try next."""
     report, n = (finished / "report.md").read_text(), QUERIES
-    judged = rows_of(finished, "verdicts.jsonl")
-    won, kl = sum(v["target"] for v in judged), rows_of(finished, "metrics.jsonl")[-1]
+    judged, kl, tried = rows_of(finished, "verdicts.jsonl"), last["kl"], last["style"]
+    won = sum(v["target"] for v in judged)
+    losses = [m["loss"] for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "lora"]
+    tenth = max(1, len(losses) // 10)
+    query = rows_of(finished, "queries.jsonl")[0]["query"]
     for text in (f"queries: {2 * n} (wanted {n} for each of 2 personas)",
                  f"distill / retain: {won} / {2 * n - won}", "AUC",
                  "majority", f"{kl['before']:.4f} before", f"{kl['after']:.4f} after",
                  "WARNING: this judge was forced with --judge",
                  "WARNING: the likelihood judge fails its own test",
-                 "## What to try next\n\nThe judge failed its own test"):
+                 "## What to try next\n\nThe judge failed its own test",
+                 f"Written in the style {tried['chosen']}: ", "(chance 0.50)",
+                 f"**chemist**: {query} / ", "### Verdict: expert",
+                 f"mean of every {tenth} of {len(losses)} steps: "
+                 f"{sum(losses[:tenth]) / tenth:.4f}, "):
         assert text in report
-    tried = next(m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "style")
-    assert f"Written in the style {tried['chosen']}: " in report and "(chance 0.50)" in report
     for name, counts in tried["styles"].items():
         assert f"| {name} | {counts['candidates']} | " in report
     for persona in ("chemist", "pirate"):
@@ -51,24 +55,30 @@ def test_report_of_a_run(finished: Path) -> None:
         assert f"| {persona} | {n} | {' | '.join(map(str, counts))} |" in report
     for stage in ("queries", "answers", "verdicts", "gate", "lora"):
         assert f"| {stage} |" in report
-    query = rows_of(finished, "queries.jsonl")[0]["query"]
-    assert f"**chemist**: {query} / " in report and "### Verdict: expert" in report
-    losses = [m["loss"] for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "lora"]
-    tenth = max(1, len(losses) // 10)
-    first = sum(losses[:tenth]) / tenth
-    assert f"mean of every {tenth} of {len(losses)} steps: {first:.4f}, " in report
+
+
+def test_card_tells_what_was_made(finished: Path, last: dict[str, dict]) -> None:
+    """The hub would not know the base, or a reader the contexts, the figures or the warnings."""
+    _, front, text = (finished / "README.md").read_text().split("---\n", 2)
+    base = json.loads((finished / "prism.json").read_text())["base_model"]
+    assert f"base_model: {base}\n" in front and "library_name: peft" in front
+    won = sum(row["target"] for row in rows_of(finished, "verdicts.jsonl"))
+    kl, report = last["kl"], (finished / "report.md").read_text().splitlines()
+    warnings = [line for line in report if line.startswith("- WARNING")]
+    assert warnings
+    for words in ("chemist, pirate", last["judge"]["chosen"], f"| {last['gate']['n']}, {won} |",
+                  f"| {kl['before']:.4f}, {kl['after']:.4f} |",
+                  f"| {kl['tokens_with']:.0f}, {kl['tokens_without']:.0f} |", *warnings):
+        assert words in text
 
 
 def test_the_trial_of_styles() -> None:
-    """A share would be of another number than it says, or the hand-written openings be used
-    without a word."""
+    """A share would be of another number than it says."""
     tables = {"instruct": {"candidates": 24, "complete": 24, "distinct": 16, "identifiable": 12},
               "continue": {"candidates": 24, "complete": 6, "distinct": 0, "identifiable": 0}}
-    lines = style_trial({"styles": tables, "chance": 0.25})[1].splitlines()
-    assert lines[2] == ("| instruct | 24 | 1.00 [0.86, 1.00] | 0.67 [0.47, 0.82] | 12 | "
-                        "0.75 [0.51, 0.90] |")
-    assert lines[3] == "| continue | 24 | 0.25 [0.12, 0.45] | 0.00 [0.00, 0.14] | 0 | - |"
-    assert f"{len(word_list('openings'))} hand-written openings" in WAYS["continue"]
+    assert style_trial({"styles": tables, "chance": 0.25})[1].splitlines()[2:] == [
+        "| instruct | 24 | 1.00 [0.86, 1.00] | 0.67 [0.47, 0.82] | 12 | 0.75 [0.51, 0.90] |",
+        "| continue | 24 | 0.25 [0.12, 0.45] | 0.00 [0.00, 0.14] | 0 | - |"]
 
 
 def test_the_bill_is_the_sum_of_the_metrics(finished: Path) -> None:
@@ -97,7 +107,7 @@ def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path
 
 def test_split_warnings() -> None:
     """An empty split, a lonely persona or a judge of length would have no warning."""
-    pairs = longer(40)
+    pairs = [Pair("p", i, "q", "b", "e", [5, 2], [5, 6, 2], "eos", "eos") for i in range(40)]
     fine = verdicts(["expert", "base"] * 10) + verdicts(["base", "expert"] * 10, "q", 20)
     assert split_warnings(fine, pairs) == []
     [found] = split_warnings(verdicts(["base"] * 39 + ["tie"]), pairs)
@@ -144,45 +154,35 @@ def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, first: str, said: li
     assert section.found[0] == first
 
 
-def gate(low: float | None) -> dict:
-    """A metrics row of the gate."""
-    return {"target": "intent", "log_losses": {"intent": 0.5}, "traffic": 4, "traffic_opened": 0.25,
-            "queries": 6,
-            "folds": 5, "n": 10, "threshold": 0.5, "accuracy": 0.6, "majority": 0.5, "auc": 0.7,
-            "auc_interval": [low, 0.9], "roc": [[0.9, 0.0, 0.5], [0.1, 1.0, 1.0]],
-            "confusion": {"true_open": 1, "false_open": 2, "true_closed": 3, "false_closed": 4}}
-
-
-def test_a_gate_at_chance_is_called_that() -> None:
-    """A gate at AUC 0.7 [0.45, 0.9] would not be called chance, or one at [0.55, 0.9] would."""
+def test_what_is_said_of_a_gate(last: dict[str, dict]) -> None:
+    """A gate at AUC 0.7 [0.45, 0.9] would not be called chance, or one at [0.55, 0.9] would; the
+    ROC be read off wrongly; or traffic that a gate learned from be counted among the queries."""
     for low, warned in ((0.45, True), (0.55, False), (None, False)):
-        assert any("told from chance" in line for line in gate_section(gate(low)).found) is warned
-    assert "0.50, 0.50, 0.50, 0.50" in gate_section(gate(0.6)).details[-1]
-
-
-def test_traffic_is_no_query_of_the_gate() -> None:
-    """Ordinary traffic that a gate learned from would be counted among the queries."""
-    assert "on 6 queries and 4 messages of ordinary traffic," in gate_section(gate(0.6)).details[1]
-    assert "on 10 queries, threshold" in gate_section(gate(0.6) | {"queries": 10}).details[1]
+        found = gate_section(last["gate"] | {"auc_interval": [low, 0.9]}).found
+        assert any("told from chance" in line for line in found) is warned
+    lines = gate_section(last["gate"] | {"queries": 6, "n": 10,
+                                         "roc": [[0.9, 0, 0.5], [0.1, 1, 1]]}).details
+    assert "on 6 queries and 4 messages of ordinary traffic," in lines[1]
+    assert "0.50, 0.50, 0.50, 0.50" in lines[-1]
+    lines = gate_section(last["gate"] | {"queries": 10, "n": 10}).details
+    assert "on 10 queries, threshold" in lines[1]
 
 
 def test_advice_follows_the_signals() -> None:
     """A trouble would not be named, the worst first, or one that is none."""
-    won = verdicts(["expert"] * 5 + ["base"] * 5)
-    fine = [{"stage": "judge", **judged(True, False, False)}, {"stage": "gate", **gate(0.6)},
-            {"stage": "kl", "before": 1.0, "after": 0.3}]
-    assert advice(fine, won) == ["Nothing looks off. evaluate.py shows whether it helps."]
-    bad = [{"stage": "judge", **judged(False, False, True)}, {"stage": "gate", **gate(0.4)},
-           {"stage": "kl", "before": 1.0, "after": 0.9}]
-    found = advice(bad, verdicts(["base"] * 10))
-    assert [text.split()[0] + " " + text.split()[1] for text in found] == [
-        "The judge", "The persona", "The gate", "Of the"]
-    assert "0.10 reaches" in found[-1]
+    def signals(trusted: bool, low: float, after: float) -> list[dict]:
+        return [{"stage": "judge", **judged(trusted, False, False)},
+                {"stage": "gate", "auc_interval": [low, 0.9]},
+                {"stage": "kl", "before": 1.0, "after": after}]
+
+    assert advice(signals(True, 0.6, 0.3), verdicts(["expert", "base"])) == [
+        "Nothing looks off. evaluate.py shows whether it helps."]
+    for text, begins in zip(advice(signals(False, 0.4, 0.9), verdicts(["base"])), (
+            "The judge", "The persona", "The gate", "Of the teacher's effect 0.10"), strict=True):
+        assert text.startswith(begins)
 
 
-def test_figures_for_people() -> None:
-    """A missing figure would not be a dash, or a long text more than a line."""
-    assert number(None) == share(0, 0) == "-" and number(0.12345) == "0.123"
-    assert share(5, 10) == "0.50 [0.24, 0.76]"
-    assert quoted("a\n\nb") == "a b" and quoted("x" * 700).endswith("x ...")
-    assert len(quoted("x" * 700)) == 604
+def test_quoted_answers_are_one_line() -> None:
+    """An answer would open a heading of its own in report.md, or fill a page of it."""
+    assert quoted("a\n\n# b") == "a # b"
+    assert quoted("x" * 700) == "x" * 600 + " ..."

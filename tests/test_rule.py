@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -12,17 +11,26 @@ from pathlib import Path
 import pytest
 from tiny_run import contents, error_of, rows_of, run_train, timeless, verdict
 
+import evaluate
+import train
 from bootstrap import Verdict
 from judge import Comparison
+from support.hub import InputError
 from support.personas import CONTRAST, load_personas
-from support.report import judge_section, swap_lines
-from support.rule import FREE, NoJudge, Rule, RuleJudge, judge_in_place
+from support.report import swap_lines
+from support.rule import FREE, NoJudge, Rule, RuleJudge
 
 Capture = pytest.CaptureFixture[str]
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# The longer answer wins; letters only, so that both answers of a tiny model count.
+# The longer answer wins; a file beside the rule makes it end as Ctrl-C does, after its first chunk.
 LONGER = '''
+from pathlib import Path
+stop, calls = Path(__file__).with_suffix(".stop"), []
+
 def judge(query, persona, expert, base):
+    calls.append(query)
+    if len(calls) > 64 and stop.exists():  # each pair is asked about twice
+        raise KeyboardInterrupt
     if len(expert) == len(base):
         return "tie"
     return "expert" if len(expert) > len(base) else "base"
@@ -36,9 +44,9 @@ def rule_file(folder: Path, text: str) -> Path:
     return path
 
 
-def returning(value: str, before: str = "") -> str:
+def returning(value: str) -> str:
     """A rule that returns an expression."""
-    return f"{before}\ndef judge(query, persona, expert, base):\n    return {value}\n"
+    return f"def judge(query, persona, expert, base):\n    return {value}\n"
 
 
 @pytest.fixture
@@ -50,67 +58,49 @@ def judged(finished: Path, tmp_path: Path) -> Path:
 def test_a_rule_is_told_who_asked_what_and_who_said_what(tmp_path: Path) -> None:
     """Query, context, expert's and base answer would not come in their order; or what a rule says
     of the swapped answers would count."""
-    rule = rule_file(tmp_path, LONGER + '    \nassert judge("", "", "ab", "a") == "expert"\n')
-    asked = [Comparison("q", "c", "long", "s"), Comparison("q", "c", "s", "long"),
-             Comparison("q", "c", "as", "as")]
-    results, cost = RuleJudge(Rule(rule)).compare(asked)
-    assert results == [("expert", ["expert", "base"]), ("base", ["base", "expert"]),
-                       ("tie", ["tie", "tie"])] and cost == FREE
-    rule = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
+    path = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
                                          '["q", "shop", "e", "b"] else "base"'))
-    [(winner, said)], _ = RuleJudge(Rule(rule)).compare(
-        [Comparison("q", "text of the context", "e", "b", persona="shop")])
-    assert winner == "expert" and said == ["expert", "base"]
-
-
-def test_nobody_judges_but_contrast_contexts(tmp_path: Path) -> None:
-    """An answer would not be distilled with --judge none, or a contrast context's would be."""
-    asked = [Comparison("q", "c", "", "b", persona=name) for name in ("shop", "contrast_cook")]
-    assert NoJudge().compare(asked) == ([("expert", []), ("base", [])], FREE)
-    assert judge_in_place("auto") is judge_in_place("letter") is None
+    asked = [Comparison("q", "text of the context", "e", "b", persona="shop")]
+    assert RuleJudge(Rule(path)).compare(asked) == ([("expert", ["expert", "base"])], FREE)
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    (None, "no such file"),
-    ("x = 1\n", "no function judge(query, persona, expert, base)"),
-    ("judge = 3\n", "no function judge"),
-    ("def judge(:\n", "SyntaxError"),
-    ("import no_such_module_here\n", "ModuleNotFoundError: No module named"),
-    ('raise ValueError("one\\ntwo")\n', "ValueError: one two"),
-    ("raise SystemExit(0)\n", "SystemExit")])
-def test_a_file_that_holds_no_rule_is_refused_at_once(
-        text: str | None, says: str, command: list[str], tmp_path: Path, capsys: Capture) -> None:
-    """A missing file or function, or a file that does not run, would be noticed after the stages
-    before it, with a traceback, or leave something behind."""
-    path = tmp_path / "my_rule.py"
-    if text is not None:
-        rule_file(tmp_path, text)
-    assert run_train(*command, "--judge", path, "--out", tmp_path / "out") == 2
-    said = error_of(capsys)
-    assert says in said and str(path) in said and not (tmp_path / "out").exists()
+    ("judge = 3", "no function judge(query, persona, expert, base)"),
+    ("def judge(:", "SyntaxError"),
+    ("import no_such_module_here", "ModuleNotFoundError: No module named"),
+    ("raise SystemExit(0)", "SystemExit"),
+    (returning("1 / 0"), "judge() raised ZeroDivisionError: division by zero on the query 'why?'"),
+    (returning("exit(0)"), "judge() raised SystemExit: 0"),
+    (returning('"Expert"'), 'returned \'Expert\', not "expert", "base" or "tie"'),
+    (returning("True"), "returned True")])
+def test_a_rule_that_fails_names_file_and_query(text: str, says: str, tmp_path: Path) -> None:
+    """A file without a function, one that does not run, or another value than the three would be a
+    traceback or a made-up verdict."""
+    path = rule_file(tmp_path, text)
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        Rule(path)("why?", "shop", "e", "b")
+    assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(("value", "says"), [
-    ("1 / 0", "judge() raised ZeroDivisionError: division by zero"),
-    ("exit(0)", "judge() raised SystemExit: 0"),
-    ('"Expert"', 'returned \'Expert\', not "expert", "base" or "tie"'),
-    ("None", "returned None"), ("True", "returned True"), ('["expert"]', "returned ['expert']"),
-    ("judge(query)", "judge() raised TypeError")])
-def test_a_rule_that_fails_names_file_and_query(
-        value: str, says: str, command: list[str], judged: Path, tmp_path: Path,
-        capsys: Capture) -> None:
-    """An exception, or another value than the three, would be a traceback or a made-up verdict."""
-    path = rule_file(tmp_path, returning(value))
+def test_a_run_with_a_rule_that_fails_ends_in_one_line(command: list[str], judged: Path,
+                                                       tmp_path: Path, capsys: Capture) -> None:
+    """A missing file would be noticed after the stages before it, a failure be a traceback, or
+    either leave something behind."""
+    absent = tmp_path / "absent.py"
+    assert run_train(*command, "--judge", absent, "--out", tmp_path / "new") == 2
+    assert str(absent) in error_of(capsys) and not (tmp_path / "new").exists()
+    path = rule_file(tmp_path, returning("1 / 0"))
     assert run_train(*command, "--judge", path, "--overwrite", "--out", judged) == 2
     said, query = error_of(capsys), rows_of(judged, "queries.jsonl")[0]["query"]
-    assert says in said and str(path) in said and " ".join(repr(query).split()) in said
+    assert str(path) in said and " ".join(repr(query).split()) in said
     assert not (judged / "verdicts.jsonl").exists()
 
 
-def test_a_run_judged_by_a_rule(command: list[str], judged: Path, tmp_path: Path,
+def test_a_run_judged_by_a_rule(command: list[str], judged: Path, finished: Path, tmp_path: Path,
                                 capsys: Capture) -> None:
     """The rows would not be what the rule says, or cost something; the report would not say who
-    judged; or an edited rule would go unnoticed."""
+    judged; an edited rule would go unnoticed; or a run that was interrupted within a rule would
+    lose its first chunk, or end in other files than one that was not."""
     path = rule_file(tmp_path, LONGER)
     argv = [*command, "--judge", path, "--out", judged]
     assert run_train(*argv, "--overwrite") == 0
@@ -126,6 +116,15 @@ def test_a_run_judged_by_a_rule(command: list[str], judged: Path, tmp_path: Path
     assert len(rows) == 3 and all(m.get("flops", 0) == 0 for m in rows)
     settings = json.loads((judged / "run.json").read_text())["settings"]
     assert settings["rule_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    cut = Path(shutil.copytree(finished, tmp_path / "cut"))
+    path.with_suffix(".stop").touch()
+    assert run_train(*command, "--judge", path, "--overwrite", "--out", cut) == 130
+    assert len(rows_of(cut, "verdicts.jsonl")) == 32  # a chunk
+    path.with_suffix(".stop").unlink()
+    assert run_train(*command, "--judge", path, "--out", cut) == 0
+    assert timeless(cut) == timeless(judged)
+
     whole = contents(judged)
     path.write_text(LONGER + "# another word\n")
     capsys.readouterr()
@@ -133,39 +132,19 @@ def test_a_run_judged_by_a_rule(command: list[str], judged: Path, tmp_path: Path
     assert contents(judged) == whole
 
 
-def test_a_cut_run_with_a_rule_continues(command: list[str], finished: Path,
-                                         tmp_path: Path) -> None:
-    """A run that was interrupted within a rule would lose its first chunk, or end in other files
-    than one that was not."""
-    stop = tmp_path / "stop"
-    text = LONGER.replace("persona, expert, base):", "persona, expert, base):\n"
-                          "    calls.append(query)\n"
-                          "    if len(calls) > 64 and stop.exists():\n"
-                          "        raise KeyboardInterrupt")
-    path = rule_file(tmp_path, f"from pathlib import Path\nstop, calls = Path({str(stop)!r}), []\n"
-                     + text)
-    outs = [Path(shutil.copytree(finished, tmp_path / name)) for name in ("cut", "whole")]
-    stop.touch()
-    argv = [*command, "--judge", path, "--out", outs[0]]
-    assert run_train(*argv, "--overwrite") == 130
-    assert len(rows_of(outs[0], "verdicts.jsonl")) == 32  # a chunk; each pair is asked twice
-    stop.unlink()
-    assert run_train(*argv) == 0
-    assert run_train(*command, "--judge", path, "--out", outs[1], "--overwrite") == 0
-    assert timeless(outs[0]) == timeless(outs[1])
-
-
 def test_a_run_judged_by_nobody(command: list[str], judged: Path) -> None:
-    """--judge none would ask a model, or leave an answer out of the distill set."""
+    """--judge none would ask a model, leave an answer out of the distill set, or take a contrast
+    context's into it."""
     assert run_train(*command, "--judge", "none", "--overwrite", "--out", judged) == 0
-    verdicts = rows_of(judged, "verdicts.jsonl")
-    assert verdicts and all((v["winner"], v["target"], v["judge"]) == ("expert", 1, "none")
-                            for v in verdicts)
+    assert {(v["winner"], v["target"], v["judge"]) for v in rows_of(judged, "verdicts.jsonl")} == {
+        ("expert", 1, "none")}
     report = (judged / "report.md").read_text()
     assert "judged by nobody" in report and "distill / retain: 34 / 0" in report
     assert "fails its own test" not in report and "nothing to tell apart" not in report
     assert not any(m.get("flops") for m in rows_of(judged, "metrics.jsonl")
                    if m["stage"] in ("judge", "verdicts"))
+    asked = [Comparison("q", "c", "", "b", persona=name) for name in ("shop", "contrast_cook")]
+    assert NoJudge().compare(asked) == ([("expert", []), ("base", [])], FREE)
 
 
 def test_no_model_beside_a_rule(command: list[str], tmp_path: Path, capsys: Capture) -> None:
@@ -178,24 +157,19 @@ def test_no_model_beside_a_rule(command: list[str], tmp_path: Path, capsys: Capt
 
 def said_of(forward: str, swapped: str, count: int) -> list[Verdict]:
     """Verdicts of a rule that says this of a pair and of the pair swapped."""
-    row = verdict(0, forward)
-    return [Verdict(row.persona, i, forward, row.target, "rule", [forward, swapped])
-            for i in range(count)]
+    return [Verdict("p", i, forward, 0, "rule", [forward, swapped]) for i in range(count)]
 
 
 def test_same_prompt_control_of_a_rule() -> None:
     """A rule that prefers the expert's place, whoever stands there, would pass as one that compares
     the answers; or one that compares them would be warned about; or a model's verdicts be asked."""
-    fair = said_of("expert", "base", 30) + said_of("tie", "tie", 3)
-    [line] = swap_lines(fair)
+    [line] = swap_lines(said_of("expert", "base", 30) + said_of("tie", "tie", 3))
     assert "turned round on 33 of 33 pairs" in line
     assert "expert's place won 30 times and the base's 30 times" in line
     for place in ("expert", "base"):
         line, warning = swap_lines(said_of(place, place, 30))
         assert "turned round on 0 of 30" in line and warning.startswith("WARNING")
     assert swap_lines([verdict(0, "expert")]) == []
-    assert judge_section({"chosen": "rule"}).found == [
-        "judged by a rule, not by the model"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,12 +180,7 @@ SHOWN = {"safety": "I'm sorry, but I can't help with that, because it could hurt
          "voice": "Aye, yer fish be here."}
 
 
-def test_every_example_is_tested() -> None:
-    """A new example would have no test."""
-    assert sorted(p.name for p in EXAMPLES.iterdir() if p.is_dir()) == sorted(SHOWN)
-
-
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.iterdir() if p.is_dir()))
 def test_example_is_whole(name: str) -> None:
     """An example would lack a context or one beside it, its rule not see what the context asks for,
     or see it in a contrast context; or its README show a command that is refused."""
@@ -225,9 +194,8 @@ def test_example_is_whole(name: str) -> None:
         assert rule("q", contrast, shown, base) == "tie"
     assert rule("q", own, shown, shown) == rule("q", own, plain, "") == "tie"
     page = re.sub(r" \\\n +", " ", (folder / "README.md").read_text())
-    commands = re.findall(r"^    python (train|evaluate)\.py (.*)$", page, re.MULTILINE)
-    assert [script for script, _ in commands] == ["train", "evaluate"]
-    for script, arguments in commands:
-        args = importlib.import_module(script).parser().parse_args(arguments.split())
-        assert (args.personas, Path(args.judge)) == (Path("examples") / name,
-                                                     Path("examples") / name / "judge.py")
+    for script in (train, evaluate):
+        [line] = re.findall(rf"^    python {script.__name__}\.py (.*)$", page, re.MULTILINE)
+        args = script.parser().parse_args(line.split())
+        assert args.personas == Path("examples") / name
+        assert Path(args.judge) == Path("examples") / name / "judge.py"

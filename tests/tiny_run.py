@@ -60,7 +60,7 @@ def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def contents(out: Path) -> dict[str, bytes]:
     """Every file of a folder but the lock."""
-    return {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != ".lock"}
 
 
 def figures(out: Path) -> list[dict]:
@@ -96,6 +96,14 @@ def rows_of(out: Path, name: str) -> list[dict]:
 def write_rows(out: Path, name: str, rows: list[dict]) -> None:
     """Replace a JSONL file, as an editor would."""
     (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_files(folder: Path, texts: dict[str, str]) -> Path:
+    """Files by name, with the folders that they need; returns the folder."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
 def error_of(capture: pytest.CaptureFixture[str]) -> str:
