@@ -124,12 +124,6 @@ def computed(family: str) -> dict[str, object]:
     return {name: value for name, value in found.items() if name in mine}
 
 
-def as_read(folder: Path) -> Config:
-    """Our config of what transformers makes of a config.json: all that it leaves out filled in."""
-    theirs = AutoConfig.from_pretrained(folder).to_dict()
-    return replace(Config.from_json(json.loads(json.dumps(theirs, default=str))), eos_token_ids=[])
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_has_a_fate(family: str) -> None:
     """A field that a new version of transformers brings would be dropped without a look."""
@@ -206,12 +200,13 @@ def test_fields_left_out_or_null(family: str, tiny_checkpoint: TinyFactory,
             for changed in (left, left | {name: None}):
                 (folder / "config.json").write_text(json.dumps(changed))
                 try:
-                    theirs = as_read(folder)
-                    ours = replace(Config.from_json(changed), eos_token_ids=[])
+                    filled = AutoConfig.from_pretrained(folder).to_dict()
+                    theirs = Config.from_json(json.loads(json.dumps(filled, default=str)))
+                    ours = Config.from_json(changed)
                 except (InputError, ValueError, TypeError, KeyError, AttributeError,
                         ZeroDivisionError, StrictDataclassError):
                     continue  # one of the two refuses it
-                assert ours == theirs, (name, changed)
+                assert replace(ours, eos_token_ids=[]) == replace(theirs, eos_token_ids=[]), changed
                 compared += 1
     assert compared > 40
 
@@ -231,11 +226,8 @@ SPELLINGS = [
     {"rope_parameters": {"full_attention": LLAMA3}, "rope_theta": 700.0}]
 
 
-OLDEST = {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
-
-
 @pytest.mark.parametrize("family, spelling", [
-    ("llama", OLDEST),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     *((family, some) for family in ("llama", "gemma3_text", "olmo3") for some in SPELLINGS)],
     ids=lambda value: " ".join([value] if isinstance(value, str) else value))
 def test_spellings_of_rope(family: str, spelling: dict, tiny_checkpoint: TinyFactory,
