@@ -217,6 +217,7 @@ def test_a_layout_in_which_it_is_published_is_not_read(tmp_path: Path, name: str
 @pytest.mark.parametrize(("name", "line", "content"), [
     ("mmlu/test/anatomy_test.csv", 2, "q,a,b,c,d,A\nq,a,b,c,A\n"),
     ("mmlu/test/anatomy_test.csv", 1, "q,a,b,c,d,E\n"),
+    ("mmlu/test/anatomy_test.csv", 1, '"q"x,a,b,c,d,A\n'),
     ("arc/arc_challenge_test.jsonl", 3, '\n\n{"question": \n'),
     ("truthfulqa/TruthfulQA.csv", 2, "Question,Best Answer\nq,a\n"),
     ("gsm8k/test.jsonl", 1, '{"question": "q", "answer": "#### 3", "answer": "#### 4"}\n'),
@@ -635,6 +636,7 @@ def test_work_keeps_whole_chunks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "says"), [
+    (["--tasks", "mmlu"], "--data"),
     (["--tasks", "mmlu", "--data", "{data}", "--strategies", "prism"], "--adapter"),
     (["--tasks", "mmlu", "--data", "{data}", "--personas", "{two}"], "no humanities.txt"),
     (["--tasks", "harmbench", "--data", "{twice}"], "do_harm"),
@@ -653,16 +655,19 @@ def test_wrong_input_is_one_line(flags: list[str], says: str, data: Path, folder
 
 @pytest.mark.parametrize(("name", "old", "new", "said"), [
     ("run/verdicts.jsonl", '"index": 0', '"index": 1', "verdicts.jsonl"),
+    ("run/answers.jsonl", None, None, "not a whole run"),
     ("experts/stem.txt", "You are", "We are", "not the contexts")])
 def test_files_behind_a_figure_are_checked(
-        name: str, old: str, new: str, said: str, arguments: list[object], trained: Path,
-        experts: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Figures would be made of a run's rows that are not in their place, or of another text under a
-    persona's name."""
+        name: str, old: str | None, new: str | None, said: str, arguments: list[object],
+        trained: Path, experts: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Figures would be made of a run's rows that are gone or not in their place, or of another text
+    under a persona's name."""
     shutil.copytree(trained, tmp_path / "run")
     shutil.copytree(experts, tmp_path / "experts")
     text = (tmp_path / name).read_text()
-    (tmp_path / name).write_text(text.replace(old, new, 1))
+    (tmp_path / name).unlink()
+    if old:
+        (tmp_path / name).write_text(text.replace(old, new, 1))
     assert run(*arguments, "--tasks", "kl", "--adapter", tmp_path / "run", "--personas",
                tmp_path / "experts", "--out", tmp_path / "out") == 2
     assert said in error_of(capsys)
