@@ -157,11 +157,11 @@ def test_an_adapter_trained_elsewhere(family: str, kind: str,
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         wanted = peft.PeftModel.from_pretrained(base, theirs).eval()(ids).logits
         prism = PRISM.load(theirs, net)
-        torch.testing.assert_close(prism(ids, 4), wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(prism(ids, 4), wanted, rtol=0, atol=3e-4)
         assert float((wanted - net(ids)).abs().max()) > 0.1
     routed = prism.prefill(ids, lengths, "auto")
     torch.testing.assert_close(net.head(routed.hidden), wanted[torch.arange(4), lengths - 1],
-                               rtol=0, atol=1e-4)
+                               rtol=0, atol=3e-4)
     assert routed.k == 4
     prism.save(tmp_path / "ours")
     again = PRISM.load(tmp_path / "ours", net)

@@ -23,18 +23,14 @@ EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "100"))
 settings.register_profile("prism", max_examples=EXAMPLES, deadline=None, derandomize=True,
                           database=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("prism")
-CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>\n<|im_start|>system\n"]
 # SmolLM2's vocabulary lacks the bytes of unassigned planes and of six control characters, so that
 # it drops them, here as in transformers.
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cn"],
                               exclude_characters="\x04\x06\x13\x14\x16\x1d"), max_size=40)
 # Text, control tokens, and parts of control tokens, in any order
-PARTS = [*CONTROL, "<|im_", "end|>", "\n", "1.", "\ue000"]
+PARTS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>\n<|im_start|>system\n", "<|im_",
+         "end|>", "\n", "1.", "\ue000"]
 TEXT = st.lists(st.one_of(PLAIN, st.sampled_from(PARTS)), max_size=6).map("".join)
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +40,18 @@ def theirs(folder: Path) -> PreTrainedTokenizerBase:
 
 
 @given(text=TEXT)
-def test_text_comes_back_and_is_never_control(text: str, tok: Tokenizer) -> None:
-    """decode(encode(x)) would not be x, or an id of it be a control token's."""
+def test_text_comes_back_and_is_never_control(text: str, tok: Tokenizer,
+                                              theirs: PreTrainedTokenizerBase) -> None:
+    """decode(encode(x)) would not be x, an id of it be a control token's, or, where it spells none,
+    its ids not be transformers'."""
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     assert not set(ids) & set(tok.special_ids.values())
-
-
-@given(text=PLAIN)
-def test_plain_text_is_encoded_as_transformers_does(text: str, tok: Tokenizer,
-                                                    theirs: PreTrainedTokenizerBase) -> None:
-    """Where no control token is spelled, the ids would not be transformers'."""
-    if any(s in text for s in tok.special_ids):
-        return
-    assert tok.encode(text) == theirs.encode(text, add_special_tokens=False)
-    talk = [{"role": "user", "content": text}]
-    assert tok.render(talk) == theirs.apply_chat_template(
-        talk, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if not any(s in text for s in tok.special_ids):
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        talk = [{"role": "user", "content": text}]
+        assert tok.render(talk) == theirs.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 @given(texts=st.lists(TEXT, min_size=1, max_size=4), system=st.none() | TEXT)
@@ -77,17 +68,9 @@ def test_rendering_has_the_templates_control_tokens_only(texts: list[str], syste
     ids, mask = tok.render(talk(texts, system), return_user_mask=True)
     honest = tok.render(talk(["x"] * len(texts), None if system is None else "x"))
     assert [i for i in ids if i in control] == [i for i in honest if i in control]
-    shown = tok.decode(ids)
-    for text in [*texts, system or ""]:
-        assert text in shown
+    assert all(text in tok.decode(ids) for text in [*texts, system or ""])
     last = texts[(len(texts) - 1) // 2 * 2]
-    assert len(mask) == len(ids)
-    # A mask of whole tokens: bytes of one character may be cut off only by what surrounds it.
-    assert last in tok.decode([i for i, m in zip(ids, mask) if m])
-
-
-# --------------------------------------------------------------------------------------------------
-# JSON
+    assert len(mask) == len(ids) and last in tok.decode([i for i, m in zip(ids, mask) if m])
 
 
 VALUE = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
