@@ -344,21 +344,17 @@ def trained(steps: int) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (lambda t: t.pop("1.mean"), "1.mean"), (lambda t: t.pop("step"), "'step'"),
+    (lambda t: t.pop("1.mean"), "1.mean"), (lambda t: t.update(step=torch.tensor(-4)), "step -4"),
     (lambda t: t.update({"1.mean": torch.ones(1)}), "another shape"),
-    (lambda t: t["1.square"].fill_(float("nan")), "not finite"),
-    (lambda t: t.update(step=torch.tensor(-4)), "step -4"), (None, "SafetensorError|deserializ")])
-def test_damaged_checkpoint_is_named(change: Callable | None, reason: str, tmp_path: Path) -> None:
+    (lambda t: t["1.square"].fill_(float("nan")), "not finite")])
+def test_damaged_checkpoint_is_named(change: Callable, reason: str, tmp_path: Path) -> None:
     """A checkpoint that is not this run's would not be named, or be trained from by half."""
     path = tmp_path / "checkpoint.safetensors"
     save_training_state(tmp_path, *trained(3), 3)
-    if change is None:
-        path.write_bytes(path.read_bytes()[:-9])
-    else:
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
     parameters, optimizer = trained(0)
-    with pytest.raises(InputError, match=rf"checkpoint\.safetensors.*({reason}).*delete it"):
+    with pytest.raises(InputError, match=rf"checkpoint\.safetensors.*{reason}.*delete it"):
         load_training_state(tmp_path, parameters, optimizer)
     assert all(bool((p == 1).all()) for p in parameters) and not optimizer.state

@@ -13,7 +13,6 @@ import queries
 import train
 from model import Transformer
 from support import settings
-from support.hub import InputError
 from support.personas import Persona, load_personas
 from support.settings import QUICK_PERSONAS, check, choose_personas, parser, run_settings
 from tokenizer import Tokenizer
@@ -42,8 +41,9 @@ def parsed(*argv: str) -> object:
     return args
 
 
-def test_quick_is_the_bundled_four_and_flags_win() -> None:
-    """--quick with another folder of personas, or a number beside it, would be ignored."""
+def test_defaults() -> None:
+    """--quick with another folder of personas, or a number beside it, would be ignored; or the
+    outputs of two models share a folder."""
     paper, quick = parsed(), parsed("--quick", "--queries", "3")
     assert (paper.queries, paper.max_new_tokens, paper.epochs, paper.batch_size) == (
         50, 512, 10, 16)
@@ -52,11 +52,7 @@ def test_quick_is_the_bundled_four_and_flags_win() -> None:
     assert sorted(p.name for p in choose_personas(quick)) == sorted(QUICK_PERSONAS)
     folder = Path(train.__file__).parent / "personas" / "short"
     assert len(choose_personas(parsed("--quick", "--personas", str(folder)))) == 12
-
-
-def test_default_out_is_named_after_the_model() -> None:
-    """Or two models would share a folder."""
-    assert parsed().out == Path("out/smollm2-135m-instruct")
+    assert paper.out == Path("out/smollm2-135m-instruct")
     assert parsed("--model", "./my/Model/").out == Path("out/model")
 
 
@@ -94,10 +90,6 @@ def test_settings_reach_run_json(command: list[str], folder: Path, net: Transfor
         "out", "quick", "stop_after", "redo", "dry_run", "gpu_memory", "overwrite"}
 
 
-# --------------------------------------------------------------------------------------------------
-# What the judge could not read
-
-
 @pytest.mark.parametrize("name", ["letter", "likelihood", "auto"])
 def test_answers_longer_than_the_judges_context(name: str, folder: Path, command: list[str],
                                                 tmp_path: Path, capfd: Capture) -> None:
@@ -106,19 +98,11 @@ def test_answers_longer_than_the_judges_context(name: str, folder: Path, command
     short = copy_folder(folder, tmp_path / "short")
     edit_json(short / "config.json", lambda c: c.update(max_position_embeddings=600))
     asked = [*command, "--judge", name, "--out", tmp_path / "out"]
-    for flags in (["--model", short], ["--judge-model", short]):
-        assert run_train(*asked, *flags, "--max-new-tokens", 500) == 2
-        error = error_of(capfd)
-        assert error.startswith(f"error: {short}: --max-new-tokens is 500")
+    for flag in ("--model", "--judge-model"):
+        assert run_train(*asked, flag, short, "--max-new-tokens", 500) == 2
+        assert re.match(rf"error: {short}: --max-new-tokens is 500.*room for answers of \d\d+;",
+                        error_of(capfd))
         assert not (tmp_path / "out").exists()
-    room = int(re.search(r"room for answers of (\d+)", error)[1])
-    args = parser().parse_args([str(a) for a in asked] + ["--judge-model", str(short)])
-    given = load_personas(args.personas)
-    args.max_new_tokens = room
-    settings.check_judge(args, folder, given)
-    args.max_new_tokens = room + 1
-    with pytest.raises(InputError, match=f"room for answers of {room};"):
-        settings.check_judge(args, folder, given)
 
 
 def test_room_of_the_default_settings(smollm_tok: Tokenizer) -> None:

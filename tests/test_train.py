@@ -30,7 +30,7 @@ from support import memory
 from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
-from support.runs import FILES, STAGES, RunFolder
+from support.runs import FILES, STAGES, WITHIN, RunFolder
 from tokenizer import Tokenizer
 from train import (Sample, distill_samples, held_out_kl, learning_rate, micro_batches, sample_loss,
                    train_lora)
@@ -279,17 +279,17 @@ def test_files_of_a_run(finished: Path, folder: Path) -> None:
 
 
 def test_metrics_of_a_run(finished: Path) -> None:
-    """A query would lack its verdict, a chunk or a step its metrics row, or the schedule and the
-    counts would not add up."""
+    """A chunk or a step would lack its metrics row, or the schedule and the counts would not add
+    up. (The bill: test_report.py.)"""
     answers, verdicts = (rows_of(finished, name) for name in DATA[2:])
-    assert len(verdicts) == 2 * QUERIES and {v["target"] for v in verdicts} == {0, 1}
     metrics = rows_of(finished, "metrics.jsonl")
-    order = ["personas", "queries", "style", "quality", "answers", "judge", "verdicts", "traffic",
-             "gate", "lora", "kl"]
-    assert list(dict.fromkeys(m["stage"] for m in metrics)) == order
-    by = {s: [m for m in metrics if m["stage"] == s] for s in order}
+    by = {s: [m for m in metrics if m["stage"] == s] for s in (*STAGES, *WITHIN)}
+    assert all(by.values()) and sum(map(len, by.values())) == len(metrics)
+    assert all(m["flops"] > 0 and m["seconds"] >= 0 for m in metrics)
     assert [m["prompts"] for m in by["answers"]] == [64, 4]  # chunks of 32 queries, two each
     assert [m["prompts"] for m in by["verdicts"]] == [256, 16]  # four readings an answer
+    written = sum(len(r[side]) for r in answers for side in ("base_ids", "expert_ids"))
+    assert sum(m["tokens_written"] for m in by["answers"]) == written
     held = hold_out([Verdict(**v) for v in verdicts], 0)
     fit = sum(v["target"] for v in verdicts if (v["persona"], v["index"]) not in held)
     steps = math.ceil(fit / 4) * 4
@@ -297,13 +297,6 @@ def test_metrics_of_a_run(finished: Path) -> None:
     assert [m["lr"] for m in by["lora"]] == [learning_rate(i, steps, 1e-3) for i in range(steps)]
     assert all(math.isfinite(m["loss"]) and m["gradient_norm"] > 0 for m in by["lora"])
     assert sum(m["samples"] for m in by["lora"]) == 4 * fit
-    assert by["gate"][0]["n"] == len(verdicts)
-    assert all(m["flops"] > 0 and m["seconds"] >= 0 for m in metrics)
-    assert all(m["peak_memory"] > 2**20 for m in metrics if m["stage"] not in ("lora", "personas"))
-    written = sum(len(r[side]) for r in answers for side in ("base_ids", "expert_ids"))
-    assert sum(m["tokens_written"] for m in by["answers"]) == written
-    for row in (*by["personas"], *by["queries"], *by["style"], *by["quality"]):
-        assert 0 < row["scoring_flops"] <= row["flops"]
 
 
 def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: Path) -> None:
@@ -344,34 +337,19 @@ def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: 
     assert kl["before"] > 0.2 and kl["after"] < 0.75 * kl["before"]
 
 
-def test_an_edited_query_takes_effect(out: Path, command: list[str], capfd: Capture) -> None:
-    """A researcher's edit of queries.jsonl would be lost or go unnoticed: the command again is one
-    line, status 2, with the file's name and the way on; with --overwrite the answers are to the
-    edited query, and stage 1 is untouched."""
-    rows, old = rows_of(out, "queries.jsonl"), rows_of(out, "answers.jsonl")
-    rows[3]["query"] = "How do I weld two pipes of copper?"
-    write_rows(out, "queries.jsonl", rows)
-    before, first = contents(out), stamps(out, *DATA[:2])
-    assert run_train(*command, "--out", out) == 2
-    error = error_of(capfd)
-    assert "queries.jsonl was edited after answers had been made from it" in error
-    assert "--overwrite" in error and contents(out) == before
-    assert run_train(*command, "--out", out, "--overwrite", "--stop-after", "answers") == 0
-    assert stamps(out, *DATA[:2]) == first
-    answers = rows_of(out, "answers.jsonl")
-    assert [r["query"] for r in answers] == [r["query"] for r in rows]
-    assert answers[3]["base_ids"] != old[3]["base_ids"]
-
-
 def test_a_flipped_verdict_takes_effect(out: Path, command: list[str], capfd: Capture) -> None:
-    """A researcher could not overrule the judge: gate and adapter are made from the edited verdict,
-    the answers and the other verdicts stay, and the run is complete again."""
-    before, rows = contents(out), rows_of(out, "verdicts.jsonl")
+    """A researcher could not overrule the judge: the command again is one line that names the
+    edited file; with --overwrite gate and adapter are made from it, the answers and the other
+    verdicts stay, and the run is complete again. (The other files: test_runs.py.)"""
+    rows = rows_of(out, "verdicts.jsonl")
     won = sum(row["target"] for row in rows)
     lost = next(r for r in rows if r["winner"] == "base")
     lost |= {"winner": "expert", "target": 1}
     write_rows(out, "verdicts.jsonl", rows)
-    data = stamps(out, *DATA)
+    before, data = contents(out), stamps(out, *DATA)
+    assert run_train(*command, "--out", out) == 2
+    assert "verdicts.jsonl was edited after gate had been made from it" in error_of(capfd)
+    assert contents(out) == before
     assert run_train(*command, "--out", out, "--overwrite") == 0
     after = contents(out)
     assert stamps(out, *DATA) == data
@@ -380,6 +358,12 @@ def test_a_flipped_verdict_takes_effect(out: Path, command: list[str], capfd: Ca
     assert rows_of(out, "metrics.jsonl")[-1]["prompts"] == won + 1
     assert f"distill / retain: {won + 1} / " in after["report.md"].decode()
     assert run_train(*command, "--out", out) == 0 and "complete" in capfd.readouterr().out
+
+
+def test_no_answer_fits(out: Path, command: list[str], capfd: Capture) -> None:
+    """A --max-len below every persona's length would be a traceback."""
+    assert run_train(*command, "--out", out, "--from", "lora", "--max-len", 9) == 2
+    assert "no answer fits in --max-len 9" in error_of(capfd)
 
 
 def test_nothing_to_distil(finished: Path, out: Path, command: list[str], capsys: Capture) -> None:

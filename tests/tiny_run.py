@@ -72,19 +72,16 @@ def figures(out: Path) -> list[dict]:
 def timeless(out: Path) -> dict[str, bytes]:
     """`contents` without what may differ between runs: seconds, peak memory, the date, and whether
     the run once was begun with --from."""
-    files = contents(out)
-    if "metrics.jsonl" in files:
-        files["metrics.jsonl"] = json.dumps(figures(out)).encode()
-    if "report.md" in files:  # the bill's seconds, tokens per second and peak memory
-        line = rb"(?m)^(\| [a-z]+ (?:\| \d+ ){4})\| [^|]+\| [^|]+(\| [^|]+)\|[^|]+"
-        files["report.md"] = re.sub(line, rb"\1\2", files["report.md"])
-        files["report.md"] = re.sub(rb"after \d+ instead of \d+ ms", b"", files["report.md"])
-        files["report.md"] = re.sub(rb"cost: [\d.]+ min", b"", files["report.md"])
-    if "run.json" in files:
-        about = json.loads(files["run.json"])
-        about.pop("redo", None)
-        about.pop("date", None)
-        files["run.json"] = json.dumps(about).encode()
+    files = contents(out) | {"metrics.jsonl": json.dumps(figures(out)).encode()}
+    # the bill's seconds, tokens per second and peak memory
+    line = rb"(?m)^(\| [a-z]+ (?:\| \d+ ){4})\| [^|]+\| [^|]+(\| [^|]+)\|[^|]+"
+    report = re.sub(line, rb"\1\2", files["report.md"])
+    report = re.sub(rb"after \d+ instead of \d+ ms", b"", report)
+    files["report.md"] = re.sub(rb"cost: [\d.]+ min", b"", report)
+    about = json.loads(files["run.json"])
+    about.pop("redo", None)
+    about.pop("date")
+    files["run.json"] = json.dumps(about).encode()
     return files
 
 
