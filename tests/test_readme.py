@@ -57,10 +57,11 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     return importlib.import_module(script).parser()
 
 
-@pytest.mark.parametrize("module", [*(ROOT / "support").glob("*.py")], ids=lambda path: path.stem)
-def test_worked_examples_are_true(module: Path) -> None:
+@pytest.mark.parametrize("name", ["hub", "numbers", "refusals", "stats", "words"])
+def test_worked_examples_are_true(name: str) -> None:
     """A docstring's example would not give what it says."""
-    assert doctest.testmod(importlib.import_module(f"support.{module.stem}")).failed == 0
+    found = doctest.testmod(importlib.import_module(f"support.{name}"))
+    assert found.failed == 0 < found.attempted
 
 
 @pytest.mark.parametrize("name", NAMES)

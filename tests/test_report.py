@@ -126,32 +126,24 @@ def test_personas_that_win_no_more_than_they_lose() -> None:
     assert no_better_than_base(found) == ["coin", "few", "harmful", "mute"]
 
 
-def judged(trusted: bool, blind: bool, forced: bool, model: str | None = None) -> dict:
-    """A metrics row of the judge's test."""
-    row = {"pairs": 12, "right": 12, "wrong": 0, "tie": 0, "split": 0, "unparsed": 0}
-    return {"chosen": "letter", "forced": forced, "model": model, "tests": [
-        {"judge": "letter", "trusted": trusted, "blind_to_refusals": blind,
-         "kinds": {"wrong query": row | {"letters": 24, "A": 12}}}]}
-
-
-OUTSIDE = "judge: letter of other/model: an outside judge, so this is not self-verification"
-
-
-@pytest.mark.parametrize(("row", "first", "said"), [
-    (judged(True, False, False), "judge: letter", []),
-    (judged(True, False, False, "other/model"), OUTSIDE, []),
-    (judged(True, False, True), "judge: letter", ["forced with --judge"]),
-    (judged(False, False, True), "judge: letter", ["forced with --judge", "fails its own test"]),
-    (judged(True, True, False), "judge: letter", ["blind to refusals"])])
-def test_what_is_wrong_with_a_judge_is_a_warning(row: dict, first: str, said: list[str]) -> None:
+@pytest.mark.parametrize(("change", "said"), [
+    ({}, []), ({"model": "other/model"}, []), ({"forced": True}, ["forced with --judge"]),
+    ({"trusted": False}, ["fails its own test"]),
+    ({"blind_to_refusals": True}, ["blind to refusals"])])
+def test_what_is_wrong_with_a_judge_is_a_warning(change: dict, said: list[str]) -> None:
     """A warning would be missing or too much; the share of A would lack its interval; or another
     model's verdicts would be called self-verification."""
-    section = judge_section(row)
+    row = {"pairs": 12, "right": 12, "wrong": 0, "tie": 0, "split": 0, "unparsed": 0,
+           "letters": 24, "A": 12}
+    test = {"judge": "letter", "trusted": True, "blind_to_refusals": False,
+            "kinds": {"wrong query": row}} | change
+    section = judge_section({"chosen": "letter", "forced": False, "tests": [test]} | change)
     warnings = [line for line in section.found if line.startswith("WARNING")]
     assert len(warnings) == len(said) and all(s in w for s, w in zip(said, warnings))
     assert ("| letter | wrong query | 12 | 1.00 [0.76, 1.00] | 0 | 0 | 0 | 0 | 0.50 ["
             in section.details[-1])
-    assert section.found[0] == first
+    outside = " of other/model: an outside judge, so this is not self-verification"
+    assert section.found[0] == "judge: letter" + (outside if "model" in change else "")
 
 
 def test_what_is_said_of_a_gate(last: dict[str, dict]) -> None:
@@ -171,7 +163,7 @@ def test_what_is_said_of_a_gate(last: dict[str, dict]) -> None:
 def test_advice_follows_the_signals() -> None:
     """A trouble would not be named, the worst first, or one that is none."""
     def signals(trusted: bool, low: float, after: float) -> list[dict]:
-        return [{"stage": "judge", **judged(trusted, False, False)},
+        return [{"stage": "judge", "tests": [{"trusted": trusted}]},
                 {"stage": "gate", "auc_interval": [low, 0.9]},
                 {"stage": "kl", "before": 1.0, "after": after}]
 
