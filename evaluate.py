@@ -1120,6 +1120,8 @@ def make_strategies(args: argparse.Namespace, personas: Sequence[Persona],
     items = list(items)
 
     def expert(item: Item) -> str:
+        if item.task in RUN_TASKS:
+            return item.category
         return EXPERTS.get(f"{item.task}/{item.category}", EXPERTS.get(item.task, "helpful"))
 
     def experts(folder: Path) -> Callable[[Item], str]:
@@ -1227,10 +1229,11 @@ def _main(args: argparse.Namespace) -> int:
     check(args)
     items, shots = read_tasks(args)
     personas = load_personas(args.personas)
-    strategies = make_strategies(args, personas, [i for some in items.values() for i in some])
     # Now, not after hours.
     own = {task: read_queries(task, args, personas) for task in ("latency", "own")
            if task in args.tasks}
+    strategies = make_strategies(args, personas, [
+        i for some in (items | own).values() for i in some])
     rule = Rule(args.judge) if args.judge else None
     if "kl" in args.tasks:
         check_run(args.adapter, personas)
@@ -1306,13 +1309,10 @@ def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies
         return []  # measured on the gate alone, see `measure_probes`
     if task == "kl":
         return run_kl(e, strategies, args.adapter, personas, args.limit)
-    texts = {p.name: p.text for p in personas}
-    own = [replace(s, persona=lambda item: texts[item.category])
-           if s.name in ("expert", "gated_prompt") else s for s in strategies]
     if task == "latency":
-        return run_latency(e, own, items)
+        return run_latency(e, strategies, items)
     if task == "own":
-        return run_own(e, own, items, rule)
+        return run_own(e, strategies, items, rule)
     rows = run_chats(e, task, items, strategies, CHAT_TASKS[task][1])
     if task == "mt_bench":
         rows = judge_talks(rows, items, *judge, e.work, e.used["mt_bench judge"])

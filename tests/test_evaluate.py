@@ -3,6 +3,7 @@ what they have not seen (support/probes.py)."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections import Counter
@@ -26,6 +27,7 @@ from prism import PRISM, Gate
 from support import benchmarks, probes, stats
 from support.benchmarks import Item, score_number, score_refusal
 from support.hub import InputError
+from support.personas import load_personas
 from support.probes import held_out_gate, read_real_prompts, read_verdicts
 from support.report import share
 from support.stats import auc
@@ -683,3 +685,15 @@ def test_true_side(task: str, category: str, contexts: list[str], side: bool) ->
     """The oracle's gate would open for knowledge or for what only sounds harmful, or stay closed
     where the contexts belong."""
     assert evaluate.true_side(evaluate.Item(task, "1", category, ("?",)), contexts) is side
+
+
+def test_a_query_of_the_run_is_answered_by_its_own_context(tmp_path: Path) -> None:
+    """A run of contexts that no benchmark's expert is among would have no expert, and no neutral
+    text of its length, for its own queries."""
+    contexts = write_files(tmp_path / "contexts", {
+        "policy.txt": "Decline what would hurt.", "contrast_daily.txt": "A day."})
+    args = argparse.Namespace(personas=contexts, strategies=["expert", "neutral"], study=[], seed=0)
+    item = evaluate.Item("own", "policy/0", "policy", ("?",))
+    expert, neutral = evaluate.make_strategies(args, load_personas(contexts), [item])
+    assert expert.persona(item) == "Decline what would hurt."
+    assert len(neutral.persona(item).split()) == 4
