@@ -239,7 +239,7 @@ class Evaluator:
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer, prism: PRISM | None,
                  sft: PRISM | None, names: dict[str, str], work: Work, seed: int,
-                 max_new_tokens: int, contexts: Sequence[str] = ()):
+                 max_new_tokens: int, contexts: Sequence[str]):
         self.net, self.tokenizer, self.prism, self.work = net, tokenizer, prism, work
         self.models = {"base": net, "adapter": prism, "sft": sft}
         self.names, self.seed, self.max_new_tokens = names, seed, max_new_tokens
@@ -292,9 +292,9 @@ class Evaluator:
         if self.prism.gate is None:  # an adapter of PEFT's
             return [None] * len(talks), [True] * len(talks)
         probability = self.gate(talks)
-        routed = [p >= self.prism.threshold for p in probability]
         if strategy.gate == "oracle":
-            routed = [true_side(item, self.contexts) for item in items]
+            return probability, [true_side(item, self.contexts) for item in items]
+        routed = [p >= self.prism.threshold for p in probability]
         if strategy.gate == "random":
             order = sorted(range(len(items)), key=lambda i: derive_seed(
                 self.seed, "random gate", items[i].task, items[i].id, turn))
@@ -624,12 +624,12 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
         e.net, e.tokenizer, personas, held, run_settings(folder)["max_len"])}
     asked = [(samples[f"{p.persona}/{p.index}"], p) for p in held
              if f"{p.persona}/{p.index}" in samples]
+    items = [Item("kl", sample.name, pair.persona, (pair.query,)) for sample, pair in asked]
+    talks = [conversation(pair.query) for _, pair in asked]
     rows = []
     for strategy in strategies:
         if strategy.persona and strategy.name != "expert":
             continue
-        items = [Item("kl", sample.name, pair.persona, (pair.query,)) for sample, pair in asked]
-        talks = [conversation(pair.query) for _, pair in asked]
         probability, routed = e.opened(strategy, items, talks)
         bar = progress_bar(f"kl: {strategy.name}", "query", asked)
         for at, (sample, pair) in enumerate(bar):

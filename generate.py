@@ -14,7 +14,7 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from engine import SLOTS, Engine, Request, Sampling, derive_seed
+from engine import SLOTS, Engine, Output, Request, Sampling, derive_seed
 from model import Transformer, load
 from prism import PRISM, Router, load_router
 from support.adapter import read_settings
@@ -77,13 +77,20 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
         ids, shared = tokenizer.render_shared(messages, thinking=not lead)
         requests.append(Request([*ids, *said], seed, prefix=shared))
     engine = Engine(net, sampling, stop_tokens(net, tokenizer), SLOTS)
+    answers = completions(tokenizer, requests, engine.run(requests, bar=bar), said)
+    return answers, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+
+
+def completions(tokenizer: Tokenizer, requests: Sequence[Request], outputs: Iterable[Output],
+                said: Sequence[int] = ()) -> list[Completion]:
+    """What the engine made of requests, in their order; each text begins with the ids `said`."""
     answers = []
-    for out in sorted(engine.run(requests, bar=bar), key=lambda out: out.index):
+    for out in sorted(outputs, key=lambda out: out.index):
         # Decoded together: some decoders drop the space a text begins with.
         text = tokenizer.decode([*said, *out.text_ids])
-        answers.append(Completion(text, out.ids, None, False, out.stop,
+        answers.append(Completion(text, out.ids, out.gate, out.routed, out.stop,
                                   len(requests[out.index].ids)))
-    return answers, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+    return answers
 
 
 def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: Iterable[list[dict]],
@@ -115,12 +122,7 @@ def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: It
         requests.append(Request(ids, derive_seed(sampling.seed, i), user_mask=mask))
     engine = Engine(model, sampling, stop_tokens(net, tokenizer), batch_size, gate)
     outputs = engine.run(requests, on_token, "answers" if progress else None)
-    answers = []
-    for out in sorted(outputs, key=lambda out: out.index):
-        text = tokenizer.decode(out.text_ids)
-        answers.append(Completion(text, out.ids, out.gate, out.routed, out.stop,
-                                  len(requests[out.index].ids)))
-    return answers
+    return completions(tokenizer, requests, outputs)
 
 
 def gate_inputs(gate_pool: str, tokenizer: Tokenizer, conversations: Sequence[list[dict]],

@@ -98,7 +98,7 @@ class ModelJudge:
     """A judge that asks a model. An empty, echoing or looping text (`degenerate`) is no answer: it
     loses without being read."""
 
-    name = ""
+    name: str
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer):
         self.net, self.tokenizer = net, tokenizer
@@ -419,7 +419,7 @@ def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
 
 
 def judge_of_run(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging: tuple,
-               pairs: Sequence, args: argparse.Namespace) -> Judge:
+                 pairs: Sequence, args: argparse.Namespace) -> Judge:
     """The judge that an earlier attempt chose, or the one that passes its test now; or the rule
     that --judge names, or nobody, which need no test.
 

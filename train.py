@@ -371,7 +371,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         status = run_stages(run, prism, tokenizer, personas, args)
         run.end()
     if rank() == 0:
-        print(f"\n{findings(summarize(run, args))}\n\nsaved in {run.path}; report.md has more")
+        print("", *findings(summarize(run, args)), "", sep="\n")
+        print(f"saved in {run.path}; report.md has more")
     if status == 3:
         say("nothing to distil: the persona won no query, so there is no adapter; the data is "
             "kept. Try more --queries, other personas, or a larger model.", sys.stderr)

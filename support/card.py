@@ -53,12 +53,12 @@ Behind a server that holds base and adapter, let the gate choose which of the tw
 """
 
 
-def write_card(run: RunFolder, personas: Sequence[str], findings: str) -> None:
+def write_card(run: RunFolder, personas: Sequence[str], findings: Sequence[str]) -> None:
     """Write README.md of a finished run from its files; the warnings are among its `findings`."""
     settings, last = read_settings(run.path), run.latest()
     gate, kl, confusion = last["gate"], last["kl"], last["gate"]["confusion"]
     low, high = gate["auc_interval"]
-    warnings = [f"- {line}" for line in findings.splitlines() if line.startswith("WARNING")]
+    warnings = [f"- {line}" for line in findings if line.startswith("WARNING")]
     write_file(run.path / "README.md", CARD.format(
         base=settings["base_model"], contexts=", ".join(personas),
         gate_layer=settings["gate_layer"], queries=gate["queries"],

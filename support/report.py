@@ -36,14 +36,14 @@ class Section:
     details: list[str] = field(default_factory=list)
 
 
-def findings(sections: Sequence[Section]) -> str:
+def findings(sections: Sequence[Section]) -> list[str]:
     """What was found, a line each: what train.py prints."""
-    return "\n".join(line for section in sections for line in section.found)
+    return [line for section in sections for line in section.found]
 
 
 def write_report(run: RunFolder, model: str, sections: Sequence[Section]) -> None:
     """Write report.md, the last file of a run."""
-    found = [f"- {line}" for line in findings(sections).splitlines()]
+    found = [f"- {line}" for line in findings(sections)]
     parts = [f"# PRISM run: {model}", "\n".join(found)]
     for section in sections:
         if section.details:

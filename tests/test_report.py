@@ -101,7 +101,7 @@ def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path
     before = contents(out)
     run = RunFolder(out, read_only=True)
     args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"])
-    text = findings(summarize(run, args))
+    text = "\n".join(findings(summarize(run, args)))
     assert f"{2 * QUERIES} queries" in text and "cost: " in text and contents(out) == before
 
 

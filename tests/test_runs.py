@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Sequence
 
 import pytest
 import torch
@@ -31,13 +31,6 @@ from support.runs import (FILES, SOURCES, STAGES, WITHIN, RunFolder, load_traini
 from support.settings import FIRST_STAGE
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunFolder]:
-    """An open run folder."""
-    with RunFolder(tmp_path / "run") as folder:
-        yield folder
 
 
 # --------------------------------------------------------------------------------------------------
