@@ -57,11 +57,7 @@ class Tokenizer:
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         spellings = "|".join(map(re.escape, longest_first))
         self._spelled = re.compile(spellings) if spellings else None
-        # What stands for a byte, or for a character that the vocabulary lacks, is no control token
-        # in a text, although some tokenizers call it special.
-        unknown = self._plain.encode("\U0010ffff", add_special_tokens=False).ids
-        control = {i for text, i in self.special_ids.items() if not re.fullmatch(BYTE, text)}
-        self._control_ids = control - set(unknown)
+        self._control_ids = set(self.special_ids.values()) - self._stand_ins()
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
         self._add_placeholders()
@@ -76,6 +72,24 @@ class Tokenizer:
             if token.special or marks_turn:
                 found[text] = number
         return found
+
+    def _stand_ins(self) -> set[int]:
+        """The ids that stand for a byte, or for a character that the vocabulary lacks. They are no
+        control tokens in a text, although some tokenizers call them special."""
+        found = {i for text, i in self.special_ids.items() if re.fullmatch(BYTE, text)}
+        found.update(self._tokenize(self._plain, "\U0010ffff").ids)
+        unknown = getattr(self._plain.model, "unk_token", None)
+        others = [text for name, text in self.names.items() if name != "unk_token"]
+        if unknown is not None and unknown not in others:
+            found.add(self._plain.token_to_id(unknown))
+        return found
+
+    def _tokenize(self, tokenizer: FastTokenizer, text: str) -> Encoding:
+        """A text's encoding, without a BOS."""
+        try:
+            return tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # a bare one, if the vocabulary lacks its own unknown token
+            raise InputError(f"{self.folder}: tokenizer.json fails on a text ({error})") from None
 
     def _add_placeholders(self) -> None:
         """Forged control tokens pass through the template as placeholders, which are added tokens
@@ -92,38 +106,45 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids, as in the middle of a text: no BOS is added, no control token can come
         out, and no space stands before the first word, where sentencepiece would put one."""
-        if self._adds_space:
-            lead, whole = self._pieces("\n"), self._pieces(f"\n{text}")
-            if whole[:len(lead)] == lead:
-                return self._known(whole[len(lead):])
-        return self._known(self._pieces(text))
+        return self._known(self._without_control(self._inner_ids(text)))
 
-    def _pieces(self, text: str) -> list[int]:
-        """Plain text that begins a text -> ids, without a BOS."""
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+    def _inner_ids(self, text: str) -> list[int]:
+        """Text in the middle of a text -> ids."""
+        if self._adds_space:
+            lead, whole = self._first_ids("\n"), self._first_ids(f"\n{text}")
+            if whole[:len(lead)] == lead:
+                return whole[len(lead):]
+        return self._first_ids(text)
+
+    def _first_ids(self, text: str) -> list[int]:
+        """Text that begins a text -> ids, without a BOS."""
+        return self._tokenize(self._plain, text).ids
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether a text's first word is encoded as if a space stood before it."""
+        word = self._first_ids("x")
+        return self._first_ids("\nx")[-len(word):] != word
+
+    def _without_control(self, ids: list[int]) -> list[int]:
+        """Ids of plain text, every control token replaced by the ids of its letters. A vocabulary
+        may have one among the pieces that it puts plain text together from (Unigram)."""
         if self._control_ids.isdisjoint(ids):
             return ids
         return [i for number in ids for i in self._letters(number)]
 
     def _letters(self, number: int) -> list[int]:
-        """An id of plain text; of a control token the ids of its letters. A vocabulary may have one
-        among the pieces that it puts plain text together from (Unigram)."""
+        """An id; of a control token the ids of its letters."""
         if number not in self._control_ids:
             return [number]
-        token = self._plain.id_to_token(number)
-        return [i for letter in token if letter != token for i in self.encode(letter)]
-
-    @cached_property
-    def _adds_space(self) -> bool:
-        """Whether a text's first word is encoded as if a space stood before it."""
-        word = self._pieces("x")
-        return self._pieces("\nx")[-len(word):] != word
+        ids = [i for letter in self._plain.id_to_token(number) for i in self._inner_ids(letter)]
+        return [i for i in ids if i not in self._control_ids]
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
-        word = self._plain.encode("x")
+        word = self._plain.post_process(self._tokenize(self._plain, "x"))
         front = word.ids[:[*word.special_tokens_mask, 0].index(0)]  # an "x" may have no id at all
-        return self._known([*front, *self._pieces(text)])
+        return self._known([*front, *self._without_control(self._first_ids(text))])
 
     def encode_turn(self, role: str, text: str, system: bool = False,
                     thinking: bool = False) -> list[int]:
@@ -140,7 +161,7 @@ class Tokenizer:
         if place not in self._places:
             self._places[place] = self._place(*place)
         before, ids = self._places[place]
-        whole = self._rendered.encode(before + self._defuse(text), add_special_tokens=False).ids
+        whole = self._tokenize(self._rendered, before + self._defuse(text)).ids
         said = whole[len(ids):]
         # The text grows together with what is before it, or a normalizer makes a token out of it.
         if whole[:len(ids)] != ids or not self._control_ids.isdisjoint(said):
@@ -152,7 +173,7 @@ class Tokenizer:
         if role == "user":
             return self._opened("x" if system else None)
         before = self._text([{"role": "user", "content": "x"}], True, thinking)
-        return before, self._rendered.encode(before, add_special_tokens=False).ids
+        return before, self._tokenize(self._rendered, before).ids
 
     def _known(self, ids: list[int]) -> list[int]:
         """InputError if the model has no embedding for an id; else the ids.
@@ -297,11 +318,14 @@ class Tokenizer:
                 the template has put one together from pieces of a message.
         """
         text = self._text(messages, *how)
-        encoding = self._rendered.encode(text, add_special_tokens=False)
-        shape = *((m["role"], bool(m["content"].strip())) for m in messages), *how
+        encoding = self._tokenize(self._rendered, text)
+        # A template may skip an empty message, or one that repeats another.
+        texts = [m["content"].strip() for m in messages]
+        harmless = [{"role": m["role"], "content": f"x{texts.index(one)}" if one else ""}
+                    for m, one in zip(messages, texts)]
+        shape = *(tuple(m.values()) for m in harmless), *how
         if shape not in self._control_counts:
-            harmless = [{**m, "content": "x" if m["content"].strip() else ""} for m in messages]
-            probe = self._rendered.encode(self._text(harmless, *how), add_special_tokens=False)
+            probe = self._tokenize(self._rendered, self._text(harmless, *how))
             self._control_counts[shape] = self._count_control(probe.ids)
         if self._count_control(encoding.ids) > self._control_counts[shape]:
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "

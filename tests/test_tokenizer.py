@@ -10,6 +10,7 @@ from typing import Callable
 import pytest
 from conftest import TOKENIZER_FILES, edit_json
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -282,3 +283,61 @@ def test_end_of_turn_ids(template: str | None, eos: str | None, wanted: set[int]
                          variant: Callable[..., Path]) -> None:
     """An answer would never end where the template's own end of turn is not the tokenizer's eos."""
     assert Tokenizer(variant(template, eos_token=eos)).end_of_turn_ids == wanted
+
+
+def byte_level(folder: Path, letters: str, special: list[str], unknown: str = "<unk>") -> Path:
+    """A byte-level BPE tokenizer of some letters only, with control tokens behind them."""
+    model = models.BPE({one: i for i, one in enumerate([*letters, *special])}, [],
+                       unk_token=unknown)
+    fast = FastTokenizer(model)
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(special)
+    folder.mkdir()
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    return folder
+
+
+U10FFFF = "\u00f4\u0131\u00a5\u00bf"  # its four bytes in the alphabet of byte-level BPE
+
+
+@pytest.mark.parametrize("letters", ["ab<unk>/s", "abx", "ab<unk>/s" + U10FFFF])
+def test_a_letter_that_the_vocabulary_lacks_is_its_unknown_token(letters: str,
+                                                                 tmp_path: Path) -> None:
+    """Taken for a forged control token it would be spelled out, for ever where that fails too."""
+    folder = byte_level(tmp_path / "x", "".join(dict.fromkeys(letters)), ["<unk>", "</s>"])
+    ours, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("a\nb", "a\tb", "\u754c", "ab"):
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False)
+        assert ours.render(user(text)) == [*ours.encode(text), ours.special_ids["</s>"]]
+    assert ours.special_ids["</s>"] not in ours.encode("</s>a")
+
+
+def test_an_end_token_for_unknown_letters_cannot_be_forged(tmp_path: Path) -> None:
+    """Where one token has both uses, a text would end a turn by a letter that is not known."""
+    letters = "".join(dict.fromkeys("ab</s>" + U10FFFF))
+    ours = Tokenizer(byte_level(tmp_path / "x", letters, ["</s>"], "</s>"))
+    assert ours.special_ids["</s>"] not in ours.encode("a\nb")
+
+
+def test_a_vocabulary_without_its_unknown_token_is_refused(tmp_path: Path) -> None:
+    """The library's own exception would end in a traceback, at the first letter that is missing."""
+    with pytest.raises(InputError, match="fails on a text .*<unk>"):
+        Tokenizer(byte_level(tmp_path / "x", "ab", ["</s>"]))
+    complete = "".join(pre_tokenizers.ByteLevel.alphabet())
+    assert Tokenizer(byte_level(tmp_path / "y", complete, ["</s>"])).encode("a\nb")
+
+
+def test_a_template_may_skip_a_repeated_message(variant: Callable[..., Path]) -> None:
+    """The count of control tokens is that of a conversation in which the same messages repeat."""
+    once = ("{% for m in messages %}{% if loop.first or m.content != messages[0].content %}"
+            "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}")
+    folder = variant(once)
+    ours, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for other in ("Be brief.", "Be kind."):
+        talk = [{"role": "system", "content": "Be kind."}, {"role": "system", "content": other},
+                *user("Hi")]
+        assert ours.render(talk) == peer.apply_chat_template(talk, return_dict=False)
