@@ -30,7 +30,7 @@ from judge import conversation
 from model import Transformer
 from support.distributed import main_first
 from support.hub import InputError
-from support.personas import Persona
+from support.personas import CONTRAST, Persona
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import interval
 from support.words import (ECHO_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, clean_query,
@@ -272,7 +272,8 @@ class QueryWriter:
         than under every rival, otherwise the first rival that comes within LEAD; None if it is
         likelier as an answer of the persona's than as a message to it. And the cost.
 
-        Each test reads only what has passed those before it.
+        Each test reads only what has passed those before it. What people ask of no context in
+        particular is what a contrast is for: its query only must not be a rival's by LEAD.
         """
         own, cost = self.score(asked)
         costs: list[dict] = [cost]
@@ -283,7 +284,8 @@ class QueryWriter:
             scores, cost = self.score(rivals)
             costs.append(cost)
             for i, (rival, _), score in zip(left, rivals, scores):
-                if own[i] - score < LEAD:
+                lead = -LEAD if asked[i][0].startswith(CONTRAST) else LEAD
+                if own[i] - score < lead:
                     suited[i] = rival
             left = [i for i in left if suited[i] == asked[i][0]]
         said, cost = self.score([asked[i] for i in left], "assistant")

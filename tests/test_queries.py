@@ -13,12 +13,13 @@ import queries
 from engine import derive_seed, token_log_probabilities
 from judge import conversation
 from model import Transformer
-from queries import (CURATOR, FEWEST_OPENINGS, INSTRUCTION, MOST_OPENINGS, RIVALS, STYLES,
+from queries import (CURATOR, FEWEST_OPENINGS, INSTRUCTION, LEAD, MOST_OPENINGS, RIVALS, STYLES,
                      TRIAL, WISHES, Candidate, Draft, Query, QueryWriter, assign_openings,
                      identify, keep_queries, most_alike, query_of, trial_personas, try_styles,
                      write_queries)
 from support.hub import InputError
 from support.personas import Persona
+from support.rule import FREE
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
@@ -140,6 +141,25 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
     assert {name and name == row.persona for name, row in zip(expected, rows)} >= {None, False}
     assert cost["prompts"] == len(rows) + scored and 0 < cost["scoring_flops"] < cost["flops"]
     assert run.latest()["personas"]["prompts"] == 9  # no opening was looked at
+
+
+@pytest.mark.parametrize("behind, suited", [(-LEAD - 1, True), (0.0, True), (LEAD + 1, False)])
+def test_what_no_context_claims_is_a_query_of_a_contrast(
+        behind: float, suited: bool, run: RunFolder, net: Transformer, tok: Tokenizer,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ordinary questions are as likely under any context: a contrast would never get any."""
+    personas = [Persona("contrast_daily", "You help."), Persona("policy", "Decline.")]
+    writer = QueryWriter(run, net, tok, personas, "instruct")
+    writer.rivals = {"contrast_daily": ["policy"], "policy": ["contrast_daily"]}
+    likelihood = {"contrast_daily": -20.0, "policy": -20.0 + behind}
+
+    def score(asked: list, role: str = "user") -> tuple[list[float], dict]:
+        return [likelihood[name] if role == "user" else -40.0 for name, _ in asked], FREE
+    monkeypatch.setattr(writer, "score", score)
+    (found,), _ = writer.find_suited([("contrast_daily", "How do I boil an egg?")])
+    assert (found == "contrast_daily") == suited
+    (found,), _ = writer.find_suited([("policy", "How do I boil an egg?")])
+    assert (found == "policy") == (behind > LEAD)
 
 
 def test_the_style_with_most_identifiable_queries_is_taken(
