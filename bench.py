@@ -38,6 +38,7 @@ from torch import Tensor
 import train
 from engine import Engine, Output, PrefixReader, Request, Sampling, derive_seed, sample
 from generate import stop_tokens
+from lora import GatedLoRALinear
 from judge import JUDGE_PROMPT
 from lora import LoRA
 from model import Transformer, load
@@ -286,7 +287,7 @@ def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
 
 def floor_step(net: Transformer, rows: int) -> Callable[[], None]:
     """The products of `rows` states with every weight matrix, nothing else."""
-    weights = [m.weight for block in net.layers for m in block.linears.values()] + [net.lm_head]
+    weights = [m.weight for m in net.modules() if isinstance(m, GatedLoRALinear)] + [net.lm_head]
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=net.device).to(net.dtype)
               for w in weights}
 
@@ -406,7 +407,8 @@ def lora(s: Setup) -> list[Row]:
     """The adapter while training, dropout included on both sides: forward and backward of a layer's
     adapted linears against the frozen ones, what a layer keeps in between, and a whole step."""
     net, block, adapter = s.net, s.net.layers[-1], s.prism.adapter[-1]
-    linears = block.linears
+    linears = {name.rpartition(".")[2]: m for name, m in block.named_modules()
+               if isinstance(m, GatedLoRALinear)}
     generator = torch.Generator(net.device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -28,6 +28,7 @@ from support.hub import InputError
 SLOTS = 32  # engine rows; a setting, because results depend on it in the last bits
 SCORE_TOKENS = 4096  # padded tokens in one scoring batch (on two cores a fifth faster than 8192)
 SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
+MOST_PADDING = 1.25  # longest of the shared beginnings that are read together, over the shortest
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def group_by_length(rows: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Rows in groups of similar length, where padding adds a quarter at most."""
+    """Rows in groups of similar length."""
     groups: list[list[tuple[int, ...]]] = []
     for row in sorted(rows, key=lambda r: (len(r), r)):
-        if groups and len(row) <= 1.25 * len(groups[-1][0]):
+        if groups and len(row) <= MOST_PADDING * len(groups[-1][0]):
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -137,8 +138,8 @@ class PrefixReader:
     """Reads rows of ids, a beginning that rows share only once; all through the base model, or all
     with an adapter on.
 
-    `tokens` counts what really went through the model; `keep`: tokens held for later calls, the
-    oldest are dropped first. More are held only while a single call asks for more.
+    `tokens` counts what really went through the model; `keep`: tokens held for later calls. Where
+    they would be more, all are dropped; more are held only while a single call asks for more.
     """
 
     def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None,
@@ -157,7 +158,10 @@ class PrefixReader:
         [B] of those remainders, and the cache, which holds the whole rows.
         """
         net = self.net
-        for group in self._make_room({tuple(row[:n]) for row, n in zip(rows, shared) if n}):
+        wanted = {tuple(row[:n]) for row, n in zip(rows, shared) if n}
+        if MOST_PADDING * sum(map(len, wanted | self.prefixes.keys())) > self.keep:
+            self.prefixes = {}
+        for group in group_by_length(wanted - self.prefixes.keys()):
             ids, _ = pad(group, net.device)
             cache = net.new_cache(*ids.shape)
             self._run(ids, net.positions(ids.shape, cache))
@@ -174,19 +178,6 @@ class PrefixReader:
                 cache.copy(at, *self.prefixes[tuple(row[:n])], n)
         start = upload(torch.tensor(shared), net.device) if any(shared) else None
         return self._run(ids, net.positions(ids.shape, cache, start, keys)), lengths, cache
-
-    def _make_room(self, wanted: set[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Drop old caches until those of the beginnings that are still missing fit in beside the
-        others; returns the missing ones, in the groups in which they are read."""
-        while True:
-            missing = group_by_length(wanted - self.prefixes.keys())
-            places = sum(len(group) * len(group[-1]) for group in missing)
-            held = {cache for cache, _ in self.prefixes.values()}
-            places += sum(cache.kv.shape[1] * cache.kv.shape[3] for cache in held)
-            if places <= self.keep or not held:
-                return missing
-            oldest = next(iter(self.prefixes.values()))[0]  # is freed only as a whole
-            self.prefixes = {ids: at for ids, at in self.prefixes.items() if at[0] is not oldest}
 
     def _run(self, ids: Tensor, at: Positions) -> Tensor:
         """ids [B, T] through all layers, [B, T, d]."""

@@ -31,7 +31,6 @@ from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
@@ -1204,21 +1203,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def gemm_rate(net: Transformer, rows: int = 4096) -> float:
-    """FLOP/s of the bare products of one layer with `rows` states, the best of five."""
-    weights = [m.weight for m in net.layers[0].linears.values()]
-    inputs = [torch.randn(rows, w.shape[1], device=net.device).to(net.dtype) for w in weights]
-    best = float("inf")
-    for _ in range(5):
-        begun = time.perf_counter()
-        for x, weight in zip(inputs, weights):
-            F.linear(x, weight)
-        if net.device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun)
-    return sum(2 * rows * w.numel() for w in weights) / best
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     return exit_status(lambda: _main(parser().parse_args(argv)))
@@ -1330,10 +1314,6 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
     """items.jsonl, results.json, table.md and the plots."""
     tasks = summarize(rows)
     cost = {task: e.cost(task) for task in e.used}
-    for task in set(cost) & set(CHOICE_TASKS):
-        rate = gemm_rate(e.net)
-        cost[task] |= {"gemm_flops_per_second": rate,
-                       "of_gemm_rate": cost[task]["flops"] / cost[task]["seconds"] / rate}
     letters = {}
     if set(args.tasks) & set(CHOICE_TASKS):
         letters = {a: repr(e.tokenizer.decode([i])) for a, i in zip(LETTERS, letter_tokens(

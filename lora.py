@@ -42,7 +42,7 @@ class LoRA(nn.Module):
         self.rank, self.scale, self.dropout = rank, scale, dropout
         self.A = nn.Parameter(torch.empty(len(out_features) * rank, in_features))
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(o, rank)) for o in out_features)
-        self._casts: dict[torch.dtype, Casts] = {}
+        self._stacked: tuple | None = None  # what `stacked` made last, and of what
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw A from U(-1/sqrt(d), 1/sqrt(d)) and set B to zero."""
@@ -54,47 +54,23 @@ class LoRA(nn.Module):
                 b.zero_()
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """(A, B_0, B_1, ...) in the base model's dtype, cast once per change of the masters."""
-        return self._current(dtype).tensors
+        """(A, B_0, B_1, ...) in the base model's dtype, to train with."""
+        return tuple(p.detach().to(dtype) for p in (self.A, *self.B))
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A, and all scale * B_i in one block-diagonal matrix [sum o_i, p * r].
+        """A, and all scale * B_i in one block-diagonal matrix [sum o_i, p * r], to answer with.
 
         Made once per change of the masters. One product with it, zeros included, costs less than
         one for each projection.
         """
-        casts = self._current(dtype)
-        if casts.block is None:
-            blocks = [b.detach() * self.scale for b in self.B]
-            casts.block = torch.block_diag(*blocks).to(dtype)
-        return casts.tensors[0], casts.block
-
-    def _current(self, dtype: torch.dtype) -> "Casts":
-        """The copies in this dtype, new ones if a master weight has changed."""
         # Not self.A and self.B: this runs in every layer of every step, and those are slow to get.
         masters = (*self._parameters.values(), *self.B._parameters.values())
-        casts = self._casts.get(dtype)
-        if casts is None or casts.versions != versions(masters):
-            casts = self._casts[dtype] = Casts(masters, dtype)
-        return casts
-
-
-def versions(masters: Sequence[Tensor]) -> list[tuple]:
-    """Tells whether a master has changed: torch counts the writes to each tensor, and a tensor that
-    was replaced has another identity or address."""
-    return [(id(p), p._version, p.data_ptr()) for p in masters]
-
-
-class Casts:
-    """Copies of a LoRA's masters in another dtype, with the versions that they are copies of."""
-
-    def __init__(self, masters: Sequence[Tensor], dtype: torch.dtype):
-        self.versions = versions(masters)
-        self.masters = masters  # kept alive, or a new tensor could have the same id
-        self.block: Tensor | None = None
-        # What inference mode makes could not be trained with later.
-        with torch.inference_mode(False), torch.no_grad():
-            self.tensors = tuple(p.detach().to(dtype) for p in masters)
+        # torch counts the writes to each tensor; one that was replaced has another address.
+        state = dtype, [(p._version, p.data_ptr()) for p in masters]
+        if self._stacked is None or self._stacked[0] != state:
+            block = torch.block_diag(*(b.detach() * self.scale for b in self.B))
+            self._stacked = state, self.A.detach().to(dtype), block.to(dtype)
+        return self._stacked[1:]
 
 
 class GatedLoRAFunction(torch.autograd.Function):

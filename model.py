@@ -48,17 +48,10 @@ class KVCache:
         shape = (config.num_layers, slots, 2 * config.num_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
 
-    def index(self, positions: Tensor) -> Tensor:
-        """Where `write` puts what stands at `positions` [B, T]: [B * T * 2 Hkv], made once for all
-        layers (8 us a layer instead of 16 with row, head and position given apart)."""
-        heads, capacity = self.kv.shape[2:4]
-        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
-        head = rows * heads + torch.arange(heads, device=positions.device)  # [B, 1, 2 Hkv]
-        return (head * capacity + positions[:, :, None]).flatten()
-
-    def write(self, layer: int, kv: Tensor, index: Tensor) -> None:
-        """Store keys and values kv [B, T, 2 Hkv, D] of the leading B slots at `index`."""
-        self.kv[layer].view(-1, kv.shape[-1]).index_copy_(0, index, kv.flatten(0, 2))
+    def write(self, layer: int, kv: Tensor, positions: Tensor) -> None:
+        """Store keys and values kv [B, T, 2 Hkv, D] of the leading B slots at positions [B, T]."""
+        rows = torch.arange(len(kv), device=kv.device)[:, None]
+        self.kv[layer][rows, :, positions] = kv
 
     def read(self, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Views [rows, Hkv, length, D] of the leading slots' keys and values."""
@@ -79,14 +72,14 @@ class Positions:
 
     `rotary` has cos and sin [B, T, 1, D] of each rotary setting, for `rotate`; `masks` maps a
     layer's window width to its mask [B or 1, 1, T, S], added to the scores, or to None for plain
-    causal attention; `index` says where the cache takes new keys and values (None without a cache);
-    `length` is S, the number of cached positions to attend over.
+    causal attention; `positions` [B, T] is where a cache takes new keys and values; `length` is S,
+    the number of cached positions to attend over.
     """
 
     rotary: list[tuple[Tensor, Tensor]]
     masks: dict[int | None, Tensor | None]
     cache: KVCache | None
-    index: Tensor | None
+    positions: Tensor
     length: int
 
 
@@ -140,7 +133,7 @@ class Attention(nn.Module):
         if at.cache is None:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [B, Hkv, T, D]
         else:
-            at.cache.write(self.layer, torch.cat((keys, values), dim=2), at.index)
+            at.cache.write(self.layer, torch.cat((keys, values), dim=2), at.positions)
             keys, values = at.cache.read(self.layer, B, at.length)  # [B, Hkv, S, D]
         queries, mask = queries.transpose(1, 2), at.masks[self.window]
         y = attend(queries, keys, values, mask, self.scale, self.cap)  # [B, H, T, D]
@@ -201,16 +194,6 @@ class Block(nn.Module):
             if name is not None:
                 norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.add_module(place, norm)
-
-    @property
-    def linears(self) -> dict[str, GatedLoRALinear]:
-        """The four stacked projections by name: what an adapter is made for."""
-        return {
-            "qkv_proj": self.self_attn.qkv_proj,
-            "o_proj": self.self_attn.o_proj,
-            "gate_up_proj": self.mlp.gate_up_proj,
-            "down_proj": self.mlp.down_proj,
-        }
 
     def forward(self, x: Tensor, at: Positions, lora: Modules = None, k: int = 0,
                 generator: Generator = None) -> Tensor:
@@ -293,8 +276,7 @@ class Transformer(nn.Module):
             masks[window] = None
             if not causal or (window is not None and T > window):
                 masks[window] = additive_mask(seen, S, window, self.dtype)
-        index = None if cache is None else cache.index(positions)
-        return Positions(self.rotary_tables(positions), masks, cache, index, S)
+        return Positions(self.rotary_tables(positions), masks, cache, positions, S)
 
     def rotary_tables(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """cos and sin [B, T, 1, D] at positions [B, T], for each rotary setting; see `rotate`."""

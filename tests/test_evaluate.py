@@ -519,7 +519,7 @@ def test_outputs(everything: Path) -> None:
     assert [*results["tasks"], "routing"] == list(TASKS)
     assert results["skipped"] == {"gsm8k": 1}
     assert {r["id"] for r in rows_for(everything, "gsm8k")} == {"1", "2"}
-    assert 0 < results["cost"]["mmlu"]["of_gemm_rate"] and results["settings"]["letters"]["A"]
+    assert 0 < results["cost"]["mmlu"]["flops"] and results["settings"]["letters"]["A"]
     (response,) = rows_of(everything, "ifeval_prism.jsonl")
     assert set(response) == {"prompt", "response"}
     assert response["prompt"] == " Say it in two words. "

@@ -158,23 +158,26 @@ def test_master_gradients_are_fp32_under_a_bf16_base() -> None:
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_cast_follows_in_place_updates(foreach: bool) -> None:
-    """The cast copy would be made again for nothing, be stale after an optimizer's step or a copy_
-    into a master, or, made while answering, be of no use to train with."""
+    """The stacked copy would be made again for nothing, be stale after an optimizer's step or a
+    copy_ into a master, or, made while answering, be of no use to train beside."""
     layer, lora = make(dtype=torch.bfloat16)
     x = inputs(4, dtype=torch.bfloat16)
     with torch.inference_mode():
         layer(x, lora, 4)
-    first = lora.cast(torch.bfloat16)
-    assert all(a is b for a, b in zip(first, lora.cast(torch.bfloat16)))  # nothing changed
+    first = lora.stacked(torch.bfloat16)
+    assert all(a is b for a, b in zip(first, lora.stacked(torch.bfloat16)))  # nothing changed
     before = layer(x, lora, 4)
     optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1, foreach=foreach)
     before.float().square().sum().backward()
     optimizer.step()
     for cast, master in zip(lora.cast(torch.bfloat16), lora.parameters()):
         assert torch.equal(cast, master.detach().bfloat16())
-    assert not torch.equal(layer(x, lora, 4), before)
+    A, block = lora.stacked(torch.bfloat16)
+    B = lora.B[0].detach() * lora.scale
+    assert torch.equal(A, lora.A.detach().bfloat16())
+    assert torch.equal(block[:len(B), :B.shape[1]], B.bfloat16())
     with torch.no_grad():  # loading writes into views of A
         for part in lora.A.split(RANK):
             part.copy_(torch.zeros_like(part))
-    assert torch.equal(layer(x, lora, 4), layer(x, lora, 0))
-    assert lora.cast(torch.float32)[0].dtype == torch.float32  # another dtype is another copy
+        assert torch.equal(layer(x, lora, 4), layer(x, lora, 0))
+    assert lora.stacked(torch.float32)[0].dtype == torch.float32  # another dtype is another copy
