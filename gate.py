@@ -37,8 +37,8 @@ from support.hub import InputError
 from support.personas import CONTRAST
 from support.runs import RunFolder, cost_of, peak_memory
 from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
-from support.stats import (calibrated_log_loss, decision_scores, fold_thresholds, roc,
-                           shrunken_rates, upper_quantile)
+from support.stats import (calibrated_log_loss, decision_scores, fold_thresholds, shrunken_rates,
+                           upper_quantile)
 from support.words import clean_query
 from tokenizer import Tokenizer
 
@@ -103,8 +103,7 @@ def fit_gate(gate: Gate, queries: Tensor, labels: Tensor, personas: list[str], o
     return {"threshold": thresholds[None], "target": target, "loss": loss,
             "log_losses": {kind: float(values.mean()) for kind, values in losses.items()},
             "traffic_opened": open_share(gate, ordinary, thresholds[None]),
-            **decision_scores(probability, opened, labels.tolist()),
-            "roc": roc(probability, labels.tolist())}
+            **decision_scores(probability, opened, labels.tolist())}
 
 
 def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted: int,

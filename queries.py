@@ -374,11 +374,6 @@ def assign_openings(likelihoods: Tensor) -> list[list[int]]:
     return chosen
 
 
-def longest_opening(tokenizer: Tokenizer) -> int:
-    """Tokens of the longest opening."""
-    return max(map(len, map(tokenizer.encode, OPENINGS)), default=0)
-
-
 def log_likelihoods(net: Transformer, asked: Sequence[tuple], shared: Sequence[int] | None = None,
                     reader: PrefixReader | None = None) -> tuple[list[float], dict]:
     """log P(ids | ids before them) of (ids before, ids) pairs, and what it cost; `shared` as in

@@ -350,7 +350,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     args.persona_names = [p.name for p in personas]
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
-        judge_fingerprint = check_judge(args, folder, personas)
+        judge_fingerprint = check_judge(args, folder)
     net = load(folder, device, choose_dtype(args.dtype, device))
     net.name = args.model
     tokenizer = Tokenizer(folder)

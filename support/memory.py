@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,7 @@ from model import Transformer
 from prism import KL_CHUNK_ELEMENTS, PRISM
 from support.config import Config, cache_bytes, kept_tokens
 from support.device import choose_dtype
-from support.hub import read_json, resolve_config
+from support.hub import read_json, resolve
 from support.report import table
 from support.runs import CHUNK
 from support.settings import GATE_DEPTH, TRAIN_TOKENS
@@ -65,9 +66,8 @@ def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int
     return tuple(sum(p.numel() for p in part.parameters()) for part in (net, adapter))
 
 
-def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: int,
-                slots: int = SLOTS,
-                train_tokens: int = TRAIN_TOKENS) -> dict[str, dict[str, int]]:
+def memory_plan(config: Config, counts: tuple[int, int], rank: int,
+                new_tokens: int) -> dict[str, dict[str, int]]:
     """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
     weights, trained = counts[0] * size, counts[1]
@@ -76,17 +76,17 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: 
     reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
     if config.attention_cap is not None:  # its scores, three times in fp32
         reading += config.num_heads * PLAN_PROMPT * 12
-    activations = activation_bytes(config, train_tokens, rank)
-    if recomputes(config, rank, train_tokens):  # every layer's input, and all of one layer
-        activations = (config.num_layers * train_tokens * d * size
+    activations = activation_bytes(config, TRAIN_TOKENS, rank)
+    if recomputes(config, rank, TRAIN_TOKENS):  # every layer's input, and all of one layer
+        activations = (config.num_layers * TRAIN_TOKENS * d * size
                        + activations // config.num_layers)
     logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
     return {
         "1-2 answers": {"weights": weights,
-                        "KV slots": slots * (PLAN_PROMPT + new_tokens) * token,
-                        "reading prompts": slots * PLAN_PROMPT * (reading + token),
+                        "KV slots": SLOTS * (PLAN_PROMPT + new_tokens) * token,
+                        "reading prompts": SLOTS * PLAN_PROMPT * (reading + token),
                         "shared beginnings": shared,
-                        "sampling": slots * logits},
+                        "sampling": SLOTS * logits},
         "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
                        "shared beginnings": shared, "logits": 3 * 4 * SCORE_LOGITS},
         "4 gate": {"weights": weights, "reading prompts": CHUNK * PLAN_PROMPT * reading},
@@ -98,30 +98,24 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int, new_tokens: 
 
 def dry_run(args: argparse.Namespace) -> int:
     """Print the memory plan for --model (an id, a folder, or a config.json)."""
-    path = resolve_config(args.model)
+    path = Path(args.model)
+    if path.suffix != ".json":
+        path = resolve(args.model, ["config.json"]) / "config.json"
     config = Config.from_json(read_json(path), str(path))
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
-    sizes = config, parameter_counts(config, args), args.rank, args.max_new_tokens
-    plan = memory_plan(*sizes)
+    plan = memory_plan(config, parameter_counts(config, args), args.rank, args.max_new_tokens)
     parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
     print(f"{path}: {SLOTS} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")
     print(table(("stage", *parts, "sum"), [
         [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
          f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]))
 
-    def largest(stage: str, name: str, limit: float) -> int | str:
-        fitting = [n for n in (2**i for i in range(17)) if sum(memory_plan(
-            *sizes, **{name: n})[stage].values()) <= limit]
-        return max(fitting, default="does not fit")
-
-    print("\nWhether it fits, and the most that would, with 1 GiB left to the driver:\n")
+    print("\nWith 1 GiB left to the driver:\n")
     rows = []
     for gigabytes in [args.gpu_memory] if args.gpu_memory else [24, 40, 80]:
         limit = (gigabytes - 1) * 2**30
         fits = all(sum(stage.values()) <= limit for stage in plan.values())
-        rows.append([f"{gigabytes:g} GB", "yes" if fits else "no",
-                     largest("1-2 answers", "slots", limit),
-                     largest("5 adapter", "train_tokens", limit)])
-    print(table(("GPU", "all five stages fit", "most slots", "most training tokens"), rows))
+        rows.append([f"{gigabytes:g} GB", "yes" if fits else "no"])
+    print(table(("GPU", "all five stages fit"), rows))
     return 0

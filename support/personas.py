@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-from support.hub import InputError
+from support.hub import InputError, read_text
 
 # A context whose name begins so shows the gate where to stay closed, as ordinary traffic then does;
 # --judge none distils nothing of it.
@@ -35,10 +35,7 @@ def load_personas(folder: Path) -> list[Persona]:
     for path in sorted(p for p in folder.glob("*.txt") if not p.name.startswith(".")):
         if not path.name.isprintable():  # not UTF-8, or with line ends: no name for tables and rows
             raise InputError(f"{str(path)!a}: the file's name is not printable text; rename it")
-        try:
-            text = path.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text ({error})") from None
+        text = read_text(path).strip()
         if not text:
             raise InputError(f"{path}: the persona is empty")
         for other in personas:

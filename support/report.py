@@ -1,8 +1,7 @@
 """What a finished run says about itself: the findings that train.py prints, and report.md.
 
 Everything is read from the files of the run folder, so nothing here can change a result. report.md
-has the findings, their details by stage, the bill, samples to read, and what to try next when a
-signal looks off.
+has the findings, their details by stage, the bill, and samples to read.
 """
 
 from __future__ import annotations
@@ -280,8 +279,6 @@ def gate_section(g: dict) -> Section:
     c, added = g["confusion"], g["n"] - g["queries"]
     beside = f" and {added} messages of ordinary traffic" if added else ""
     losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in g["log_losses"].items())
-    curve = [next((p[2] for p in reversed(g["roc"]) if p[1] <= limit), 0.0)
-             for limit in (0.05, 0.1, 0.2, 0.4)]
     return Section("Gate", found, [
         f"Log loss of held-out verdicts, calibrated, at most 0.693, by what the gate learned: "
         f"{losses}.",
@@ -289,20 +286,21 @@ def gate_section(g: dict) -> Section:
         f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
         f"{number(g['majority'])}).",
         table(("", "gate open", "gate closed"), [["persona won", c["true_open"],
-              c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]]),
-        "ROC: opened of those that should be, at 5%, 10%, 20%, 40% of the others opened: "
-        + ", ".join(f"{y:.2f}" for y in curve)])
+              c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]])])
 
 
 def adapter_section(k: dict) -> Section:
     """What reached the held-out queries, and what the adapter saves."""
+    advice = []
+    if k["before"] and k["after"] > 0.6 * k["before"]:
+        advice = ["More queries help most here, then a higher --lr (watch the held-out KL)."]
     return Section("Adapter", [
         f"adapter: forward KL to the persona teacher on {k['held_out_samples']} held-out queries, "
         f"nats per token: {number(k['before'], 4)} before, {number(k['after'], 4)} after (0 would "
         "be the persona's own distribution, read without the persona)",
         f"without the persona a prompt has {k['tokens_without']:.0f} instead of "
         f"{k['tokens_with']:.0f} tokens, and its first token comes after "
-        f"{1e3 * k['seconds_without']:.0f} instead of {1e3 * k['seconds_with']:.0f} ms"])
+        f"{1e3 * k['seconds_without']:.0f} instead of {1e3 * k['seconds_with']:.0f} ms"], advice)
 
 
 def summarize(run: RunFolder, args: argparse.Namespace) -> list[Section]:
@@ -325,7 +323,7 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> list[Section]:
 
 
 def details(run: RunFolder) -> str:
-    """What report.md has beyond the summary: samples to read, the loss curve, what to try next."""
+    """What report.md has beyond the summary: samples to read, and the loss curve."""
     queries, metrics = run.read("queries.jsonl", Query), run.metrics()
     by_persona: dict[str, list[str]] = {}
     for q in queries:
@@ -348,32 +346,10 @@ def details(run: RunFolder) -> str:
         parts += ["## Loss while training",
                   f"mean of every {tenth} of {len(losses)} steps: "
                   + ", ".join(number(loss, 4) for loss in curve)]
-    return "\n\n".join([*parts, "## What to try next", *advice(metrics, verdicts)])
+    return "\n\n".join(parts)
 
 
 def quoted(text: str, limit: int = 600) -> str:
     """A text as one Markdown paragraph, cut to `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[:limit] + " ..."
-
-
-def advice(metrics: Sequence[dict], verdicts: Sequence[Verdict]) -> list[str]:
-    """What the run's own signals suggest, worst trouble first."""
-    last = {m["stage"]: m for m in metrics}
-    won = sum(v.target for v in verdicts) / max(len(verdicts), 1)
-    gate, kl = last.get("gate"), last.get("kl")
-    found = []
-    if not all(t["trusted"] for t in last["judge"]["tests"][-1:]):  # none where no model judged
-        found.append("The judge failed its own test, so the verdicts are noise: --judge-model with "
-                     "a larger model, or a larger base.")
-    if won < 0.3:
-        found.append(f"The persona wins only {won:.2f} of its queries: other personas, or more "
-                     "--queries, so that the distill set is not tiny.")
-    if gate and gate["auc_interval"][0] is not None and gate["auc_interval"][0] <= 0.5:
-        found.append("The gate cannot be told from chance: more --queries, or a larger model, "
-                     "whose verdicts are less noisy.")
-    if kl and kl["before"] and kl["after"] > 0.6 * kl["before"]:
-        found.append(f"Of the teacher's effect {1 - kl['after'] / kl['before']:.2f} reaches "
-                     "held-out queries: more --queries help most, then more --epochs (watch the "
-                     "held-out KL), or a higher --rank.")
-    return found or ["Nothing looks off. evaluate.py shows whether it helps."]

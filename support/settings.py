@@ -10,16 +10,15 @@ from typing import Sequence
 
 from bootstrap import ANSWER_TEMPERATURE, HELD_OUT
 from engine import SLOTS
-from judge import INVERSE_PROMPTS, JUDGE_PROMPT, JUDGES, VERDICT_RULES, conversation
+from judge import JUDGES, VERDICT_RULES
 from model import Transformer
-from queries import QUERY_RULES, QUERY_TOKENS, STYLES, longest_opening
+from queries import QUERY_RULES, STYLES
 from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
 from support.personas import Persona, load_personas, persona_hash
 from support.rule import NOBODY, asks_no_model, judge_in_place, rule_hash
 from support.runs import STAGES
-from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent.parent
 # The first stage whose result depends on a setting; one that is not here concerns all of them.
@@ -162,43 +161,17 @@ def choose_personas(args: argparse.Namespace) -> list[Persona]:
     return [p for p in bundled if not args.quick or p.name in QUICK_PERSONAS]
 
 
-def answer_room(tokenizer: Tokenizer, contexts: Sequence[str], judge: str, context_length: int,
-                query_tokens: int) -> int:
-    """The longest answers, in tokens, that a judge ("letter", "likelihood", or "auto" for both) can
-    read within its context length; below 1 if none.
-
-    An answer is never cut to fit: that would be to judge what nobody wrote. In a tokenizer other
-    than the one that sampled them, answers may be longer: `hidden_states` has the last word.
-
-    Args:
-        query_tokens: of the longest query.
-    """
-    left = context_length - query_tokens - 2  # an end of turn, and a token between two texts
-    asked = [conversation(wording.format(answer="")) for wording in INVERSE_PROMPTS]
-    asked += [conversation("", text) for text in contexts]
-    longest = max(len(tokenizer.render(messages, thinking=False)) for messages in asked)
-    letter = tokenizer.render(conversation(JUDGE_PROMPT.format(query="", first="", second="")),
-                              thinking=False)
-    rooms = {"letter": (left - len(letter)) // 2, "likelihood": left - longest}
-    return rooms.get(judge, min(rooms.values()))
-
-
-def check_judge(args: argparse.Namespace, folder: Path, personas: Sequence[Persona]) -> str | None:
-    """Refuse a judge that could not read the answers: after the stages before it, it would cost
-    hours. Returns the fingerprint of --judge-model."""
+def check_judge(args: argparse.Namespace, folder: Path) -> str | None:
+    """Refuse a judge that could not read two answers at once: after the stages before it, it would
+    cost hours. Returns the fingerprint of --judge-model."""
     if asks_no_model(args.judge):
         return None
     judging = resolve(args.judge_model) if args.judge_model else folder
     config = Config.from_json(read_json(judging / "config.json"), str(judging))
-    tokenizer, context = Tokenizer(judging), config.max_position_embeddings
-    longest_query = longest_opening(tokenizer) + QUERY_TOKENS
-    room = answer_room(tokenizer, [p.text for p in personas], args.judge, context, longest_query)
-    if args.max_new_tokens > room:
-        left = f"room for answers of {room}" if room > 0 else "no room for an answer"
-        raise InputError(f"{judging}: --max-new-tokens is {args.max_new_tokens}, but in a context "
-                         f"of {context} tokens, beside the persona and the question, a judge has "
-                         f"{left}; use fewer, shorter personas, or a --judge-model with a longer "
-                         "context")
+    if 2 * args.max_new_tokens >= config.max_position_embeddings:
+        raise InputError(f"{judging}: --max-new-tokens is {args.max_new_tokens}, but a judge reads "
+                         f"two answers at once, in a context of {config.max_position_embeddings} "
+                         "tokens; use fewer, or a --judge-model with a longer context")
     return fingerprint(judging) if args.judge_model else None
 
 

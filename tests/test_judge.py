@@ -23,7 +23,7 @@ from queries import write_queries
 from support.hub import InputError
 from support.personas import load_personas
 from support.runs import RunFolder, cost_of
-from support.settings import HERE, QUICK_PERSONAS, answer_room
+from support.settings import HERE, QUICK_PERSONAS
 from tokenizer import Tokenizer
 
 PIRATE = "Answer as a pirate: short, loud and rude."
@@ -149,24 +149,12 @@ def test_costs_count_weights(net: Transformer) -> None:
 
 
 @pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
-def test_answers_of_the_room_fit_every_judge(kind: type, net: Transformer, tok: Tokenizer) -> None:
-    """The longest that a judge is asked (the longest query and persona, two answers of
-    `answer_room` tokens) would not fit, or much more would."""
-    contexts = [PIRATE, "You are a very careful expert. " * 30]
-    context, query = net.config.max_position_embeddings, " the" * 108
-    room = answer_room(tok, contexts, kind.name, context, 108)
-    assert 100 < room < context
-
-    def ask(tokens: int) -> None:
-        answers = [" the" * tokens, " of" * tokens]
-        assert [len(tok.encode(text)) for text in (query, *answers)] == [108, tokens, tokens]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(judge, "degenerate", lambda *_: False)  # which such texts are
-            kind(net, tok).compare([Comparison(query, contexts[1], *answers)])
-
-    ask(room)
+def test_answers_that_do_not_fit_are_refused(kind: type, net: Transformer, tok: Tokenizer) -> None:
+    """An answer would be cut to the judge's context: to judge what nobody wrote."""
+    context = net.config.max_position_embeddings
+    answers = [" the tide" * context, " of iron" * context]
     with pytest.raises(InputError, match=f"context of {context}"):
-        ask(room + 4)
+        kind(net, tok).ask([Comparison("Why?", PIRATE, *answers)])
 
 
 # --------------------------------------------------------------------------------------------------

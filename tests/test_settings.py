@@ -9,13 +9,11 @@ import pytest
 from conftest import copy_folder, edit_json
 from tiny_run import error_of, run_train
 
-import queries
 import train
 from model import Transformer
 from support import settings
-from support.personas import Persona, load_personas
+from support.personas import Persona
 from support.settings import QUICK_PERSONAS, check, choose_personas, parser, run_settings
-from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
 UNKNOWN = "nobody-at-all/no-such-model"
@@ -94,23 +92,12 @@ def test_settings_reach_run_json(command: list[str], folder: Path, net: Transfor
 def test_answers_longer_than_the_judges_context(name: str, folder: Path, command: list[str],
                                                 tmp_path: Path, capfd: Capture) -> None:
     """Answers that the judge could not read would be found out after hours: they are refused before
-    stage 1 writes anything, whoever the judge is, with the longest that would do."""
+    stage 1 writes anything, whoever the judge is."""
     short = copy_folder(folder, tmp_path / "short")
     edit_json(short / "config.json", lambda c: c.update(max_position_embeddings=600))
     asked = [*command, "--judge", name, "--out", tmp_path / "out"]
     for flag in ("--model", "--judge-model"):
-        assert run_train(*asked, flag, short, "--max-new-tokens", 500) == 2
-        assert re.match(rf"error: {short}: --max-new-tokens is 500.*room for answers of \d\d+;",
+        assert run_train(*asked, flag, short, "--max-new-tokens", 300) == 2
+        assert re.match(rf"error: {short}: --max-new-tokens is 300.* context of 600 tokens;",
                         error_of(capfd))
         assert not (tmp_path / "out").exists()
-
-
-def test_room_of_the_default_settings(smollm_tok: Tokenizer) -> None:
-    """The paper's 512 tokens would be refused in SmolLM2's context with all twelve personas, or in
-    one of 2,048."""
-    texts = [p.text for p in load_personas(settings.HERE / "personas")]
-    query = queries.longest_opening(smollm_tok) + queries.QUERY_TOKENS
-    rooms = {name: settings.answer_room(smollm_tok, texts, name, 2048, query)
-             for name in ("letter", "likelihood", "auto")}
-    assert 512 <= rooms["auto"] == rooms["letter"] < rooms["likelihood"]
-    assert settings.answer_room(smollm_tok, texts, "auto", 8192, query) > 2500
