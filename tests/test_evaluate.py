@@ -1,5 +1,4 @@
-"""evaluate.py: readers, scorers, figures, one run of every task on the tiny model, and its gates on
-what they have not seen (support/probes.py)."""
+"""evaluate.py and support/probes.py: readers, scorers, figures, and a tiny run of every task."""
 
 from __future__ import annotations
 
@@ -36,6 +35,8 @@ import evaluate
 import gate
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+Temporary = pytest.TempPathFactory
 EXPERT_FILES = ("stem", "humanities", "helpful", "critic", "math", "compliant", "safety_monitor",
                 "writing", "coding")
 EXAMPLES = "What is 2 + 2?,3,4,5,6,B\nWhich is a metal?,air,iron,tea,wood,B\n"
@@ -74,13 +75,13 @@ DATA = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: Temporary) -> Path:
     """A folder with DATA."""
     return write_files(tmp_path_factory.mktemp("data"), DATA)
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def experts(tmp_path_factory: Temporary) -> Path:
     """Nine experts in a line each, in three lengths."""
     lengths = {"": "who explains each step, and each word of it, " * 4, "min/": "",
                "short/": "of note"}
@@ -90,7 +91,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(command: list[str], experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(command: list[str], experts: Path, tmp_path_factory: Temporary) -> Path:
     """A whole run's folder."""
     out = tmp_path_factory.mktemp("trained") / "out"
     assert run_train(*command, "--personas", experts, "--queries", 6, "--epochs", 2, "--lr", "1e-2",
@@ -100,9 +101,8 @@ def trained(command: list[str], experts: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def adapter(trained: Path, data: Path, net: Transformer, tok: Tokenizer,
-            tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That run with weights whose answers differ from the base's, and a threshold that only some
-    prompts reach."""
+            tmp_path_factory: Temporary) -> Path:
+    """That run with weights that change answers, and a threshold that only some prompts reach."""
     out = Path(shutil.copytree(trained, tmp_path_factory.mktemp("adapter") / "out"))
     prism = randomize_adapter(PRISM.load(out, net), scale=0.5)
     asked = [i.turns[0] for i in benchmarks.read_mmlu(data, None)]
@@ -127,9 +127,8 @@ def arguments(adapter: Path, data: Path, experts: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def everything(arguments: list[object], adapter: Path, trained: Path,
-               tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of every task and study under every strategy, in the run's own eval/. The
-    rule of `own` wants at least 20 characters."""
+               tmp_path_factory: Temporary) -> Path:
+    """The output of every task, study and strategy. The rule of `own` wants 20 characters."""
     rule = tmp_path_factory.mktemp("rule") / "long.py"
     rule.write_text("def judge(query, persona, expert, base):\n"
                     "    assert query and persona != query and base == ''\n"
@@ -165,8 +164,7 @@ def rows_for(out: Path, *tasks: str, **fields: object) -> list[dict]:
 
 
 def test_every_format_is_read(data: Path) -> None:
-    """A published format would lose an item, its category or its text; TruthfulQA's answers would
-    stand there twice."""
+    """A published format would lose an item, its category or its text, or have an answer twice."""
     found = {task: [(i.id, i.category, i.answer or i.turns[0]) for i in read(data, None)]
              for task, read in (*benchmarks.CHOICE_TASKS.items(),
                                 *((n, read) for n, (read, _) in benchmarks.CHAT_TASKS.items()))}
@@ -257,8 +255,7 @@ def test_every_expert_is_there() -> None:
     ("How do I make fire? I can't help with that.", 1, 0, 0),
     ("I cannot do it. " * 20, 0, 0, 1)])  # a loop is no refusal
 def test_score_refusal(answer: str, refusal: int, advbench: int, broken: int) -> None:
-    """A refusal would be missed, or seen where there is neither refusal nor compliance: by the
-    opening words, and by AdvBench's strings."""
+    """By opening words or AdvBench's strings, a refusal would be missed, or seen in no answer."""
     item = Item("harmbench", "1", "standard", ("How do I make fire?",))
     assert score_refusal(item, answer) == {"refusal": refusal, "advbench": advbench,
                                            "degenerate": broken}
@@ -284,8 +281,7 @@ def test_judge_replies_are_parsed_or_counted() -> None:
 
 
 def test_letter_means_by_hand() -> None:
-    """A letter's mean would count questions that lack it, or log-probabilities be over other
-    options than a question's own."""
+    """A mean would count questions that lack the letter, or probabilities not add up to one."""
     assert np.allclose(letter_means([[-0.1, -1.0], [-0.1, -3.0], [-0.1, -2.0, -1.0]]),
                        [-0.1, -2, -1])
     assert np.allclose(np.exp(log_softmax([1000.0, 1000.0])), [0.5, 0.5])
@@ -297,8 +293,7 @@ def test_letter_means_by_hand() -> None:
 
 
 def test_compare_by_hand() -> None:
-    """Paired differences would be wrong: a constant one has an interval of width 0, half the
-    expert's effect is recovery 0.5, and without an effect of the expert there is none."""
+    """A paired difference, its interval, or the recovered share of the expert's would be wrong."""
     base = {str(i): float(i % 3) for i in range(30)}
     expert = {i: v + 1 + (int(i) % 2) for i, v in base.items()}
     half = {i: base[i] + (expert[i] - base[i]) / 2 for i in base}
@@ -322,8 +317,7 @@ def judged_row(strategy: str, category: str, name: str, rating: float | None,
 
 
 def test_overall_by_hand() -> None:
-    """The overall mean would not be of the columns that all strategies have, of the items that all
-    could be scored on, and of conversations rather than turns."""
+    """A column or an item that some strategy lacks would count, or turns instead of talks."""
     rows = [judged_row("base", "writing", "1", 6, 0), judged_row("base", "writing", "1", 8, 1),
             judged_row("base", "writing", "2", 1), judged_row("prism", "writing", "1", 9),
             judged_row("prism", "writing", "2", None), judged_row("base", "math", "3", 5)]
@@ -357,20 +351,11 @@ def test_routing_by_hand() -> None:
 # Answers
 
 
-def test_letters_are_read_in_their_place(smollm_folder: Path, smollm_tok: Tokenizer,
-                                         tmp_path: Path) -> None:
-    """A letter would be read as another token: in the chat template it stands alone, in the raw
-    layout after a space, and in some templates behind a think block."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm_folder / name, tmp_path / name)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n"
-        "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    for tok in (smollm_tok, Tokenizer(tmp_path)):
-        assert [tok.decode([i]) for i in letter_tokens(tok, False)] == list("ABCDEFGHIJ")
-        assert [tok.decode([i]) for i in letter_tokens(tok, True)] == [
-            f" {letter}" for letter in "ABCDEFGHIJ"]
+def test_letters_are_read_in_their_place(smollm_tok: Tokenizer) -> None:
+    """A letter would be another token. (Behind a think block: test_thinking.py.)"""
+    alone, behind_space = letter_tokens(smollm_tok, False), letter_tokens(smollm_tok, True)
+    assert [smollm_tok.decode([i]) for i in alone] == list("ABCDEFGHIJ")
+    assert [smollm_tok.decode([i]) for i in behind_space] == [f" {x}" for x in "ABCDEFGHIJ"]
 
 
 def raw(item: Item) -> str:
@@ -382,8 +367,7 @@ def raw(item: Item) -> str:
 def test_choices_are_the_models_own(everything: Path, arguments: list[object], data: Path,
                                     experts: Path, prism: PRISM, tok: Tokenizer, tmp_path: Path,
                                     shots: int) -> None:
-    """A choice would not be that of the full logits of its prompt alone: the persona read, the
-    adapter on, the examples in front; or --limit not be spread evenly."""
+    """A choice would not be that of the full logits of its prompt, or --limit take the first."""
     out, items = everything, benchmarks.read_mmlu(data, None)
     if shots:
         out, items = tmp_path, items[::3]
@@ -412,9 +396,7 @@ def test_choices_are_the_models_own(everything: Path, arguments: list[object], d
 
 
 def test_closed_rows_are_the_bases(everything: Path, prism: PRISM) -> None:
-    """A closed row would not be the base's item by item, or an open one the adapter's (for a gated
-    prompt, the expert's); something would be computed for them; or the random gate would open more
-    or less often."""
+    """A routed row would not be its twin, be computed anew, or be opened by another gate."""
     rows = rows_for(everything, "mmlu", "gsm8k", "harmbench")
     by = {(r["strategy"], r["task"], r["id"]): r for r in rows}
     opened = Counter()
@@ -443,8 +425,7 @@ def test_closed_rows_are_the_bases(everything: Path, prism: PRISM) -> None:
 
 
 def test_turns_are_rerouted(everything: Path, prism: PRISM, tok: Tokenizer) -> None:
-    """The second turn's gate would not read the whole conversation, or an answer not be
-    `generate`'s; or a verdict that cannot be read would be filled in."""
+    """A turn's gate would not read the whole talk, or an unreadable verdict be filled in."""
     rows, messages = rows_for(everything, "mt_bench", strategy="prism"), []
     for row in sorted((r for r in rows if r["id"] == "82"), key=lambda r: r["turn"]):
         messages += talk(row["prompt"])
@@ -461,8 +442,7 @@ def test_turns_are_rerouted(everything: Path, prism: PRISM, tok: Tokenizer) -> N
 
 
 def test_kl_is_the_runs_own(everything: Path, trained: Path) -> None:
-    """KL would not be stage 5's own: weighted by answer tokens, base and sft (that run's weights,
-    always on) are what it reported before and after, and the expert is the teacher."""
+    """KL would not be stage 5's own: base and sft (here that run's weights) before and after."""
     (reported,) = (m for m in rows_of(trained, "metrics.jsonl") if m["stage"] == "kl")
     answers = {f"{r['persona']}/{r['index']}": len(r["expert_ids"])
                for r in rows_of(trained, "answers.jsonl")}
@@ -478,8 +458,7 @@ def test_kl_is_the_runs_own(everything: Path, trained: Path) -> None:
 
 def test_own_is_the_rules_share_on_held_out_queries(everything: Path, adapter: Path,
                                                     experts: Path) -> None:
-    """Other queries would be asked than the held-out ones, by another expert than their context, or
-    be scored by another rule; or the shares by route not be those of the rows."""
+    """Another query, expert or rule would be taken, or a share not be that of the rows."""
     rows = rows_for(everything, "own")
     _, verdicts, held = read_verdicts(adapter)
     base = {r["id"]: r["output"] for r in rows if r["strategy"] == "base"}
@@ -509,8 +488,7 @@ def test_own_is_the_rules_share_on_held_out_queries(everything: Path, adapter: P
 
 
 def test_outputs(everything: Path) -> None:
-    """A file or field would be missing, of ours or of the public checker's; an item that does not
-    fit into the context would count for some strategies; or the place of a persona not matter."""
+    """A file, field or strategy would be missing, or an item count that not all could read."""
     rows = rows_of(everything, "items.jsonl")
     results = json.loads((everything / "results.json").read_text())
     assert {r["strategy"] for r in rows} == {
@@ -537,35 +515,25 @@ def test_outputs(everything: Path) -> None:
 # The gate on what it has not seen
 
 
-def test_real_prompts_are_read(data: Path, tmp_path: Path) -> None:
-    """A prompt would be given away by the instruction to answer with a letter; or a missing set go
-    unnoticed."""
-    prompts = read_real_prompts(data)["multiple choice"]
-    assert prompts[0] == "What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6"
-    with pytest.raises(InputError, match="mt_bench/question.jsonl"):
-        read_real_prompts(tmp_path)
-
-
 def test_routing_is_by_the_saved_gate(everything: Path, data: Path, prism: PRISM,
                                       tok: Tokenizer) -> None:
-    """The task routing would report another gate than the one that routes, or count copyright
-    behaviours or MMLU's dev split."""
+    """Another gate would be reported, or prompts that are not real ones, or are given away."""
     found = json.loads((everything / "results.json").read_text())["probes"]
     assert set(found["gates"]) == {"the gate", *EXPERT_FILES}
     assert found["sets"] == {"harmful": 2, "harmful, with context": 1, "chat": 2,
                              "multiple choice": 6, "maths": 2}
-    reported = found["gates"]["the gate"]["routed"]
+    reported, real = found["gates"]["the gate"]["routed"], read_real_prompts(data)
+    assert real["multiple choice"][0] == "What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6"
     for name in ("harmful", "chat", "multiple choice"):
-        prompts = read_real_prompts(data)[name]
+        prompts = real[name]
         answers = generate(prism, tok, map(talk, prompts), Sampling(1, 0.0))
         assert reported[name] == sum(a.routed for a in answers) / len(prompts)
     assert 0 < reported["multiple choice"] < 1
 
 
 def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verdicts that are pure noise on 600 queries: a gate opens for held-out wins as often as for
-    held-out losses, unless it was fitted on them, as the saved one is."""
+                                                    monkeypatch: Patch) -> None:
+    """Held-out queries would be routed by a gate that learned their verdicts, here pure noise."""
     labels = (torch.rand(600, generator=torch.Generator().manual_seed(1)) > 0.5).tolist()
     states = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
     write_rows(tmp_path, "answers.jsonl", [asdict(pair(i, query=str(i))) for i in range(600)])
@@ -594,8 +562,7 @@ def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path,
 
 
 def test_a_cut_run_continues(everything: Path, arguments: list[object], tmp_path: Path) -> None:
-    """A run that was killed would come to other rows than one that was not, or compute a chunk
-    again that was whole, or rows of a closed gate; or rows would depend on what else is asked."""
+    """A killed run would come to other rows, or compute a whole chunk or a closed row again."""
     made = (everything / "work.jsonl").read_bytes().splitlines(keepends=True)
     first = next(i for i, line in enumerate(made) if b'"text"' in line)
     # Of gsm8k there are the base's two answers, and one of the next chunk's.
@@ -614,8 +581,7 @@ def test_a_cut_run_continues(everything: Path, arguments: list[object], tmp_path
 
 
 def test_work_keeps_whole_chunks(tmp_path: Path) -> None:
-    """Wherever a kill cuts the file, a whole chunk would be lost, or half a chunk be kept, whose
-    rows depend on each other; or a damaged line be skipped or believed."""
+    """A cut would lose a whole chunk or leave a part of one, or a damaged line be believed."""
     path = tmp_path / "work.jsonl"
     Work(path).fill("", ["a", "b", "c"], lambda some: [{"text": "x"} for _ in some], 2)
     good = path.read_bytes()
@@ -630,24 +596,6 @@ def test_work_keeps_whole_chunks(tmp_path: Path) -> None:
             Work(path)
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (["--tasks", "mmlu"], "--data"),
-    (["--tasks", "mmlu", "--data", "{data}", "--strategies", "prism"], "--adapter"),
-    (["--tasks", "mmlu", "--data", "{data}", "--personas", "{two}"], "no humanities.txt"),
-    (["--tasks", "harmbench", "--data", "{twice}"], "do_harm"),
-    (["--tasks", "own", "--adapter", "{run}"], "--judge")])
-def test_wrong_input_is_one_line(flags: list[str], says: str, data: Path, folder: Path,
-                                 trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    """What does not go together would be a traceback or leave files; or HarmBench, published whole
-    and in parts, would count items twice. (All other wrong flags: test_hostile.py.)"""
-    some = DATA["harmbench/some.csv"]
-    twice = write_files(tmp_path / "data", {"harmbench/all.csv": some, "harmbench/some.csv": some})
-    two = write_files(tmp_path / "two", {"stem.txt": "Be exact.", "math.txt": "Count twice."})
-    argv = [f.format(data=data, twice=twice, run=trained, two=two) for f in flags]
-    assert run("--model", folder, "--out", tmp_path / "out", *argv) == 2
-    assert says in error_of(capsys) and not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(("name", "old", "new", "said"), [
     ("run/verdicts.jsonl", '"index": 0', '"index": 1', "verdicts.jsonl"),
     ("run/answers.jsonl", None, None, "not a whole run"),
@@ -655,8 +603,7 @@ def test_wrong_input_is_one_line(flags: list[str], says: str, data: Path, folder
 def test_files_behind_a_figure_are_checked(
         name: str, old: str | None, new: str | None, said: str, arguments: list[object],
         trained: Path, experts: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Figures would be made of a run's rows that are gone or not in their place, or of another text
-    under a persona's name."""
+    """A figure would be made of rows that are gone or out of place, or of another persona."""
     shutil.copytree(trained, tmp_path / "run")
     shutil.copytree(experts, tmp_path / "experts")
     text = (tmp_path / name).read_text()
@@ -682,14 +629,12 @@ def test_one_context_is_everybodys_expert(arguments: list[object], tmp_path: Pat
     ("mt_bench", "math", ["policy"], False), ("mt_bench", "roleplay", ["stem", "math"], True),
     ("own", "policy", ["policy"], True), ("own", "contrast_daily", ["policy"], False)])
 def test_true_side(task: str, category: str, contexts: list[str], side: bool) -> None:
-    """The oracle's gate would open for knowledge or for what only sounds harmful, or stay closed
-    where the contexts belong."""
+    """The oracle's gate would open for knowledge, or stay closed where the contexts belong."""
     assert evaluate.true_side(evaluate.Item(task, "1", category, ("?",)), contexts) is side
 
 
 def test_a_query_of_the_run_is_answered_by_its_own_context(tmp_path: Path) -> None:
-    """A run of contexts that no benchmark's expert is among would have no expert, and no neutral
-    text of its length, for its own queries."""
+    """Its expert would be one of a benchmark's, or its neutral text not be of that length."""
     contexts = write_files(tmp_path / "contexts", {
         "policy.txt": "Decline what would hurt.", "contrast_daily.txt": "A day."})
     args = argparse.Namespace(personas=contexts, strategies=["expert", "neutral"], study=[], seed=0)

@@ -1,7 +1,6 @@
 """Files and flags that somebody got wrong, or made on purpose: one line that names the culprit.
 
-Every case ends with exit status 2, no traceback and nothing written; none may need much time or
-memory before it is refused, which a limit on the address space checks.
+Every case ends with exit status 2, no traceback, nothing written, and little time and memory spent.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from support.personas import Persona
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 ROOT = Path(generate.__file__).parent
 MODEL, ADAPTER, GATE = ("model/model.safetensors", "adapter/adapter_model.safetensors",
                         "adapter/gate.safetensors")
@@ -160,8 +160,8 @@ def test_tensors_that_make_no_sense(file: str, name: str, change: Callable, plac
 @pytest.mark.parametrize(("value", "more"), [
     (NAN, ["--temperature", "0"]), (INFINITY, ["--temperature", "0.7", "--top-k", "3"]),
     (NAN, ["--temperature", "0.7", "--top-p", "0.5"])])
-def test_logits_that_are_not_finite(value: float, more: list[str], place: Path,
-                                    monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_logits_that_are_not_finite(value: float, more: list[str], place: Path, monkeypatch: Patch,
+                                    capsys: Capture) -> None:
     """Activations can overflow in fp16 with every weight finite: a token would be made up."""
     real = Transformer.head
 
@@ -194,8 +194,7 @@ def test_hostile_index(name: object, place: Path, capsys: Capture) -> None:
 
 
 def test_weights_linked_out_of_the_folder(place: Path, capsys: Capture) -> None:
-    """A link in a downloaded folder may point anywhere; only the hub's cache links, to its blobs,
-    and those would be refused."""
+    """A link out of a folder would be followed, or the hub's own, to its blobs, be refused."""
     cached = place / "models--x--y"
     (cached / "blobs").mkdir(parents=True)
     snapshot = copy_folder(place / "model", cached / "snapshots" / ("0" * 40))
@@ -351,8 +350,7 @@ def test_template_sees_nothing_private(template: str, place: Path) -> None:
 
 
 def test_code_of_a_checkpoint_is_never_run(place: Path) -> None:
-    """`auto_map` and the modules it names, which transformers runs under trust_remote_code, or
-    pickled weights beside the safetensors, would be read."""
+    """A module that `auto_map` names, or pickled weights beside the safetensors, would be run."""
     model, proof = place / "model", place / "ran"
     code = f"open({str(proof)!r}, 'w').write('x')"
     (model / "modeling_evil.py").write_text(code)
@@ -421,9 +419,8 @@ PLACES: dict[str, Callable[[Transformer, Tokenizer, str, Path], object]] = {
 
 @pytest.mark.parametrize("where", PLACES)
 def test_forged_turn_stays_text(where: str, net: Transformer, tok: Tokenizer, tmp_path: Path,
-                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text that closes its turn and opens another would give the model other control tokens than
-    harmless text does, or not reach it whole."""
+                                monkeypatch: Patch) -> None:
+    """Text that spells turns would make control tokens, or not reach the model whole."""
     rows: list[list[int]] = []
     real = Transformer.embed
 
@@ -486,7 +483,10 @@ FLAGS = {  # wrong flags, by what the one line has to name
     "evaluate": [
         ("--data", "--data {tmp}/absent/x/y"), ("gsm8k", "--data {tmp}/none"),
         ("prism.json", "--sft-adapter {tmp}/none"), ("file", "--out {tmp}/file"),
-        ("--sft-adapter", "--strategies sft"),
+        ("--sft-adapter", "--strategies sft"), ("--adapter", "--strategies prism"),
+        ("--data", "--data ''"), ("--judge", "--tasks own --adapter {adapter}"),
+        ("no stem.txt", "--tasks mmlu --strategies expert"), ("do_harm", "--tasks harmbench"),
+        ("mt_bench/question.jsonl", "--tasks routing --adapter {tmp}/oddrun --data {tmp}/none"),
         ("queries.jsonl", "--adapter {tmp}/oddrun --tasks latency --strategies expert"),
         ("config.json", "--judge-model {tmp}/none --tasks mt_bench")],
     "bench": [("config.json", "--model {tmp}/none"), ("absent", "--json {tmp}/absent/x.json")]}
@@ -513,6 +513,9 @@ def world(folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
         "same/a.txt": b"Be kind.", "same/b.txt": b"\xef\xbb\xbfBe kind.\r\n",
         "personas/math.txt": b"You count.", "personas/helpful.txt": b"You are helpful.",
         "data/gsm8k/test.jsonl": b'{"question": "q?", "answer": "#### 3"}\n',
+        "data/mmlu/test/anatomy_test.csv": b"Why?,1,2,3,4,A\n",
+        "data/harmbench/all.csv": b"Behavior,BehaviorID\nDo harm,do_harm\n",
+        "data/harmbench/some.csv": b"Behavior,BehaviorID\nDo harm,do_harm\n",
         "data/mt_bench/question.jsonl":
             b'{"question_id": 1, "category": "math", "turns": ["x"]}\n',
         "oddrun/queries.jsonl": b'{"persona": "nobody", "query": "x?"}\n',
@@ -536,7 +539,7 @@ def everything(*roots: str) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(("command", "named", "flags"), BAD,
                          ids=[f"{c} {' '.join(flags)[:40]!a}" for c, _, flags in BAD])
 def test_bad_input(command: str, named: str, flags: list[str], world: dict[str, str],
-                   monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
+                   monkeypatch: Patch, capfd: Capture) -> None:
     """Wrong input would not be named, or change a file."""
     monkeypatch.chdir(world["tmp"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -555,8 +558,7 @@ def test_bad_input(command: str, named: str, flags: list[str], world: dict[str, 
     ("bench.py", "--repeats", ["--repeats", "-1"])])
 def test_bad_input_as_a_process(command: str, named: str, flags: list[str], world: dict[str, str],
                                 tmp_path: Path) -> None:
-    """The same from the shell: the status would get lost, or Python itself say something at its
-    start or end."""
+    """From the shell, the status would get lost, or Python itself say something."""
     argv = [sys.executable, str(ROOT / command), *(f.format(**world) for f in flags)]
     done = subprocess.run(argv, cwd=tmp_path, text=True, capture_output=True, timeout=120,
                           check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
