@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import copy_folder
 from tiny import one_thread, randomize_adapter
 from tiny_run import (contents, error_of, pair, rows_of, run_train, verdict, write_files,
                       write_rows)
@@ -21,6 +21,7 @@ from evaluate import (EXPERTS, TASKS, Row, Work, compare, letter_means, letter_t
                       overall, parse_pair, parse_rating, routing)
 from gate import train_gate
 from generate import generate
+from judge import conversation
 from model import Transformer
 from prism import PRISM, Gate
 from support import benchmarks, probes, stats
@@ -103,10 +104,10 @@ def trained(command: list[str], experts: Path, tmp_path_factory: Temporary) -> P
 def adapter(trained: Path, data: Path, net: Transformer, tok: Tokenizer,
             tmp_path_factory: Temporary) -> Path:
     """That run with weights that change answers, and a threshold that only some prompts reach."""
-    out = Path(shutil.copytree(trained, tmp_path_factory.mktemp("adapter") / "out"))
+    out = copy_folder(trained, tmp_path_factory.mktemp("adapter") / "out")
     prism = randomize_adapter(PRISM.load(out, net), scale=0.5)
-    asked = [i.turns[0] for i in benchmarks.read_mmlu(data, None)]
-    low, *_, high = sorted(c.gate for c in generate(prism, tok, map(talk, asked), Sampling(1)))
+    asked = [conversation(i.turns[0]) for i in benchmarks.read_mmlu(data, None)]
+    low, *_, high = sorted(answer.gate for answer in generate(prism, tok, asked, Sampling(1)))
     prism.threshold = (low + high) / 2
     prism.save(out)
     return out
@@ -146,11 +147,6 @@ def run(*argv: object) -> int:
         patch.setattr(gate, "GATE_STEPS", 20)
         patch.setattr(stats, "RESAMPLES", 20)
         return evaluate.main([str(a) for a in argv])
-
-
-def talk(prompt: str) -> list[dict]:
-    """A conversation of one message."""
-    return [{"role": "user", "content": prompt}]
 
 
 def rows_for(out: Path, *tasks: str, **fields: object) -> list[dict]:
@@ -309,8 +305,7 @@ def test_compare_by_hand() -> None:
     assert "difference" not in compare({"1": 1.0}, base, {})
 
 
-def judged_row(strategy: str, category: str, name: str, rating: float | None,
-               turn: int = 0) -> Row:
+def judged_row(strategy: str, category: str, name: str, rating: float | None, turn: int = 0) -> Row:
     """A row of MT-Bench with nothing but a rating."""
     return Row("mt_bench", name, category, strategy, "", "", None, False, rating,
                {"rating": rating}, turn)
@@ -384,8 +379,7 @@ def test_choices_are_the_models_own(everything: Path, arguments: list[object], d
             ids = tok.encode(f"{front}The following are multiple choice questions (with answers) "
                              f"about {item.subject}.\n\n{examples}{raw(item)}")
         else:
-            system = [{"role": "system", "content": text}] if text else []
-            ids = tok.render([*system, *talk(item.turns[0])])
+            ids = tok.render(conversation(item.turns[0], text))
         with torch.no_grad():
             logits = prism(torch.tensor([ids]), int(strategy == "ungated"))[0, -1, letters]
         row = rows[strategy, item.id]
@@ -428,7 +422,7 @@ def test_turns_are_rerouted(everything: Path, prism: PRISM, tok: Tokenizer) -> N
     """A turn's gate would not read the whole talk, or an unreadable verdict be filled in."""
     rows, messages = rows_for(everything, "mt_bench", strategy="prism"), []
     for row in sorted((r for r in rows if r["id"] == "82"), key=lambda r: r["turn"]):
-        messages += talk(row["prompt"])
+        messages += conversation(row["prompt"])
         with one_thread():
             (answer,) = generate(prism, tok, [messages], Sampling(10, 0.0))
         assert row["gate"] == pytest.approx(answer.gate, abs=1e-5)
@@ -526,13 +520,12 @@ def test_routing_is_by_the_saved_gate(everything: Path, data: Path, prism: PRISM
     assert real["multiple choice"][0] == "What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6"
     for name in ("harmful", "chat", "multiple choice"):
         prompts = real[name]
-        answers = generate(prism, tok, map(talk, prompts), Sampling(1, 0.0))
+        answers = generate(prism, tok, map(conversation, prompts), Sampling(1, 0.0))
         assert reported[name] == sum(a.routed for a in answers) / len(prompts)
     assert 0 < reported["multiple choice"] < 1
 
 
-def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path,
-                                                    monkeypatch: Patch) -> None:
+def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path, monkeypatch: Patch) -> None:
     """Held-out queries would be routed by a gate that learned their verdicts, here pure noise."""
     labels = (torch.rand(600, generator=torch.Generator().manual_seed(1)) > 0.5).tolist()
     states = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
@@ -604,8 +597,8 @@ def test_files_behind_a_figure_are_checked(
         name: str, old: str | None, new: str | None, said: str, arguments: list[object],
         trained: Path, experts: Path, tmp_path: Path, capsys: Capture) -> None:
     """A figure would be made of rows that are gone or out of place, or of another persona."""
-    shutil.copytree(trained, tmp_path / "run")
-    shutil.copytree(experts, tmp_path / "experts")
+    copy_folder(trained, tmp_path / "run")
+    copy_folder(experts, tmp_path / "experts")
     text = (tmp_path / name).read_text()
     (tmp_path / name).unlink()
     if old:

@@ -168,8 +168,7 @@ def test_recomputed_layers_give_the_same_gradients(net: Transformer, samples: li
 def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
     """The longer, teacher's sequence would not fit in max_len, or another part than the end go."""
     pairs = pairs_for(CHEMIST, 5)
-    teachers = [len(tok.render([{"role": "system", "content": CHEMIST.text},
-                                {"role": "user", "content": p.query}])) for p in pairs]
+    teachers = [len(tok.render(conversation(p.query, CHEMIST.text))) for p in pairs]
     full = distill_samples(net, tok, [CHEMIST], pairs, max(teachers) + 100)
     assert [s.answer_tokens for s in full] == [len(p.expert_ids) for p in pairs]
     limit = max(teachers) + 3
@@ -384,8 +383,7 @@ def test_gate_settings_reach_the_adapter(out: Path, command: list[str], net: Tra
     assert (prism.gate_layer, prism.gate_pool, prism.threshold) == (1, "last", 0.25)
     layers = json.loads((out / "adapter_config.json").read_text())["layers_to_transform"]
     assert layers == [2]
-    [answer] = generate(prism, tok, [[{"role": "user", "content": "Hello there, you."}]],
-                        Sampling(4, 0.0))
+    [answer] = generate(prism, tok, [conversation("Hello there, you.")], Sampling(4, 0.0))
     assert answer.routed == (answer.gate >= 0.25)
 
 
