@@ -393,23 +393,23 @@ def test_closed_rows_are_the_bases(everything: Path, prism: PRISM) -> None:
     """A routed row would not be its twin, be computed anew, or be opened by another gate."""
     rows = rows_for(everything, "mmlu", "gsm8k", "harmbench")
     by = {(r["strategy"], r["task"], r["id"]): r for r in rows}
-    opened = Counter()
-    for (strategy, *item), row in by.items():
-        route = {"prism": "ungated", "random_gate": "ungated", "oracle_gate": "ungated",
-                 "gated_prompt": "expert"}
-        if strategy in route:
-            twin = by[route[strategy] if row["routed"] else "base", *item]
-            same = ("output", "system") if strategy == "gated_prompt" else (
-                "output", "score", "scores", "evidence")
-            assert [row[name] for name in same] == [twin[name] for name in same]
-            if strategy != "oracle_gate":
-                opened[strategy, row["task"]] += row["routed"]
+    for (strategy, task, item), row in by.items():
+        if strategy in ("prism", "random_gate", "oracle_gate"):
+            twin = by["ungated" if row["routed"] else "base", task, item]
+            for name in ("output", "score", "scores", "evidence"):
+                assert row[name] == twin[name]
+        if strategy == "gated_prompt":
+            twin = by["expert" if row["routed"] else "base", task, item]
+            assert (row["output"], row["system"]) == (twin["output"], twin["system"])
         if strategy == "oracle_gate":
-            assert row["routed"] == (row["task"] != "mmlu")
+            assert row["routed"] == (task != "mmlu")
         if strategy in ("prism", "gated_prompt"):  # the gate reads the query alone
             assert row["routed"] == (row["gate"] >= prism.threshold)
+    opened = Counter((r["strategy"], r["task"]) for r in rows if r["routed"])
     assert 0 < opened["prism", "mmlu"] < 6
-    assert all(n == opened["prism", task] for (_, task), n in opened.items())
+    for task in ("mmlu", "gsm8k", "harmbench"):
+        for strategy in ("random_gate", "gated_prompt"):
+            assert opened[strategy, task] == opened["prism", task]
     # Letters are in the file once for each weights, place of the system text, and prompt.
     other = {s: s for s in ("ungated", "sft", "expert_user")}
     asked = {(other.get(r["strategy"]), r["system"], r["prompt"])
@@ -503,10 +503,6 @@ def test_outputs(everything: Path) -> None:
     placed = [[r["output"] for r in rows_for(everything, "gsm8k", strategy=s)]
               for s in ("expert", "expert_user", "base")]
     assert placed[0] != placed[1] != placed[2]
-
-
-# --------------------------------------------------------------------------------------------------
-# The gate on what it has not seen
 
 
 def test_routing_is_by_the_saved_gate(everything: Path, data: Path, prism: PRISM,

@@ -58,17 +58,14 @@ def home(tmp_path: Path, monkeypatch: Patch) -> Path:
 
 def fake_checkpoint(folder: Path) -> Path:
     """A folder that looks like a checkpoint to whoever only looks at file names."""
-    folder.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / name).write_text("{}")
-    return folder
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    return write_files(folder, dict.fromkeys(names, "{}"))
 
 
 def snapshot_folder(home: Path, name: str) -> Path:
     """Where huggingface_hub looks for a model of its cache; the folder is not made."""
     root, commit = home / "hub" / ("models--" + name.replace("/", "--")), "0" * 40
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(commit)
+    write_files(root, {"refs/main": commit})
     return root / "snapshots" / commit
 
 
@@ -211,6 +208,7 @@ def test_cut_download_is_no_model(home: Path) -> None:
 
 SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"]
 SHARDS = {"a": "model-00001-of-00002.safetensors", "b": "pytorch_model-[2].safetensors"}
+INDEX = json.dumps({"weight_map": SHARDS})
 
 
 @pytest.mark.parametrize(("beside", "needed"), [
@@ -229,9 +227,7 @@ def test_only_what_is_needed_is_fetched(beside: list[str], needed: list[str], tm
             raise LocalEntryNotFoundError("not cached")
         for file in filter_repo_objects([*SMALL, *beside, *needed], allow_patterns=allow_patterns):
             fetched.add(file)
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"weight_map": SHARDS}) if file.endswith("index.json") else "{}"
-            (tmp_path / file).write_text(text)
+            write_files(tmp_path, {file: INDEX if file.endswith("index.json") else "{}"})
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -29,7 +29,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows and metrics
+# Rows, metrics and chunks
 
 
 NASTY = ["plain", "line\nfeed\r\nand return", 'quotes " and \\ backslash', "tab\tnull\x00bell\x07",
@@ -62,10 +62,6 @@ def test_broken_line_is_named(run: RunFolder, good: object, broken: str | dict) 
         run.read(name, kind)
     (run.path / name).write_text(f"{line}\n\n{line}")  # an editor's blank line, no last line end
     assert run.read(name, kind) == [good, good]
-
-
-# --------------------------------------------------------------------------------------------------
-# Chunks
 
 
 def squares(run: RunFolder, todo: Sequence[Sequence[int]]) -> int:
