@@ -239,48 +239,45 @@ def test_hostile_json(file: str, what: str, place: Path, capsys: Capture) -> Non
     assert Path(file).name in refused(capsys, ask(place))
 
 
-QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
-        "max_window_layers": 1}
+def wrong(values: dict[str, tuple], **beside: object) -> list[tuple[str, dict]]:
+    """(what the line has to name, the fields) of each wrong value, with right ones beside it."""
+    return [(name, beside | {name: value}) for name, some in values.items() for value in some]
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
-CONFIG = [  # what the line has to name, and the fields
-    *((name, {name: value}) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-      for value in ("32", 10**30)),
-    *(("hidden_size", {"hidden_size": value}) for value in ([], True, -1, 0, 1.5, NAN)),
+ROPES = [
+    ("rope_type", {"rope_type": {"a": 1}}),
+    ("rope_theta", {"rope_type": "default", "rope_theta": INFINITY}),
+    ("rope_theta", YARN | {"rope_theta": 1.0}),  # its logarithm is 0
+    *wrong({"factor": (0, 10**400)}, **LINEAR),  # no float is as large as the second
+    *wrong({"low_freq_factor": (4.0,)}, **LLAMA3), *wrong({"beta_fast": ("x",)}, **YARN)]
+CONFIG = [
+    *wrong(dict.fromkeys(SIZES, ("32", 10**30))),
+    *wrong({"hidden_size": ([], True, -1, 0, 1.5, NAN), "rms_norm_eps": (-1, NAN), "dtype": (3,),
+            "rope_parameters": ([1],), "tie_word_embeddings": ("false",), "model_type": ([],),
+            "eos_token_id": ("2", [2, "x"])}),
+    *wrong({"sliding_window": ("x", -1), "max_window_layers": ("x",),
+            "use_sliding_window": ("false",), "layer_types": (3, [[]] * 3, ["x"] * 3, [])},
+           **{"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
+              "max_window_layers": 1}),
+    *((name, {"rope_parameters": rope}) for name, rope in ROPES),
     # within what a field may be, but not what the files hold: refused before it is allocated
-    ("tensor", {"vocab_size": 2**22}), ("tensor", {"hidden_size": 2**20}),
-    ("tensor", {"head_dim": 2**20}), ("tensor", {"num_hidden_layers": 200}),
-    ("rms_norm_eps", {"rms_norm_eps": -1}), ("rms_norm_eps", {"rms_norm_eps": NAN}),
-    ("rope_parameters", {"rope_parameters": [1]}),
-    ("rope_type", {"rope_parameters": {"rope_type": {"a": 1}}}),
-    ("rope_theta", {"rope_parameters": {"rope_type": "default", "rope_theta": INFINITY}}),
-    ("rope_theta", {"rope_parameters": YARN | {"rope_theta": 1.0}}),  # its logarithm is 0
-    ("factor", {"rope_parameters": LINEAR | {"factor": 0}}),
-    ("factor", {"rope_parameters": LINEAR | {"factor": 10**400}}),  # no float is so large
-    ("low_freq_factor", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}),
-    ("beta_fast", {"rope_parameters": YARN | {"beta_fast": "x"}}),
-    ("tie_word_embeddings", {"tie_word_embeddings": "false"}),
-    ("eos_token_id", {"eos_token_id": "2"}), ("eos_token_id", {"eos_token_id": [2, "x"]}),
-    ("model_type", {"model_type": []}), ("dtype", {"dtype": 3}),
-    ("owned", {"model_type": "\x1b]0;owned\x07\u202e"}),  # would drive the terminal
-    *(("sliding_window", QWEN | {"sliding_window": value}) for value in ("x", -1)),
-    ("max_window_layers", QWEN | {"max_window_layers": "x"}),
-    ("use_sliding_window", QWEN | {"use_sliding_window": "false"}),
-    *(("layer_types", QWEN | {"layer_types": value}) for value in (3, [[]] * 3, ["x"] * 3, []))]
+    *(("tensor", fields) for fields in (
+        {"vocab_size": 2**22}, {"hidden_size": 2**20}, {"head_dim": 2**20},
+        {"num_hidden_layers": 200})),
+    ("owned", {"model_type": "\x1b]0;owned\x07\u202e"})]  # would drive the terminal
 PRISM_JSON = [
-    *((name, {name: value}) for name, values in {
-        "rank": ("2", None, True, 0, 3, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
-        "gate_layer": (2, 0.5), "gate_pool": ("first",), "base_model": (7,)}.items()
-      for value in values),
+    *wrong({"rank": ("2", None, True, 0, 3, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
+            "gate_layer": (2, 0.5), "gate_pool": ("first",), "base_model": (7,)}),
     ("trained on", {"base_fingerprint": "0" * 64})]
 TOKENIZER_CONFIG = [
     *(("chat template", {"chat_template": value}) for value in (
         3, [3], [{"name": "default", "template": 3}])),
-    ("bos_token", {"bos_token": 3}), ("eos_token", {"eos_token": {"content": []}})]
+    *wrong({"bos_token": (3,), "eos_token": ({"content": []},)})]
 
 
 @pytest.mark.parametrize(("file", "named", "fields"), [
