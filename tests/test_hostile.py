@@ -218,7 +218,7 @@ JSON_FILES = ["model/config.json", "model/generation_config.json", "model/tokeni
 CONTENTS: dict[str, bytes] = {
     "empty": b"", "a list": b"[1, 2]", "cut": b'{"model_type": "lla',
     "UTF-16": '{"a": 1}'.encode("utf-16"), "nested": b'{"a": ' + b"[" * 1_000_000,
-    "100 MB": b" " * 100_000_000, "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "100 MB": b"{}" + b" " * 100_000_000, "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
     "a key twice": b'{"key": 1, "key": 2}'}
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir, "a pipe that nobody writes to": os.mkfifo,
