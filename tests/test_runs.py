@@ -7,10 +7,7 @@ import itertools
 import json
 import os
 import signal
-import sys
-import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -18,10 +15,8 @@ import pytest
 import torch
 from conftest import copy_folder
 from safetensors.torch import load_file, save_file
-from test_hub import file_size_limit
-from tiny_run import (DATA, contents, error_of, figures, pair, rows_of, run_train, timeless,
-                      verdict)
-from tqdm import tqdm
+from tiny_run import (DATA, contents, error_of, figures, file_size_limit, forked, pair, rows_of,
+                      run_train, timeless, verdict)
 
 from bootstrap import Pair, Verdict
 from queries import Candidate, Query
@@ -34,7 +29,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows and metrics
+# Rows, metrics and chunks
 
 
 NASTY = ["plain", "line\nfeed\r\nand return", 'quotes " and \\ backslash', "tab\tnull\x00bell\x07",
@@ -58,8 +53,7 @@ def test_rows_survive_whatever_a_model_writes(run: RunFolder) -> None:
     (Query("p", 0, "q"), {"query": 5}), (verdict(0, "tie"), {"target": 2}),
     (pair(0), {"base_ids": ["5"]}), (pair(0), {"expert_ids": 5})], ids=lambda v: str(v)[:24])
 def test_broken_line_is_named(run: RunFolder, good: object, broken: str | dict) -> None:
-    """A row that is no row of its kind, or has a field of another type, would be believed or not be
-    named by file and line: people edit these files."""
+    """A row that somebody broke by editing would be believed, or not be named by file and line."""
     name, kind, fields = "rows.jsonl", type(good), dataclasses.asdict(good)
     line = json.dumps(fields)
     broken = broken if isinstance(broken, str) else json.dumps(fields | broken)
@@ -68,10 +62,6 @@ def test_broken_line_is_named(run: RunFolder, good: object, broken: str | dict) 
         run.read(name, kind)
     (run.path / name).write_text(f"{line}\n\n{line}")  # an editor's blank line, no last line end
     assert run.read(name, kind) == [good, good]
-
-
-# --------------------------------------------------------------------------------------------------
-# Chunks
 
 
 def squares(run: RunFolder, todo: Sequence[Sequence[int]]) -> int:
@@ -85,7 +75,7 @@ def squares(run: RunFolder, todo: Sequence[Sequence[int]]) -> int:
 
 @pytest.mark.parametrize(("kept", "missing"), [(0, 3), (3, 3), (4, 2), (5, 2), (8, 1), (11, 0)])
 def test_a_stage_file_cut_anywhere_is_completed(run: RunFolder, kept: int, missing: int) -> None:
-    """It would not be completed to the same bytes, by whole chunks only, the metrics with it."""
+    """It would not be completed by whole chunks to the same bytes, and the metrics with it."""
     todo = split_chunks(range(11), 4)
     assert squares(run, todo) == 3
     path = run.path / "answers.jsonl"
@@ -140,8 +130,7 @@ def assert_left(folder: Path, n: int) -> None:
     ("lr", 0.2, 4), ("query_rules", "of a later edition", 0)])
 def test_a_changed_setting_drops_its_stage_and_those_after(made: Path, setting: str, value: object,
                                                            stage: int) -> None:
-    """Results would be dropped unasked, or rows of two settings mixed: without leave the setting is
-    named and nothing is touched; --from a later stage is no leave, --from that stage is."""
+    """Results would be dropped without --overwrite or --from that stage, or be mixed with it."""
     before = contents(made)
     for later in [None, *STAGES[stage + 1:]]:
         with pytest.raises(InputError, match=rf"{setting} = .*, now it is {value}.*--overwrite"):
@@ -157,9 +146,7 @@ def test_a_changed_setting_drops_its_stage_and_those_after(made: Path, setting: 
 
 @pytest.mark.parametrize(("stage", "name"), SOURCES.items())
 def test_an_edited_file_makes_later_stages_stale(made: Path, stage: str, name: str) -> None:
-    """An edit would go unnoticed or be lost: the file is named, and the stage that was made from
-    it; with --overwrite, or --from it, that stage and those after it are dropped, and the edited
-    file is kept."""
+    """An edit would go unnoticed or be lost, or what was made from the old file be kept."""
     (made / name).write_text("edited")
     with pytest.raises(InputError, match=f"{name} was edited after {stage} had been made from it"):
         begin(made)
@@ -185,8 +172,7 @@ def test_overwrite_where_nothing_differs(made: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_from_a_stage_redoes_it_once(made: Path, stage: str) -> None:
-    """--from on a complete run would drop other stages than that one and those after it; or the
-    same command again, after a kill, would drop more. On a run that is complete again, it does."""
+    """--from would drop other stages than its own and later ones, or again what it has redone."""
     begin(made, redo=stage)
     assert_left(made, STAGES.index(stage))
     new = made / FILES[stage][0]
@@ -214,61 +200,37 @@ def test_out_of_an_unknown_run_is_refused(command: list[str], tmp_path: Path, na
 # Killed, interrupted, out of space
 
 
-def forked(log: Path, work: Callable[[], int]) -> int:
-    """Run `work` in a child process whose output goes to `log`, and whose exit status is its
-    result; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, which die holding it
-    try:
-        with log.open("w") as sys.stdout:
-            sys.stderr = sys.stdout
-            try:
-                status = work()
-            except SystemExit as end:
-                status = end.code
-            except BaseException:
-                traceback.print_exc()
-    finally:
-        os._exit(status)
+def die_at_write(number: int, how: str) -> None:
+    """Let this process kill itself (SIGKILL) at that write: in the "middle" of the temporary file,
+    "before" it gets its name, or just "after" that."""
+    writes, replace = itertools.count(1), os.replace
 
+    def replace_or_die(source: Path, target: Path) -> None:
+        last = next(writes) == number
+        if last and how == "middle":
+            os.truncate(source, source.stat().st_size // 2)
+        if not last or how == "after":
+            replace(source, target)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def run_and_die(command: Sequence[str], out: Path, after: int, how: str) -> int:
-    """The command in a process that kills itself (SIGKILL) at its write number `after`: in the
-    "middle" of the temporary file, "before" it gets its name, or just "after" that. Returns what
-    os.waitpid says; 0 if the command ended before."""
-    def work() -> int:
-        writes, replace = itertools.count(1), os.replace
-
-        def replace_or_die(source: Path, target: Path) -> None:
-            last = next(writes) == after
-            if last and how == "middle":
-                os.truncate(source, source.stat().st_size // 2)
-            if not last or how == "after":
-                replace(source, target)
-            if last:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.replace = replace_or_die
-        return run_train(*command, "--out", out)
-
-    return os.waitpid(forked(Path(os.devnull), work), 0)[1]
+    os.replace = replace_or_die
 
 
 def test_killed_again_and_again(finished: Path, command: list[str], tmp_path: Path) -> None:
-    """A run killed in every stage, a third of the times in the middle of a write, and continued by
-    the same command, would end in other files than the run that nobody disturbed."""
-    out, died, status = tmp_path / "out", [], -1
-    while status != 0:
-        how = ("middle", "before", "after")[len(died) % 3]
+    """A run killed in every stage and continued would end in other files than one left alone."""
+    out, died, status = tmp_path / "out", [], -signal.SIGKILL
+
+    def work() -> int:
         # After few writes at first, where the stages are short.
-        status = run_and_die(command, out, 2 + len(died), how)
-        assert status == 0 or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        die_at_write(2 + len(died), ("middle", "before", "after")[len(died) % 3])
+        return run_train(*command, "--out", out)
+
+    while status == -signal.SIGKILL:
+        status = os.waitstatus_to_exitcode(os.waitpid(forked(Path(os.devnull), work), 0)[1])
         rows = rows_of(out, "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
         died.append(rows[-1]["stage"] if rows else "nothing")
+    assert status == 0
     assert len(died) > 8 and len({"queries", "quality", "answers", "judge", "verdicts", "gate",
                                   "lora", "kl"} & set(died[:-1])) >= 5, died
     assert timeless(out) == timeless(finished)
@@ -281,9 +243,7 @@ def lines_in(path: Path) -> int:
 
 
 def test_interrupted_is_status_130(command: list[str], tmp_path: Path, capsys: Capture) -> None:
-    """Ctrl-C in stage 1, or SIGTERM after stage 2's first chunk, would be a traceback or not say
-    how to continue; while the process works, a second one would be let into the same folder; or,
-    dead, it would still hold the folder."""
+    """Ctrl-C or SIGTERM would be a traceback; or two processes be let into a folder, or none."""
     out, log = tmp_path / "out", tmp_path / "log"
     for how, name in ((signal.SIGINT, "candidates.jsonl"), (signal.SIGTERM, "answers.jsonl")):
         child = forked(log, lambda: run_train(*command, "--out", out))
@@ -292,20 +252,19 @@ def test_interrupted_is_status_130(command: list[str], tmp_path: Path, capsys: C
             assert time.monotonic() < limit, log.read_text()
             time.sleep(0.001)
         os.kill(child, signal.SIGSTOP)
-        assert run_train(*command, "--out", out) == 2
-        assert "another process" in capsys.readouterr().err
+        second = run_train(*command, "--out", out)
         os.kill(child, how)
-        os.kill(child, signal.SIGCONT)
+        os.kill(child, signal.SIGCONT)  # first of all, or a failed check leaves it stopped
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said = log.read_text()
+        assert second == 2 and "another process" in capsys.readouterr().err
         assert status == 130, said
         assert "interrupted" in said.splitlines()[-1] and "Traceback" not in said
         assert "same command continues" in said
 
 
 def test_disk_full(finished: Path, command: list[str], tmp_path: Path, capfd: Capture) -> None:
-    """A full disk (files that cannot grow beyond so many bytes) would be a traceback, spoil what
-    was written, or be the end of the run: with space it continues to the same files."""
+    """A full disk would be a traceback, spoil what was written, or be the end of the run."""
     out, failed = tmp_path / "out", []
     for space in (300, 8_000, 50_000):
         with file_size_limit(space):

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from bootstrap import Pair, Verdict, hold_out
+from bench import saved_bytes
+from bootstrap import Pair, hold_out, won_pairs
 from engine import Sampling
 from gate import train_gate
 from generate import gate_features, generate
@@ -30,12 +31,14 @@ from support import memory
 from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
+from support.probes import read_verdicts
 from support.runs import FILES, STAGES, WITHIN, RunFolder
 from tokenizer import Tokenizer
 from train import (Sample, distill_samples, held_out_kl, learning_rate, micro_batches, sample_loss,
                    train_lora)
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 def settings(**changes: object) -> argparse.Namespace:
@@ -63,8 +66,7 @@ def pairs_for(persona: Persona, n: int = 6) -> list[Pair]:
     (25, 40, (5, 8)), (2, 2, (1, 1)), (1, 9, (0, 2)), (3, 0, (1, 0)), (0, 0, (0, 0))])
 def test_hold_out_takes_a_fifth_of_each_class(ones: int, zeros: int,
                                               expected: tuple[int, int]) -> None:
-    """The split would depend on the order, not on the seed, or leave nothing to fit on: at least
-    one of a class of two is held out, none of a class of one."""
+    """A class would lack held-out queries or others; or the split not be the seed's alone."""
     verdicts = [verdict(i, "expert" if i < ones else "tie") for i in range(ones + zeros)]
     held = hold_out(verdicts, 0)
     found = [verdicts[i].target for _, i in held]
@@ -104,8 +106,7 @@ def samples(net: Transformer, tok: Tokenizer) -> list[Sample]:
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperature: float) -> None:
-    """The loss would not be KL(P(.|c, x, y_<t) || P(.|x, y_<t)) summed over every answer token, the
-    first and the end of turn included, here from the full logits of each sequence alone."""
+    """It would not be KL(P(.|c, x, y_<t) || P(.|x, y_<t)) over all answer tokens, end included."""
     prism = PRISM(net, rank=4)  # B = 0: the student is the base model
     pairs = pairs_for(PIRATE, 4)
     samples = distill_samples(net, tok, [PIRATE], pairs, 1024)
@@ -127,9 +128,8 @@ def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperatur
 
 
 def test_sft_loss_is_cross_entropy(net: Transformer, samples: list[Sample],
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """--loss sft would not be the cross-entropy of the answer tokens, in value or gradient, with
-    chunks of one token or of all."""
+                                   monkeypatch: Patch) -> None:
+    """--loss sft would have another value or gradient, in chunks of one token or of all."""
     prism = randomize_adapter(PRISM(net, rank=4))
     expected = 0.0
     for s in samples:
@@ -146,34 +146,29 @@ def test_sft_loss_is_cross_entropy(net: Transformer, samples: list[Sample],
 
 
 def test_recomputed_layers_give_the_same_gradients(net: Transformer, samples: list[Sample],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradient checkpointing would change a bit of loss or gradients, by another dropout mask, or
-    save no memory."""
+                                                   monkeypatch: Patch) -> None:
+    """Gradient checkpointing would draw another dropout mask, change a bit, or save no memory."""
     found, held = [], []
     for above in (memory.RECOMPUTE_ABOVE, -1):
         monkeypatch.setattr(memory, "RECOMPUTE_ABOVE", above)
-        prism, kept = randomize_adapter(PRISM(net, dropout=0.3)), {}
+        prism = randomize_adapter(PRISM(net, dropout=0.3))
 
-        def pack(t: Tensor, kept: dict = kept) -> Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+        def loss() -> Tensor:
+            return sample_loss(prism, samples, 1.0, torch.Generator().manual_seed(3))
 
         with one_thread():
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                loss = sample_loss(prism, samples, 1.0, torch.Generator().manual_seed(3))
-            loss.backward()
-        found.append([loss.detach(), *(p.grad for p in prism.adapter.parameters())])
-        held.append(sum(kept.values()))
+            held.append(saved_bytes(loss, prism))
+            value = loss()
+            value.backward()
+        found.append([value.detach(), *(p.grad for p in prism.adapter.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert held[1] < 0.7 * held[0]
 
 
 def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
-    """The teacher's sequence, the longer one, would not fit in max_len, or what remains would not
-    be the answer's first ids; a sample without room is left out."""
+    """The longer, teacher's sequence would not fit in max_len, or another part than the end go."""
     pairs = pairs_for(CHEMIST, 5)
-    teachers = [len(tok.render([{"role": "system", "content": CHEMIST.text},
-                                {"role": "user", "content": p.query}])) for p in pairs]
+    teachers = [len(tok.render(conversation(p.query, CHEMIST.text))) for p in pairs]
     full = distill_samples(net, tok, [CHEMIST], pairs, max(teachers) + 100)
     assert [s.answer_tokens for s in full] == [len(p.expert_ids) for p in pairs]
     limit = max(teachers) + 3
@@ -186,8 +181,7 @@ def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
 
 def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
                                                    tmp_path: Path) -> None:
-    """Stages 4 and 5 would change a bit of the base, or the adapter would learn in the base's bf16,
-    where updates below its resolution round away."""
+    """Training would change the base, or round small updates of the adapter away in bf16."""
     net = load(folder, dtype=torch.bfloat16)
     before = {n: t.clone() for n, t in net.state_dict().items()}
     prism = PRISM(net, rank=4)
@@ -205,9 +199,8 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
 
 
 def test_last_good_state_is_kept(net: Transformer, samples: list[Sample], tmp_path: Path,
-                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient (or a loss) that stops being finite at step 3 would spoil the checkpoint of step
-    2, or not be named with its samples."""
+                                 monkeypatch: Patch) -> None:
+    """A gradient that is infinite at step 3 would spoil step 2's checkpoint, or not be named."""
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     real, calls = train.sample_loss, []
 
@@ -227,8 +220,7 @@ def test_last_good_state_is_kept(net: Transformer, samples: list[Sample], tmp_pa
 
 def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, samples: list[Sample],
                                               tmp_path: Path) -> None:
-    """A step would not be what it is by hand: mean KL an answer token, gradient clipped to norm 1,
-    AdamW with weight decay 0.01 at the scheduled rate."""
+    """A step would be of another loss, norm, weight decay or rate than it is by hand."""
     mine, hand = PRISM(net, rank=4, dropout=0.0), PRISM(net, rank=4, dropout=0.0)
     with one_thread(), RunFolder(tmp_path) as run:
         train_lora(run, mine, samples, settings(epochs=3, batch_size=len(samples), lr=0.01))
@@ -264,8 +256,7 @@ def stamps(out: Path, *names: str) -> list[int]:
 
 
 def test_files_of_a_run(finished: Path, folder: Path) -> None:
-    """A promised file would be missing, or a temporary one left; run.json would not say what made
-    the run, or prism.json not the threshold that stage 4 chose."""
+    """A file would be missing or left over, or not say what made the run and its threshold."""
     assert contents(finished).keys() == ALL_FILES
     run, adapter = (json.loads((finished / f"{name}.json").read_text())
                     for name in ("run", "prism"))
@@ -279,19 +270,17 @@ def test_files_of_a_run(finished: Path, folder: Path) -> None:
 
 
 def test_metrics_of_a_run(finished: Path) -> None:
-    """A chunk or a step would lack its metrics row, or the schedule and the counts would not add
-    up. (The bill: test_report.py.)"""
-    answers, verdicts = (rows_of(finished, name) for name in DATA[2:])
+    """A chunk or a step would have no metrics row, or a wrong one. (The bill: test_report.py.)"""
+    answers, verdicts, held = read_verdicts(finished)
     metrics = rows_of(finished, "metrics.jsonl")
     by = {s: [m for m in metrics if m["stage"] == s] for s in (*STAGES, *WITHIN)}
     assert all(by.values()) and sum(map(len, by.values())) == len(metrics)
     assert all(m["flops"] > 0 and m["seconds"] >= 0 for m in metrics)
     assert [m["prompts"] for m in by["answers"]] == [64, 4]  # chunks of 32 queries, two each
     assert [m["prompts"] for m in by["verdicts"]] == [256, 16]  # four readings an answer
-    written = sum(len(r[side]) for r in answers for side in ("base_ids", "expert_ids"))
+    written = sum(len(pair.base_ids) + len(pair.expert_ids) for pair in answers)
     assert sum(m["tokens_written"] for m in by["answers"]) == written
-    held = hold_out([Verdict(**v) for v in verdicts], 0)
-    fit = sum(v["target"] for v in verdicts if (v["persona"], v["index"]) not in held)
+    fit = sum(v.target for v in verdicts if (v.persona, v.index) not in held)
     steps = math.ceil(fit / 4) * 4
     assert [m["step"] for m in by["lora"]] == list(range(steps)) and steps > 8
     assert [m["lr"] for m in by["lora"]] == [learning_rate(i, steps, 1e-3) for i in range(steps)]
@@ -300,14 +289,9 @@ def test_metrics_of_a_run(finished: Path) -> None:
 
 
 def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: Path) -> None:
-    """The persona would not go into the adapter: on held-out queries the KL between the
-    persona-reading base and the adapter WITHOUT the persona, recomputed by transformers, its own
-    chat template and PEFT from the saved folder, is what the run reports, and well below the
-    base's. A teacher that lost its persona trains on nothing and fails here."""
-    pairs = [Pair(**r) for r in rows_of(finished, "answers.jsonl")]
-    verdicts = [Verdict(**r) for r in rows_of(finished, "verdicts.jsonl")]
-    held = hold_out(verdicts, 0)
-    test = [p for p, v in zip(pairs, verdicts) if v.target and (p.persona, p.index) in held]
+    """The persona would not go into the adapter, or not as far as the run says."""
+    pairs, verdicts, held = read_verdicts(finished)
+    test = [p for p in won_pairs(pairs, verdicts) if (p.persona, p.index) in held]
     render = AutoTokenizer.from_pretrained(folder).apply_chat_template
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -338,9 +322,7 @@ def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: 
 
 
 def test_a_flipped_verdict_takes_effect(out: Path, command: list[str], capfd: Capture) -> None:
-    """A researcher could not overrule the judge: the command again is one line that names the
-    edited file; with --overwrite gate and adapter are made from it, the answers and the other
-    verdicts stay, and the run is complete again. (The other files: test_runs.py.)"""
+    """A researcher could not overrule the judge, or not on purpose. (Other files: test_runs.py.)"""
     rows = rows_of(out, "verdicts.jsonl")
     won = sum(row["target"] for row in rows)
     lost = next(r for r in rows if r["winner"] == "base")
@@ -367,8 +349,7 @@ def test_no_answer_fits(out: Path, command: list[str], capfd: Capture) -> None:
 
 
 def test_nothing_to_distil(finished: Path, out: Path, command: list[str], capsys: Capture) -> None:
-    """Without a win the data would be lost, the reason not told, or an adapter be there, if only
-    that of an earlier run. Again: status 3, and nothing changes."""
+    """Without a win the data would be lost, no reason be told, or an old adapter stay."""
     letter = [*command, "--judge", "letter", "--out", out]  # unparsed throughout on this model
     assert run_train(*letter, "--overwrite") == 3
     assert "nothing to distil" in capsys.readouterr().err
@@ -382,8 +363,7 @@ def test_nothing_to_distil(finished: Path, out: Path, command: list[str], capsys
 
 
 def test_stage_by_stage(finished: Path, command: list[str], tmp_path: Path) -> None:
-    """--stop-after each stage in turn would leave other files than that stage's, or end with
-    others than a run in one go."""
+    """--stop-after would leave another stage's files, or end with others than a run in one go."""
     expected = {"run.json", "metrics.jsonl"}
     for stage in STAGES:
         assert run_train(*command, "--out", tmp_path, "--stop-after", stage) == 0
@@ -394,8 +374,7 @@ def test_stage_by_stage(finished: Path, command: list[str], tmp_path: Path) -> N
 
 def test_gate_settings_reach_the_adapter(out: Path, command: list[str], net: Transformer,
                                          tok: Tokenizer) -> None:
-    """--gate-layer, --gate-pool or --gate-threshold would not reach prism.json and the routing, or
-    --overwrite would not keep stages 1-3."""
+    """A --gate flag would not reach prism.json and the routing, or stages 1-3 be done again."""
     before = stamps(out, *DATA)
     assert run_train(*command, "--out", out, "--overwrite", "--gate-layer", "1", "--gate-pool",
                      "last", "--gate-threshold", "0.25", "--epochs", "1") == 0
@@ -404,14 +383,12 @@ def test_gate_settings_reach_the_adapter(out: Path, command: list[str], net: Tra
     assert (prism.gate_layer, prism.gate_pool, prism.threshold) == (1, "last", 0.25)
     layers = json.loads((out / "adapter_config.json").read_text())["layers_to_transform"]
     assert layers == [2]
-    [answer] = generate(prism, tok, [[{"role": "user", "content": "Hello there, you."}]],
-                        Sampling(4, 0.0))
+    [answer] = generate(prism, tok, [conversation("Hello there, you.")], Sampling(4, 0.0))
     assert answer.routed == (answer.gate >= 0.25)
 
 
 def test_judge_model_judges(finished: Path, out: Path, command: list[str], tmp_path: Path) -> None:
-    """--judge-model would not give another model's verdicts on the same answers, or not be named
-    with its fingerprint."""
+    """Another model would not judge the same answers, or not be named with its fingerprint."""
     other = tiny_llama(tmp_path / "judge", seed=5)
     before = stamps(out, *DATA[:3])
     assert run_train(*command, "--out", out, "--overwrite", "--stop-after", "verdicts",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import resource
+import signal
+import sys
+import threading
+import traceback
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import pytest
 from tiny import one_thread
+from tqdm import tqdm
 
 import gate
 import train
@@ -122,3 +130,36 @@ def pair(index: int, base: str = "b", expert: str = "e", persona: str = "p", que
 def verdict(index: int, winner: str, persona: str = "p") -> Verdict:
     """A row of verdicts.jsonl."""
     return Verdict(persona, index, winner, int(winner == "expert"), "j", [])
+
+
+@contextlib.contextmanager
+def file_size_limit(most: int) -> Iterator[None]:
+    """Writing more than this many bytes to a file fails half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def forked(log: Path, work: Callable[[], int]) -> int:
+    """Run `work` in a child process whose output goes to `log`, and whose exit status is its
+    result; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, which die holding it
+    try:
+        with log.open("w") as sys.stdout:
+            sys.stderr = sys.stdout
+            try:
+                status = work()
+            except SystemExit as end:
+                status = end.code
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(status)
