@@ -51,7 +51,6 @@ class Tokenizer:
         self._plain.encode_special_tokens = True
         embeddings = optional_json(self.folder / "config.json").get("vocab_size")
         self.embeddings = embeddings if isinstance(embeddings, int) else None
-        self.vocab_size = self._rendered.get_vocab_size()
         self.special_ids = self._control_tokens()
         self._plain.add_special_tokens([AddedToken(s, normalized=False) for s in self.special_ids])
         longest_first = sorted(self.special_ids, key=len, reverse=True)
@@ -198,7 +197,6 @@ class Tokenizer:
               thinking: bool = True) -> str:
         """The conversation as text, by the model's own template; see `render` for `thinking`."""
         template = self._template
-        template.environment.steps = 0
         try:
             text = template.render(messages=messages, tools=None, documents=None,
                                    add_generation_prompt=add_generation_prompt,

@@ -13,8 +13,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support.hub import InputError, read_text
 
-MOST_STEPS = 10**6  # numbers that a template may count through, characters it may ask for at once
-
 
 class Generation(Extension):
     """The tag `{% generation %}...{% endgeneration %}`, which only marks text: rendered as is."""
@@ -25,40 +23,6 @@ class Generation(Extension):
         """Replace the block by its body."""
         next(parser.stream)
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox (no private attributes, nothing can be changed), with less to ask for: loops
-    within loops share one budget, and no product or power may be huge."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self, **options: object):
-        super().__init__(**options)
-        self.steps = 0  # of the rendering that is going on
-        self.globals["range"] = self._range
-
-    def _range(self, *arguments: int) -> range:
-        """`range`, counted over the whole rendering."""
-        numbers = range(*arguments)
-        self.steps += len(numbers)
-        if self.steps > MOST_STEPS:
-            raise OverflowError(f"it counts through more than {MOST_STEPS} numbers")
-        return numbers
-
-    def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
-        """left * right or left ** right, if the result has a usual size."""
-        def size(value: object) -> int:
-            if isinstance(value, int):
-                return value.bit_length() if operator == "**" else abs(value)
-            return len(value) if hasattr(value, "__len__") else 1
-
-        whole = isinstance(left, int) and isinstance(right, int)
-        largest = (size(left) * abs(right) if operator == "**" and whole else
-                   0 if whole else size(left) * size(right))
-        if largest > MOST_STEPS:
-            raise OverflowError(f"{operator} makes something of size {largest:.1e}")
-        return super().call_binop(context, operator, left, right)
 
 
 def compile_template(folder: Path, field: object, now: Callable[[], datetime]) -> Template:
@@ -83,8 +47,8 @@ def compile_template(folder: Path, field: object, now: Callable[[], datetime]) -
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True,
-                          extensions=[loopcontrols, Generation])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[loopcontrols, Generation])
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(
         value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = raise_exception
