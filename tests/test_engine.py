@@ -66,9 +66,9 @@ def plain_loop(logits: Callable[[Tensor], Tensor], prompt: list[int], sampling: 
     return answer
 
 
-def run(engine: Engine, requests: list[Request]) -> list[Output]:
-    """All outputs of an engine, in the order of the requests."""
-    outputs = sorted(engine.run(requests), key=lambda out: out.index)
+def run(engine: Engine, requests: list[Request], on_token: Callable | None = None) -> list[Output]:
+    """All outputs of an engine, one a request, in the order of the requests."""
+    outputs = sorted(engine.run(requests, on_token), key=lambda out: out.index)
     assert [out.index for out in outputs] == list(range(len(requests)))
     return outputs
 
@@ -88,19 +88,16 @@ def net(tiny_checkpoint: Callable[..., Path]) -> Transformer:
     ("mistral", {"sliding_window": 8}, 3, GREEDY), ("qwen2", {}, 4, DRAWN)])
 def test_answers_are_those_of_a_plain_loop(family: str, fields: dict, slots: int,
                                            sampling: Sampling, tiny_checkpoint: Callable) -> None:
-    """Slots, refills or a window shorter than a prompt would change an answer or why it stopped; a
-    row not draw by its own seed alone; or a token be reported or counted twice or not at all."""
+    """Slots, refills, a window or other rows' draws would change an answer, its end or a count."""
     model, heard = load(tiny_checkpoint(family, **fields)), {}
     requests = [Request(p, seed=100 + i) for i, p in enumerate(prompts_of(PROMPT_LENGTHS))]
     engine = Engine(model, sampling, STOP, slots)
-    outputs = list(engine.run(requests, lambda i, token: heard.setdefault(i, []).append(token)))
-    for out in outputs:
-        request = requests[out.index]
+    outputs = run(engine, requests, lambda i, token: heard.setdefault(i, []).append(token))
+    for request, out in zip(requests, outputs):
         wanted = plain_loop(model, request.ids, sampling, STOP, request.seed)
         assert out.ids == heard[out.index] == wanted
         assert out.stop == ("eos" if out.ids[-1] in STOP else "length")
         assert out.gate is None and out.routed is False
-    assert sorted(out.index for out in outputs) == list(range(10))
     assert engine.prompt_tokens == sum(PROMPT_LENGTHS)
     assert engine.new_tokens == sum(len(out.ids) for out in outputs)
     assert len({len(out.ids) for out in outputs}) > 3  # or nothing was refilled
@@ -115,8 +112,7 @@ def test_derived_seeds_keep_their_parts_apart() -> None:
 
 
 def test_shared_prefixes_are_read_once(net: Transformer) -> None:
-    """A shared prefix would be read again for each request, or change an answer; two prefixes and a
-    prompt without one may mix."""
+    """A prefix would be read again for each request, change an answer, or mix with another."""
     long, short = prompts_of([40, 7], seed=9)
     tails = prompts_of([3, 9, 1, 14, 6], seed=10)
     requests = [Request(long + tail, prefix=40) for tail in tails]
@@ -136,8 +132,7 @@ def test_output_is_yielded_as_soon_as_it_is_finished(net: Transformer) -> None:
 
 
 def test_answers_and_prompts_at_the_end_of_the_context(tiny_checkpoint: Callable) -> None:
-    """A prompt that nearly fills the context would not get what is left; or one that does not fit,
-    or is empty, would not be named before anything is answered."""
+    """A long prompt would not get the room that is left, or one without room not be named."""
     small = load(tiny_checkpoint("llama", max_position_embeddings=32))
     prompts = prompts_of([31, 29, 5])
     outputs = run(Engine(small, GREEDY, set(), 3), [Request(p) for p in prompts])
@@ -184,8 +179,7 @@ class WatchedEngine(Engine):
     ("auto", 4, "gated last"), ("on", 4, "mixed"), ("off", 4, "mixed")])
 def test_every_row_is_answered_by_its_own_route(gate: str, slots: int, order: str,
                                                 sampling: Sampling, net: Transformer) -> None:
-    """In a mixed batch with refills a row would be answered by the other route, or with another
-    row's cache or random numbers; a gate that is forced would still decide, or report nothing."""
+    """A row would get the other route or another row's cache or draws, or a forced gate decide."""
     prism = make_prism(net)
     prompts = prompts_of(PROMPT_LENGTHS if order == "mixed" else [8] * 12)
     gated = halve(prism, prompts).tolist()
@@ -237,8 +231,7 @@ SETTINGS = [Sampling(temperature=t, top_k=k, top_p=p) for t, k, p in [
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_sampler_draws_the_wanted_distribution(sampling: Sampling) -> None:
-    """A token's share of evenly spread uniforms would not be its probability in transformers, up to
-    one draw; or one outside top-k / top-p would be drawn."""
+    """Evenly spread uniforms would not give each token its probability in transformers."""
     n = 20_000
     logits = logits_of(n)
     wanted = wanted_distribution(logits, sampling)
@@ -249,8 +242,7 @@ def test_sampler_draws_the_wanted_distribution(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_sampler_never_draws_the_impossible(sampling: Sampling) -> None:
-    """A token of probability zero would be drawn at an end of the uniform numbers, where -inf and
-    underflowing logits stand at the front, in the middle and at the end."""
+    """A token of probability zero would be drawn: at the front, in the middle or at the end."""
     for uniform in (0.0, 1e-45, 0.5, BELOW_ONE, 1.0):
         for seed in range(20):
             logits = logits_of(1, seed=seed).clone()
@@ -264,8 +256,7 @@ def test_sampler_never_draws_the_impossible(sampling: Sampling) -> None:
 
 
 def test_sampler_over_a_large_vocabulary() -> None:
-    """At 150k tokens fp32 sums are coarse: a draw would miss its place, or leave what is
-    possible."""
+    """At 150k tokens, where fp32 sums are coarse, a draw would miss its place or be impossible."""
     logits = torch.zeros(4, 152_000)
     logits[:, -1000:] = float("-inf")
     logits[:, :1000] = float("-inf")
@@ -291,8 +282,7 @@ def test_tiny_temperature_is_greedy(temperature: float) -> None:
 
 @torch.no_grad()
 def test_prefix_scoring_is_plain_scoring(net: Transformer) -> None:
-    """Scores after a prefix that is read once would not be those of reading prefix + target whole,
-    or what was read would be miscounted."""
+    """Scores after a prefix that is read once would be others, or what was read be miscounted."""
     prompts = prompts_of([25, 9], seed=1) * 4
     targets = prompts_of([5, 8, 3, 11, 7, 4, 9, 6], seed=2)
     plain = []

@@ -25,6 +25,7 @@ from support.hub import InputError
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 PROMPT_TEXTS = ["Hi!", "What is 2 + 2? Explain every step, please.", "为什么天空是蓝色的？",
                 "Write a poem about the sea and the wind that comes from it.", "1, 2, 3, ...", "😀"]
 TALKS = [conversation(text) for text in PROMPT_TEXTS]
@@ -50,8 +51,7 @@ def adapter(net: Transformer, tok: Tokenizer, tmp_path_factory: pytest.TempPathF
 
 
 def test_stop_tokens_are_the_union(folder: Path, tmp_path: Path) -> None:
-    """An answer would run past an end of turn that the checkpoint names: in generation_config.json,
-    in config.json, or in the template."""
+    """An answer would run past an end of turn that a config or the template names."""
     copy = copy_folder(folder, tmp_path / "c")
     # 2 is <|im_end|>, which the template writes
     for config, generation, wanted in (([9, 8], [5, 7], {2, 5, 7, 8, 9}), (9, 5, {2, 5, 9}),
@@ -63,8 +63,8 @@ def test_stop_tokens_are_the_union(folder: Path, tmp_path: Path) -> None:
     assert stop_tokens(load(copy), Tokenizer(copy)) == {2}
 
 
-def test_the_token_that_ends_an_answer_is_no_text(folder: Path, net: Transformer, tok: Tokenizer,
-                                                  tmp_path: Path) -> None:
+def test_the_stop_token_is_no_text(folder: Path, net: Transformer, tok: Tokenizer,
+                                   tmp_path: Path) -> None:
     """It would stand in the text, be missing from the ids, or not end the answer."""
     copy = copy_folder(folder, tmp_path / "c")
     [free] = generate(net, tok, TALKS[:1], GREEDY)
@@ -77,8 +77,7 @@ def test_the_token_that_ends_an_answer_is_no_text(folder: Path, net: Transformer
 
 
 def test_answers_in_input_order_drawn_by_number(net: Transformer, tok: Tokenizer) -> None:
-    """An answer would stand at another place, or depend on the batch size, on the other prompts or
-    on anything but the seed and its own number; a bare Transformer would have a gate."""
+    """An answer would stand elsewhere, or be drawn by more than the seed and its own number."""
     sampling, stop = Sampling(max_new_tokens=8, temperature=1.0, seed=4), stop_tokens(net, tok)
     found = generate(net, tok, TALKS, sampling, batch_size=2)
     for i, (talk, completion) in enumerate(zip(TALKS, found, strict=True)):
@@ -92,8 +91,7 @@ def test_answers_in_input_order_drawn_by_number(net: Transformer, tok: Tokenizer
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
 def test_generate_routes_by_the_gate(pool: str, net: Transformer, tok: Tokenizer) -> None:
-    """A conversation would be routed by something else than gate_probability of its own prompt, in
-    padded batches with refills."""
+    """A conversation would be routed by something else than its own prompt's gate_probability."""
     prism = make_prism(net, pool)
     rendered = [tok.render(talk, return_user_mask=True) for talk in TALKS]
     masks = [mask for _, mask in rendered] if pool == "mean" else None
@@ -111,8 +109,7 @@ def test_generate_routes_by_the_gate(pool: str, net: Transformer, tok: Tokenizer
 @pytest.mark.parametrize("tied", [True, False])
 def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Path,
                                              tiny_checkpoint: Callable[..., Path]) -> None:
-    """A server that loads the first layers and the gate alone would route otherwise, load more than
-    those, or take another base."""
+    """A server would route otherwise, load more than the first layers, or take another base."""
     net = load(tiny_checkpoint("qwen2", True, tie_word_embeddings=tied), dtype=torch.float32)
     tok, prism = Tokenizer(net.folder), make_prism(net, pool, gate_layer=1)
     found = [c.gate for c in generate(prism, tok, TALKS, Sampling(1))]
@@ -145,9 +142,7 @@ def rows_of(capsys: Capture) -> list[dict]:
 @pytest.mark.parametrize("gate", ["auto", "on", "off"])
 def test_jsonl_rows_are_the_interface(gate: str, net: Transformer, tok: Tokenizer, adapter: Path,
                                       tmp_path: Path, capsys: Capture) -> None:
-    """A script that reads --jsonl would find other fields, another order (--prompt, then the file)
-    or another route than --gate says; --adapter alone would not name its base; a file with a BOM,
-    Windows' line ends and U+2028, which ends no line here, would be refused."""
+    """--jsonl would have other fields, order or routes; or a file with BOM and CRLF be refused."""
     talk = conversation(f"{PROMPT_TEXTS[4]}\u2028", "Be brief.")
     rows = [{"prompt": PROMPT_TEXTS[2]}, {"prompt": PROMPT_TEXTS[3]}, {"messages": talk}]
     lines = [json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows]
@@ -168,10 +163,8 @@ def test_jsonl_rows_are_the_interface(gate: str, net: Transformer, tok: Tokenize
                                                 "off": {False}}[gate]
 
 
-def test_what_is_shown_without_jsonl_and_without_adapter(folder: Path, adapter: Path,
-                                                         capsys: Capture) -> None:
-    """The route would not stand before the answer; without an adapter the gate would not be
-    null."""
+def test_what_is_shown_without_jsonl(folder: Path, adapter: Path, capsys: Capture) -> None:
+    """The route would not stand before the answer; without an adapter the gate not be null."""
     for flags, start in ((["--adapter", adapter, "--gate", "on"], r"\[gate 0\.\d\d -> adapter\] "),
                          (["--adapter", adapter, "--gate", "off"], r"\[gate 0\.\d\d -> base\] "),
                          (["--model", folder], r"\[base\] ")):
@@ -182,8 +175,8 @@ def test_what_is_shown_without_jsonl_and_without_adapter(folder: Path, adapter: 
     assert row["gate"] is None and row["routed"] is False and row["tokens"] == 6
 
 
-def test_system_message_is_put_before_every_prompt(folder: Path, net: Transformer, tok: Tokenizer,
-                                                   tmp_path: Path, capsys: Capture) -> None:
+def test_system_message_before_every_prompt(folder: Path, net: Transformer, tok: Tokenizer,
+                                            tmp_path: Path, capsys: Capture) -> None:
     """--system would be left out, or come before a system message that a prompt has itself."""
     path, own = tmp_path / "p.jsonl", conversation("Hi!", "You are a cat.")
     path.write_text(json.dumps({"messages": own}) + "\n", encoding="utf-8")
@@ -210,14 +203,9 @@ def test_broken_prompts_line_is_named(line: str, folder: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, capsys: Capture,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under load a prompt would be lost or answered twice, or memory would grow from the first
-    quarter to the last.
-
-    The answers are kept until they are printed, at most 1.2 MiB between the medians of the two
-    quarters, so 4 MiB are allowed; one forgotten cache row a prompt would make it 30.
-    """
+def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, monkeypatch: Patch,
+                              capsys: Capture) -> None:
+    """Under load a prompt would be lost or answered twice, or memory would grow."""
     status, prompts, memory = Path("/proc/self/status"), 2000, []
     if not status.exists():
         pytest.skip("no /proc to read the resident memory from")
@@ -244,6 +232,7 @@ def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, 
     assert 0.3 * prompts < sum(row["routed"] for row in rows) < 0.7 * prompts
     quarter = prompts // 4
     first, last = (sorted(part)[quarter // 2] for part in (memory[:quarter], memory[-quarter:]))
+    # 1200 KiB of answers that wait to be printed; a cache row forgotten a prompt would be 30 MiB.
     assert last - first < 2**12, f"{first} KiB in the first quarter, {last} KiB in the last"
 
 
@@ -251,7 +240,7 @@ def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, 
 # The chat
 
 
-def talk_to(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: object) -> list[str]:
+def talk_to(monkeypatch: Patch, typed: str, *arguments: object) -> list[str]:
     """Chat through the command with `typed` on stdin; what it wrote to stdout, piece by piece."""
     pieces: list[str] = []
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
@@ -262,9 +251,8 @@ def talk_to(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: object) -> 
 
 
 def test_chat_streams_and_routes_every_turn(net: Transformer, tok: Tokenizer, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """A turn would not show its route, not stream, or not be routed anew on the whole conversation,
-    here to the other side."""
+                                            monkeypatch: Patch) -> None:
+    """A turn would not stream, or not be routed anew on the whole talk, here to the other side."""
     prism = make_prism(net)
     # A threshold between the two turns' probabilities, whichever side the first turn is on.
     for gates in (("on", "off"), ("off", "on")):
@@ -289,9 +277,8 @@ def test_chat_streams_and_routes_every_turn(net: Transformer, tok: Tokenizer, tm
 
 
 def test_chat_without_adapter(folder: Path, net: Transformer, tok: Tokenizer, capsys: Capture,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chat would need an adapter, forget --system, draw the same numbers in every turn, or not
-    end at the end of input."""
+                              monkeypatch: Patch) -> None:
+    """Without an adapter a chat would fail, forget --system, repeat its draws, or never end."""
     pieces = talk_to(monkeypatch, "Hi!\nHi!", "--model", folder, "--system", "Be brief.",
                      "--temperature", 1, "--seed", 7)
     talk, wanted = conversation("Hi!", "Be brief."), ""
@@ -303,8 +290,7 @@ def test_chat_without_adapter(folder: Path, net: Transformer, tok: Tokenizer, ca
     assert "Ctrl-D" in capsys.readouterr().err
 
 
-def test_interrupted_chat_is_status_130(folder: Path, monkeypatch: pytest.MonkeyPatch,
-                                        capsys: Capture) -> None:
+def test_interrupted_chat_is_status_130(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """Ctrl-C would be a traceback, or count as done."""
     def interrupted(_: str) -> str:
         raise KeyboardInterrupt
@@ -320,8 +306,7 @@ def test_interrupted_chat_is_status_130(folder: Path, monkeypatch: pytest.Monkey
 
 def test_explanation_is_the_kl_of_every_token(folder: Path, net: Transformer, tok: Tokenizer,
                                               adapter: Path, capsys: Capture) -> None:
-    """The KL that is shown would not be KL(adapter || base), recomputed here from full logits, or
-    the pieces of text would not make up the adapted answer."""
+    """The KL would not be that of full logits, or the pieces not make up the adapted answer."""
     prism, talk = PRISM.load(adapter, net), conversation("Why is the sky blue?")
     e = explain(prism, tok, talk, Sampling(12, 0.7, seed=3))
     prompt = tok.render(talk)
