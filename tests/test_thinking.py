@@ -8,13 +8,13 @@ tokenizer does not call special. Qwen3's and SmolLM3's formats are its relatives
 from __future__ import annotations
 
 import json
-import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
 import torch
-from conftest import edit_json
+from conftest import copy_folder, edit_json
 from tiny import END_LOGIT, one_thread, tiny_llama
 from tiny_run import rows_of, write_files
 from transformers import AutoTokenizer
@@ -36,6 +36,7 @@ from support.runs import RunFolder
 from tokenizer import Tokenizer
 from train import distill_samples
 
+Patch = pytest.MonkeyPatch
 MARKS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 USER, ASSISTANT, THINK, END_THINK = range(3, 7)  # their ids, in place of SmolLM2's <repo_name> ...
 R1 = ("{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
@@ -99,9 +100,9 @@ def net(folder: Path) -> Transformer:
 def relative(folder: Path, tmp_path: Path) -> Callable[[str], Tokenizer]:
     """The tokenizer with another template."""
     def make(template: str) -> Tokenizer:
-        shutil.copytree(folder, tmp_path / "relative")
-        (tmp_path / "relative" / "chat_template.jinja").write_text(template)
-        return Tokenizer(tmp_path / "relative")
+        copy = copy_folder(folder, tmp_path / "relative")
+        (copy / "chat_template.jinja").write_text(template)
+        return Tokenizer(copy)
     return make
 
 
@@ -111,7 +112,7 @@ def closed(tok: Tokenizer) -> list[int]:
     return tok.encode("<think>\n\n</think>\n\n")
 
 
-def calls_of(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[tuple]:
+def calls_of(monkeypatch: Patch, owner: object, name: str) -> list[tuple]:
     """The arguments of every call of this function from now on; it still does its work."""
     calls: list[tuple] = []
     real = getattr(owner, name)
@@ -124,10 +125,9 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[
     return calls
 
 
-@pytest.mark.parametrize("template", [R1, QWEN3, SMOLLM3])
-def test_rendering_is_transformers(template: str, relative: Callable) -> None:
-    """A conversation, with a system message or an open block, would have other ids than theirs, or
-    a template's own switch of thoughts be used otherwise."""
+@pytest.mark.parametrize("template", [R1, QWEN3, SMOLLM3], ids=["R1", "Qwen3", "SmolLM3"])
+def test_prompts_of_each_family(template: str, relative: Callable) -> None:
+    """Ids would not be transformers', or a letter not be read behind a closed, empty block."""
     tok = relative(template)
     theirs = AutoTokenizer.from_pretrained(tok.folder)
     for talk in (ASKED, TALK, [{"role": "system", "content": TUTOR.text}, *TALK]):
@@ -137,11 +137,14 @@ def test_rendering_is_transformers(template: str, relative: Callable) -> None:
     if template != R1:
         assert tok.render(TALK, thinking=False) == theirs.apply_chat_template(
             TALK, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+    ids, mask = tok.render(ASKED, return_user_mask=True, thinking=False)
+    assert tok.decode(ids).rstrip().endswith("<think>\n\n</think>")
+    assert tok.decode([i for i, user in zip(ids, mask) if user]) == "Why?"
+    assert [tok.decode([i]) for i in letter_tokens(tok, False)] == list("ABCDEFGHIJ")
 
 
 def test_turn_marks_cannot_be_forged(tok: Tokenizer) -> None:
-    """What marks a turn would not be control, because the tokenizer does not call it so; or a think
-    block's ends would be, which the template and a judge have to see."""
+    """A turn's marks would not be control, or a think block's ends be: a judge has to see them."""
     ids = tok.render(conversation("".join(MARKS)))
     assert [ids.count(i) for i in (USER, ASSISTANT, THINK, END_THINK)] == [1, 1, 2, 1]
     assert set(tok.encode("".join(MARKS))) & {USER, ASSISTANT} == set()
@@ -149,9 +152,8 @@ def test_turn_marks_cannot_be_forged(tok: Tokenizer) -> None:
 
 
 def test_the_user_does_not_think(tok: Tokenizer, folder: Path, tmp_path: Path,
-                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 1: a user's turn would open with a think block, or not end where the assistant's
-    begins, which no end-of-turn token says here."""
+                                 monkeypatch: Patch) -> None:
+    """Stage 1: a user's turn would open a think block, or not end where the assistant's begins."""
     opened = tok.open_user_turn(TUTOR.text)
     assert opened[-1] == USER and not {THINK, END_THINK} & set(opened)
     assert tok.end_of_user_id == ASSISTANT and tok.end_of_turn_id == 2
@@ -164,8 +166,7 @@ def test_the_user_does_not_think(tok: Tokenizer, folder: Path, tmp_path: Path,
 
 
 def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Tokenizer,
-                                                     tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+                                                     tmp_path: Path, monkeypatch: Patch) -> None:
     """Stages 2, 3 and 5: thoughts would be lost, or not begin in the open block of the prompt."""
     asked = [Query("tutor", i, f"How do I draw tree {n}?") for i, n in enumerate("abcdefgh")]
     run = RunFolder(tmp_path)
@@ -185,11 +186,9 @@ def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Toke
         torch.testing.assert_close(sample.teacher, hidden)
 
 
-def test_verdicts_are_read_behind_the_think_block(net: Transformer, tok: Tokenizer,
-                                                  closed: list[int],
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 3: what comes next would be a thought, not a letter (or the query that is asked for);
-    an answer's own likelihood not be that of thinking; or a judge not read the whole answer."""
+def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer, closed: list[int],
+                                           monkeypatch: Patch) -> None:
+    """Stage 3: a letter or query would come within thoughts, or a judge not read whole answers."""
     asked = [Comparison("Why?", TUTOR.text, "Hm.</think>Because.", "Oh.</think>No.")]
     calls = calls_of(monkeypatch, judge, "hidden_states")
     LetterJudge(net, tok).compare(asked)
@@ -206,9 +205,8 @@ def test_verdicts_are_read_behind_the_think_block(net: Transformer, tok: Tokeniz
     assert all(ids[-2:] == [THINK, *tok.encode("\n")] for ids, end in zip(said, ends) if not end)
 
 
-def test_words_to_come_stand_behind_the_think_block(net: Transformer, tok: Tokenizer,
-                                                    closed: list[int],
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_to_come_stand_behind_thoughts(net: Transformer, tok: Tokenizer, closed: list[int],
+                                             monkeypatch: Patch) -> None:
     """A query that is identified, or words put in the assistant's mouth, would be thoughts."""
     calls = calls_of(monkeypatch, queries, "token_log_probabilities")
     measure_queries(net, tok, [TUTOR], [Query("tutor", 0, "Why?")], [])
@@ -219,17 +217,6 @@ def test_words_to_come_stand_behind_the_think_block(net: Transformer, tok: Token
         sample_answers(net, tok, [ASKED], [0], Sampling(4), lead)
     assert [ids for ids, *_ in requests] == [
         tok.render(ASKED), tok.render(ASKED, thinking=False) + tok.encode("Sure")]
-
-
-@pytest.mark.parametrize("template", [R1, QWEN3, SMOLLM3])
-def test_letters_are_read_behind_the_think_block(template: str, relative: Callable) -> None:
-    """Evaluation: the prompt of a letter would not end behind a closed, empty block in each
-    family's own words, lose the user's text, or split a letter there."""
-    tok = relative(template)
-    ids, mask = tok.render(ASKED, return_user_mask=True, thinking=False)
-    assert tok.decode(ids).rstrip().endswith("<think>\n\n</think>")
-    assert tok.decode([i for i, user in zip(ids, mask) if user]) == "Why?"
-    assert [tok.decode([i]) for i in letter_tokens(tok, False)] == list("ABCDEFGHIJ")
 
 
 def test_only_what_follows_the_thoughts_is_the_answer(tok: Tokenizer, relative: Callable) -> None:
@@ -243,65 +230,66 @@ def test_only_what_follows_the_thoughts_is_the_answer(tok: Tokenizer, relative: 
     assert not other.opens_thinking and {t: other.without_thoughts(t) for t in said} == said
 
 
-@pytest.fixture
-def evaluated(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """`evaluated(task, said) -> rows, prompts`: items.jsonl of a task whose answers are dictated,
-    and the prompts that were answered, then those that were only read."""
-    data = write_files(tmp_path / "data", {
+SAID = {"gsm8k: base": ["It is 5?\n</think>\n\nIt is 4.", "It is 4."],
+        "mt_bench: base": ["Hm.\n</think>\n\nFour.", "Uh, unfinished", "Eh</think>Six."],
+        "mt_bench: judge": ["[[7]]"] * 3}
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    """An evaluation that is told SAID: its rows by task, and the prompts that each answer, or the
+    letter of "mmlu", was asked with."""
+    data = write_files(tmp_path_factory.mktemp("data"), {
         "mmlu/test/anatomy_test.csv": "2+2?,3,4,5,6,B\n",
         "gsm8k/test.jsonl": '{"question": "2+2?", "answer": "#### 4"}\n' * 2,
         "mt_bench/question.jsonl": json.dumps({"question_id": 1, "category": "math",
                                                "turns": ["2+2?", "And 3?", "So?"]}) + "\n"})
+    rows, prompts = defaultdict(list), defaultdict(list)
 
-    def make(task: str, said: list[str]) -> tuple[list[dict], list[list[int]]]:
-        prompts: list[list[int]] = []
-        answers = iter(said)
+    def decode(model, tokenizer, work, label, name, asked, *rest) -> list[dict]:
+        first = len(prompts[label])
+        prompts[label] += [ids for ids, _ in asked]
+        return [{"text": said, "stop": "eos"} for said in SAID[label][first:len(prompts[label])]]
 
-        def decode(model, tokenizer, work, label, name, asked, *rest) -> list[dict]:
-            prompts.extend(ids for ids, _ in asked)
-            return [{"text": next(answers), "stop": "eos"} for _ in asked]
-
-        monkeypatch.setattr(evaluate, "decode", decode)
-        read = calls_of(monkeypatch, evaluate, "hidden_states")
-        assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks", task,
-                              "--strategies", "base", "--out", str(tmp_path / "out"), "--dtype",
-                              "float32", "--device", "cpu"]) == 0
-        prompts += [list(ids) for _, rows, *_ in read for ids in rows]
-        return rows_of(tmp_path / "out", "items.jsonl"), prompts
-
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "decode", decode)
+        read = calls_of(patch, evaluate, "hidden_states")
+        assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks",
+                              "mmlu,gsm8k,mt_bench", "--strategies", "base", "--out",
+                              str(data / "out"), "--dtype", "float32", "--device", "cpu"]) == 0
+    prompts["mmlu"] = [list(ids) for _, texts, *_ in read for ids in texts]
+    for row in rows_of(data / "out", "items.jsonl"):
+        rows[row["task"]].append(row)
+    return rows, prompts
 
 
-def test_scored_on_what_follows_the_thoughts(evaluated: Callable) -> None:
+def test_scored_on_what_follows_the_thoughts(evaluated: tuple[dict, dict]) -> None:
     """A number in the thoughts would count, whether they end or not; or thoughts be lost."""
-    said = ["It is 5?\n</think>\n\nIt is 4.", "It is 4."]
-    rows, _ = evaluated("gsm8k", said)
+    rows = evaluated[0]["gsm8k"]
     assert [(r["output"], r["score"]) for r in rows] == [("It is 4.", 1.0), ("", 0.0)]
-    assert [r["evidence"]["whole"] for r in rows] == said
+    assert [r["evidence"]["whole"] for r in rows] == SAID["gsm8k: base"]
 
 
-def test_letters_of_a_benchmark(evaluated: Callable, tok: Tokenizer) -> None:
+def test_letters_of_a_benchmark(evaluated: tuple[dict, dict], tok: Tokenizer) -> None:
     """MMLU's question would be asked with the block open."""
-    [row], prompts = evaluated("mmlu", [])
-    assert prompts == [tok.render(conversation(row["prompt"]), thinking=False)]
+    [row], [ids] = (part["mmlu"] for part in evaluated)
+    assert ids == tok.render(conversation(row["prompt"]), thinking=False)
 
 
-def test_talks_and_their_judge_without_thoughts(evaluated: Callable, tok: Tokenizer,
+def test_talks_and_their_judge_without_thoughts(evaluated: tuple[dict, dict], tok: Tokenizer,
                                                 closed: list[int]) -> None:
-    """MT-Bench: a thought of an earlier turn, finished or not, would come back, or reach the judge,
-    or the judge not write its rating at once."""
-    rows, prompts = evaluated("mt_bench", ["Hm.\n</think>\n\nFour.", "Uh, unfinished",
-                                           "Eh</think>Six.", *["[[7]]"] * 3])
-    turns, judged = prompts[:3], prompts[3:]
-    assert [r["output"] for r in rows] == ["Four.", "", "Six."] and rows[0]["score"] == 7.0
-    for ids in prompts:
+    """MT-Bench: a thought, finished or not, would come back in a later turn or reach the judge."""
+    rows, prompts = evaluated
+    turns, judged = prompts["mt_bench: base"], prompts["mt_bench: judge"]
+    assert [r["output"] for r in rows["mt_bench"]] == ["Four.", "", "Six."]
+    assert rows["mt_bench"][0]["score"] == 7.0
+    for ids in (*turns, *judged):
         assert not any(word in tok.decode(ids) for word in ("Hm", "Uh", "Eh"))
     assert "Four." in tok.decode(turns[1]) and all(ids[-2] == THINK for ids in turns)
     assert len(judged) == 3 and all(ids[-len(closed):] == closed for ids in judged)
 
 
-def test_chat_forgets_thoughts(net: Transformer, tok: Tokenizer,
-                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_forgets_thoughts(net: Transformer, tok: Tokenizer, monkeypatch: Patch) -> None:
     """The chat would go on with more than the answer: with thoughts, or with unfinished ones."""
     said = iter(["Hm.\n</think>\n\nFour.", "Uh, unfinished", "x"])
     typed = iter(["2+2?", "And 3?", "So?", ""])
