@@ -11,12 +11,7 @@ import pytest
 import torch
 from tiny import randomize_adapter
 from torch import Tensor
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import generation
 
 from engine import (Engine, Output, Request, Sampling, derive_seed, hidden_states,
                     sample, token_log_probabilities)
@@ -216,12 +211,12 @@ def logits_of(rows: int = 1, seed: int = 0) -> Tensor:
 
 def wanted_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities [V] by transformers' own warpers: temperature, then top-k, then top-p."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    logits = generation.TemperatureLogitsWarper(sampling.temperature)(None, logits[:1])
     if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
+        logits = generation.TopKLogitsWarper(sampling.top_k)(None, logits)
     if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers(None, logits[:1].clone())[0].softmax(-1)
+        logits = generation.TopPLogitsWarper(sampling.top_p)(None, logits)
+    return logits[0].softmax(-1)
 
 
 SETTINGS = [Sampling(temperature=t, top_k=k, top_p=p) for t, k, p in [

@@ -161,18 +161,10 @@ def test_jsonl_rows_are_the_interface(gate: str, net: Transformer, tok: Tokenize
         assert row["tokens"] == len(completion.ids) and row["stop"] in ("eos", "length")
     assert {row["routed"] for row in found} == {"auto": {True, False}, "on": {True},
                                                 "off": {False}}[gate]
-
-
-def test_what_is_shown_without_jsonl(folder: Path, adapter: Path, capsys: Capture) -> None:
-    """The route would not stand before the answer; without an adapter the gate not be null."""
-    for flags, start in ((["--adapter", adapter, "--gate", "on"], r"\[gate 0\.\d\d -> adapter\] "),
-                         (["--adapter", adapter, "--gate", "off"], r"\[gate 0\.\d\d -> base\] "),
-                         (["--model", folder], r"\[base\] ")):
-        assert command(*flags, "--prompt", "Hi!") == 0
-        assert re.match(start, capsys.readouterr().out)
-    assert command("--model", folder, "--prompt", "Hi!", "--jsonl") == 0
-    [row] = rows_of(capsys)
-    assert row["gate"] is None and row["routed"] is False and row["tokens"] == 6
+    assert command("--adapter", adapter, "--prompt", PROMPT_TEXTS[0], "--gate", gate) == 0
+    side = "adapter" if found[0]["routed"] else "base"
+    label = f"[gate {found[0]['gate']:.2f} -> {side}]"
+    assert capsys.readouterr().out == f"{label} {found[0]['text']}\n"
 
 
 def test_system_message_before_every_prompt(folder: Path, net: Transformer, tok: Tokenizer,
@@ -182,10 +174,10 @@ def test_system_message_before_every_prompt(folder: Path, net: Transformer, tok:
     path.write_text(json.dumps({"messages": own}) + "\n", encoding="utf-8")
     assert command("--model", folder, "--system", "You are a dog.", "--prompt", "Hi!",
                    "--prompts", path, "--jsonl") == 0
-    talks = [conversation("Hi!", "You are a dog."), own, conversation("Hi!")]
+    rows, talks = rows_of(capsys), [conversation("Hi!", "You are a dog."), own, TALKS[0]]
     wanted = [c.text for c in generate(net, tok, talks, Sampling(6, 0.0))]
-    assert [row["text"] for row in rows_of(capsys)] == wanted[:2]
-    assert len(set(wanted)) == 3
+    assert [row["text"] for row in rows] == wanted[:2] and len(set(wanted)) == 3
+    assert all(row["gate"] is None and row["routed"] is False for row in rows)
 
 
 @pytest.mark.parametrize("line", [
@@ -304,31 +296,9 @@ def test_interrupted_chat_is_status_130(folder: Path, monkeypatch: Patch, capsys
 # --explain
 
 
-def test_explanation_is_the_kl_of_every_token(folder: Path, net: Transformer, tok: Tokenizer,
-                                              adapter: Path, capsys: Capture) -> None:
-    """The KL would not be that of full logits, or the pieces not make up the adapted answer."""
-    prism, talk = PRISM.load(adapter, net), conversation("Why is the sky blue?")
-    e = explain(prism, tok, talk, Sampling(12, 0.7, seed=3))
-    prompt = tok.render(talk)
-    ids = torch.tensor([[*prompt, *e.adapted.ids]])
-    with torch.no_grad():
-        p, q = (prism(ids, k)[0, len(prompt) - 1:-1].double().log_softmax(-1) for k in (1, 0))
-    assert e.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3, abs=1e-6)
-    assert max(e.kl) > 1e-3 and len(e.tokens) == len(e.kl)
-    assert "".join(e.tokens).startswith(e.adapted.text)
-    plain, shaded = (show_explanation(e, 0.5, colour) for colour in (False, True))
-    assert "\x1b" not in plain and "\x1b[0m" in shaded and f"{max(e.kl):.2f} at" in plain
-    assert command("--adapter", adapter, "--prompt", talk[0]["content"], "--max-new-tokens", 12,
-                   "--temperature", 0.7, "--seed", 3, "--explain", "--jsonl") == 0
-    [row] = rows_of(capsys)
-    assert (row["base"], row["adapted"]) == (e.base.text, e.adapted.text)
-    assert row["kl"] == pytest.approx(e.kl, abs=1e-5)
-    assert command("--model", folder, "--prompt", "x", "--explain") == 2
-    assert "--adapter" in capsys.readouterr().err
-
-
-def test_explained_answers_are_the_plain_ones(adapter: Path, capsys: Capture) -> None:
-    """--explain would show answers that the same command without it does not give."""
+def test_explanation_is_of_the_plain_answers(adapter: Path, net: Transformer, tok: Tokenizer,
+                                             capsys: Capture) -> None:
+    """--explain would show other answers than without it, or not the KL of their full logits."""
     flags = ["--adapter", adapter, *["--prompt", "Why?"] * 3, "--max-new-tokens", 12,
              "--temperature", 1.5, "--seed", 3, "--batch-size", 1, "--jsonl"]
     assert command(*flags, "--explain") == 0
@@ -338,3 +308,24 @@ def test_explained_answers_are_the_plain_ones(adapter: Path, capsys: Capture) ->
         plain = [row["text"] for row in rows_of(capsys)]
         assert plain == [row[side] for row in explained]
         assert len(set(plain)) == 3  # one question, three positions
+
+    prism, talk = PRISM.load(adapter, net), conversation("Why?")
+    e = explain(prism, tok, talk, Sampling(12, 1.5, seed=3))
+    prompt = tok.render(talk)
+    ids = torch.tensor([[*prompt, *e.adapted.ids]])
+    with torch.no_grad():
+        p, q = (prism(ids, k)[0, len(prompt) - 1:-1].double().log_softmax(-1) for k in (1, 0))
+    assert e.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3, abs=1e-6)
+    assert max(e.kl) > 1e-3 and len(e.tokens) == len(e.kl)
+    assert "".join(e.tokens).startswith(e.adapted.text)
+    row = explained[0]
+    assert (row["base"], row["adapted"], row["tokens"]) == (e.base.text, e.adapted.text, e.tokens)
+    assert row["kl"] == pytest.approx(e.kl, abs=1e-5)
+    plain, shaded = (show_explanation(e, 0.5, colour) for colour in (False, True))
+    assert "\x1b" not in plain and "\x1b[0m" in shaded and f"{max(e.kl):.2f} at" in plain
+
+
+def test_explain_needs_an_adapter(folder: Path, capsys: Capture) -> None:
+    """A base model alone would be explained, or end in a traceback."""
+    assert command("--model", folder, "--prompt", "x", "--explain") == 2
+    assert "--adapter" in capsys.readouterr().err

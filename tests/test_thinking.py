@@ -1,16 +1,13 @@
-"""Reasoning models, stage by stage, on a tiny random one with DeepSeek-R1's chat format.
-
-Its template opens the think block itself ("<think>\\n" ends the generation prompt) and cuts what
-stands before "</think>" out of the assistant's history; its turns are marked by tokens that its
-tokenizer does not call special. Qwen3's and SmolLM3's formats are its relatives.
-"""
+"""Reasoning models, stage by stage, on a tiny random one with DeepSeek-R1's chat format: a prompt
+opens the think block, the history has no thoughts, and turns are marked by tokens that its
+tokenizer does not call special. Qwen3's and SmolLM3's formats are its relatives."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import pytest
 import torch
@@ -44,6 +41,7 @@ R1 = ("{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content 
       "{% if m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + "
       "eos_token }}{% endif %}{% endfor %}"
       "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}")
+CLOSED = "<think>\n\n</think>\n\n"
 EMPTY = "{{ '<think>\n\n</think>\n\n' }}"
 QWEN3 = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
          "{% if m.role == 'assistant' and loop.last %}" + EMPTY + "{% endif %}"
@@ -96,20 +94,11 @@ def net(folder: Path) -> Transformer:
     return made
 
 
-@pytest.fixture
-def relative(folder: Path, tmp_path: Path) -> Callable[[str], Tokenizer]:
-    """The tokenizer with another template."""
-    def make(template: str) -> Tokenizer:
-        copy = copy_folder(folder, tmp_path / "relative")
-        (copy / "chat_template.jinja").write_text(template)
-        return Tokenizer(copy)
-    return make
-
-
-@pytest.fixture(scope="module")
-def closed(tok: Tokenizer) -> list[int]:
-    """The ids of a think block that is closed at once, at the end of a prompt."""
-    return tok.encode("<think>\n\n</think>\n\n")
+def relative(folder: Path, template: str, target: Path) -> Tokenizer:
+    """The tokenizer with another template, in a folder of its own."""
+    copy_folder(folder, target)
+    (target / "chat_template.jinja").write_text(template)
+    return Tokenizer(target)
 
 
 def calls_of(monkeypatch: Patch, owner: object, name: str) -> list[tuple]:
@@ -126,9 +115,9 @@ def calls_of(monkeypatch: Patch, owner: object, name: str) -> list[tuple]:
 
 
 @pytest.mark.parametrize("template", [R1, QWEN3, SMOLLM3], ids=["R1", "Qwen3", "SmolLM3"])
-def test_prompts_of_each_family(template: str, relative: Callable) -> None:
+def test_prompts_of_each_family(template: str, folder: Path, tmp_path: Path) -> None:
     """Ids would not be transformers', or a letter not be read behind a closed, empty block."""
-    tok = relative(template)
+    tok = relative(folder, template, tmp_path / "x")
     theirs = AutoTokenizer.from_pretrained(tok.folder)
     for talk in (ASKED, TALK, [{"role": "system", "content": TUTOR.text}, *TALK]):
         for prompt in (True, False):
@@ -186,32 +175,31 @@ def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Toke
         torch.testing.assert_close(sample.teacher, hidden)
 
 
-def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer, closed: list[int],
+def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer,
                                            monkeypatch: Patch) -> None:
     """Stage 3: a letter or query would come within thoughts, or a judge not read whole answers."""
     asked = [Comparison("Why?", TUTOR.text, "Hm.</think>Because.", "Oh.</think>No.")]
     calls = calls_of(monkeypatch, judge, "hidden_states")
     LetterJudge(net, tok).compare(asked)
-    [(_, said, *_)] = calls
-    assert len(said) == 2
-    for ids in said:
-        assert ids[-len(closed):] == closed
-        assert "Hm.</think>Because." in tok.decode(ids) and "Oh.</think>No." in tok.decode(ids)
+    [(_, [one, other], *_)] = calls
+    for said in (tok.decode(one), tok.decode(other)):
+        assert said.endswith(CLOSED)
+        assert "Hm.</think>Because." in said and "Oh.</think>No." in said
     calls = calls_of(monkeypatch, judge, "token_log_probabilities")
     LikelihoodJudge(net, tok).compare(asked)
-    said = [ids for call in calls for ids in call[1]]
-    ends = [ids[-len(closed):] == closed for ids in said]
+    said = [tok.decode(ids) for _, prompts, *_ in calls for ids in prompts]
+    ends = [text.endswith(CLOSED) for text in said]
     assert ends == ([True] * len(INVERSE_PROMPTS) + [False] * 2) * 2
-    assert all(ids[-2:] == [THINK, *tok.encode("\n")] for ids, end in zip(said, ends) if not end)
+    assert all(end or text.endswith("<think>\n") for text, end in zip(said, ends))
 
 
-def test_words_to_come_stand_behind_thoughts(net: Transformer, tok: Tokenizer, closed: list[int],
-                                             monkeypatch: Patch) -> None:
+def test_words_to_come_are_no_thoughts(net: Transformer, tok: Tokenizer,
+                                       monkeypatch: Patch) -> None:
     """A query that is identified, or words put in the assistant's mouth, would be thoughts."""
     calls = calls_of(monkeypatch, queries, "token_log_probabilities")
     measure_queries(net, tok, [TUTOR], [Query("tutor", 0, "Why?")], [])
     [(_, [ids], *_)] = calls
-    assert ids[-len(closed):] == closed
+    assert tok.decode(ids).endswith(CLOSED)
     requests = calls_of(monkeypatch, generate, "Request")
     for lead in ("", "Sure"):
         sample_answers(net, tok, [ASKED], [0], Sampling(4), lead)
@@ -219,12 +207,12 @@ def test_words_to_come_stand_behind_thoughts(net: Transformer, tok: Tokenizer, c
         tok.render(ASKED), tok.render(ASKED, thinking=False) + tok.encode("Sure")]
 
 
-def test_only_what_follows_the_thoughts_is_the_answer(tok: Tokenizer, relative: Callable) -> None:
+def test_what_follows_thoughts_is_the_answer(tok: Tokenizer, folder: Path, tmp_path: Path) -> None:
     """A block that was never closed would hold an answer, or a text without one be none."""
     said = {"a\n</think>\n\nb": "b", "<think>a</think>b</think>c": "c", "a": "", "": "",
             "<think>\na": "", "a</think>": ""}
     assert tok.opens_thinking and {text: tok.without_thoughts(text) for text in said} == said
-    other = relative(QWEN3)
+    other = relative(folder, QWEN3, tmp_path / "x")
     said = {"a": "a", "<think>\na\n</think>\n\nb": "b", "\n<think>a": "",
             "The tag </think> ends": "The tag </think> ends"}
     assert not other.opens_thinking and {t: other.without_thoughts(t) for t in said} == said
@@ -276,17 +264,17 @@ def test_letters_of_a_benchmark(evaluated: tuple[dict, dict], tok: Tokenizer) ->
     assert ids == tok.render(conversation(row["prompt"]), thinking=False)
 
 
-def test_talks_and_their_judge_without_thoughts(evaluated: tuple[dict, dict], tok: Tokenizer,
-                                                closed: list[int]) -> None:
+def test_talks_and_judge_without_thoughts(evaluated: tuple[dict, dict], tok: Tokenizer) -> None:
     """MT-Bench: a thought, finished or not, would come back in a later turn or reach the judge."""
     rows, prompts = evaluated
-    turns, judged = prompts["mt_bench: base"], prompts["mt_bench: judge"]
+    turns = [tok.decode(ids) for ids in prompts["mt_bench: base"]]
+    judged = [tok.decode(ids) for ids in prompts["mt_bench: judge"]]
     assert [r["output"] for r in rows["mt_bench"]] == ["Four.", "", "Six."]
     assert rows["mt_bench"][0]["score"] == 7.0
-    for ids in (*turns, *judged):
-        assert not any(word in tok.decode(ids) for word in ("Hm", "Uh", "Eh"))
-    assert "Four." in tok.decode(turns[1]) and all(ids[-2] == THINK for ids in turns)
-    assert len(judged) == 3 and all(ids[-len(closed):] == closed for ids in judged)
+    for text in (*turns, *judged):
+        assert not any(word in text for word in ("Hm", "Uh", "Eh"))
+    assert "Four." in turns[1] and all(text.endswith("<think>\n") for text in turns)
+    assert len(judged) == 3 and all(text.endswith(CLOSED) for text in judged)
 
 
 def test_chat_forgets_thoughts(net: Transformer, tok: Tokenizer, monkeypatch: Patch) -> None:
