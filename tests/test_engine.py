@@ -9,14 +9,13 @@ from typing import Callable
 
 import pytest
 import torch
-from tiny import randomize_adapter
+from tiny import halve, make_prism, plain_loop
 from torch import Tensor
 from transformers import generation
 
 from engine import (Engine, Output, Request, Sampling, derive_seed, hidden_states,
                     sample, token_log_probabilities)
 from model import Transformer, load
-from prism import PRISM
 from support.device import pad
 from support.hub import InputError
 
@@ -31,34 +30,6 @@ def prompts_of(lengths: list[int], seed: int = 3) -> list[list[int]]:
     """Prompts of random ids below 256, of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
-
-
-def make_prism(net: Transformer, gate_pool: str = "last", gate_layer: int = 0) -> PRISM:
-    """A PRISM whose adapter and gate are random, and strong enough to matter."""
-    return randomize_adapter(PRISM(net, 4, 8, gate_layer, gate_pool, seed=5).eval(), 5, 0.3)
-
-
-def halve(prism: PRISM, prompts: list[list[int]], masks: list[list[bool]] | None = None) -> Tensor:
-    """Set the threshold so that about half of the prompts are gated; returns their flags [B]."""
-    ids, lengths = pad(prompts, "cpu")
-    mask = None if masks is None else pad(masks, "cpu")[0].bool()
-    probability = prism.gate_probability(ids, lengths, mask)
-    ordered, middle = probability.sort().values, len(prompts) // 2
-    prism.threshold = ordered[middle - 1:middle + 1].mean().item()
-    return probability >= prism.threshold
-
-
-@torch.no_grad()
-def plain_loop(logits: Callable[[Tensor], Tensor], prompt: list[int], sampling: Sampling,
-               stop: set[int], seed: int = 0) -> list[int]:
-    """The answer to one prompt without engine, batch or cache: the whole text is read again for
-    every token."""
-    draws = torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    answer: list[int] = []
-    while len(answer) < sampling.max_new_tokens and not (answer and answer[-1] in stop):
-        last = logits(torch.tensor([prompt + answer]))[:, -1]
-        answer += sample(last, sampling, draws[len(answer):len(answer) + 1]).tolist()
-    return answer
 
 
 def run(engine: Engine, requests: list[Request], on_token: Callable | None = None) -> list[Output]:

@@ -13,11 +13,11 @@ from typing import Callable
 import pytest
 import torch
 from conftest import copy_folder, edit_json
-from test_engine import GREEDY, halve, make_prism, plain_loop
-from tiny import one_thread
+from tiny import halve, make_prism, one_thread, plain_loop
 
 from engine import Engine, Output, Sampling, derive_seed
-from generate import explain, generate, main, router, show_explanation, stop_tokens
+from generate import (explain, gate_inputs, generate, main, router, show_explanation,
+                      stop_tokens)
 from judge import conversation
 from model import Transformer, load
 from prism import PRISM, load_router
@@ -67,11 +67,11 @@ def test_the_stop_token_is_no_text(folder: Path, net: Transformer, tok: Tokenize
                                    tmp_path: Path) -> None:
     """It would stand in the text, be missing from the ids, or not end the answer."""
     copy = copy_folder(folder, tmp_path / "c")
-    [free] = generate(net, tok, TALKS[:1], GREEDY)
+    [free] = generate(net, tok, TALKS[:1], Sampling(16, 0.0))
     assert (free.stop, len(free.ids), free.text) == ("length", 16, tok.decode(free.ids))
     at = next(i for i in range(3, 16) if free.ids[i] not in free.ids[:i])
     edit_json(copy / "config.json", lambda config: config.update(eos_token_id=[free.ids[at], 2]))
-    [stopped] = generate(load(copy), Tokenizer(copy), TALKS[:1], GREEDY)
+    [stopped] = generate(load(copy), Tokenizer(copy), TALKS[:1], Sampling(16, 0.0))
     assert stopped.stop == "eos" and stopped.ids == free.ids[:at + 1]
     assert stopped.text == tok.decode(free.ids[:at])
 
@@ -90,34 +90,21 @@ def test_answers_in_input_order_drawn_by_number(net: Transformer, tok: Tokenizer
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
-def test_generate_routes_by_the_gate(pool: str, net: Transformer, tok: Tokenizer) -> None:
-    """A conversation would be routed by something else than its own prompt's gate_probability."""
-    prism = make_prism(net, pool)
-    rendered = [tok.render(talk, return_user_mask=True) for talk in TALKS]
-    masks = [mask for _, mask in rendered] if pool == "mean" else None
-    gated = halve(prism, [ids for ids, _ in rendered], masks).tolist()
-    assert sum(gated) == 3
-    auto, on, off = (generate(prism, tok, TALKS, GREEDY, gate=gate, batch_size=4)
-                     for gate in ("auto", "on", "off"))
-    assert [c.routed for c in auto] == [c.gate >= prism.threshold for c in auto] == gated
-    assert all(a.routed and not b.routed and a.ids != b.ids for a, b in zip(on, off))
-    wanted = [a if yes else b for yes, a, b in zip(gated, on, off)]
-    assert [c.ids for c in auto] == [c.ids for c in wanted]
-
-
-@pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Path,
                                              tiny_checkpoint: Callable[..., Path]) -> None:
-    """A server would route otherwise, load more than the first layers, or take another base."""
+    """generate() or a server would route by another probability, load more, or take any base."""
     net = load(tiny_checkpoint("qwen2", True, tie_word_embeddings=tied), dtype=torch.float32)
     tok, prism = Tokenizer(net.folder), make_prism(net, pool, gate_layer=1)
-    found = [c.gate for c in generate(prism, tok, TALKS, Sampling(1))]
+    found = [c.gate for c in generate(prism, tok, TALKS, Sampling(1), batch_size=4)]
     prism.threshold = sum(sorted(found)[2:4]) / 2
+    wanted = [p >= prism.threshold for p in found]
+    assert [c.routed for c in generate(prism, tok, TALKS, Sampling(1), batch_size=4)] == wanted
     prism.save(tmp_path)
-    route = router(tmp_path, "cpu", "float32")
-    assert [route(talk) for talk in TALKS] == [p >= prism.threshold for p in found]
-    gate = load_router(tmp_path, dtype=torch.float32)
+    route, gate = router(tmp_path, "cpu", "float32"), load_router(tmp_path, dtype=torch.float32)
+    assert [route(talk) for talk in TALKS] == wanted
+    inputs = gate_inputs(pool, tok, TALKS, torch.device("cpu"))
+    assert gate.gate_probability(*inputs).tolist() == pytest.approx(found, abs=1e-5)
     assert len(gate.net.layers) == 2 and gate.net.lm_head is gate.net.embed_tokens
     edit_json(tmp_path / "prism.json", lambda p: p.update(base_fingerprint="0" * 64))
     with pytest.raises(InputError, match="weights differ"):
