@@ -29,24 +29,18 @@ INST = ("{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} <
 BARE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 TALK = [*conversation("Hi there"), {"role": "assistant", "content": "Hello"},
         *conversation("Bye")]
+LETTERS = ["\n", *map(chr, range(32, 127)), "Hi"]
 MARKS = ["<|turn|>", "<|over|>"]
+TURN, OVER = len(LETTERS), len(LETTERS) + 1  # the first ids behind the letters
 SENTENCE = {"bos_token": "<s>", "eos_token": "</s>"}
 WIDE = "\uff1c/s\uff1e"  # what NFKC makes "</s>" of
 
 
-def train(fast: FastTokenizer, texts: list[str], special: Sequence[str] = ()) -> FastTokenizer:
-    """Give a BPE tokenizer pieces of these texts; returns it."""
-    fast.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(special), show_progress=False))
-    return fast
-
-
-def byte_level() -> FastTokenizer:
-    """A tokenizer without added tokens."""
-    fast = FastTokenizer(models.BPE())
+def letters() -> FastTokenizer:
+    """A tokenizer of single letters, and "Hi", without added tokens."""
+    fast = FastTokenizer(models.BPE(dict(zip(LETTERS, range(TURN))), [("H", "i")]))
     fast.decoder = decoders.Fuse()
-    words = "Hi there Hello Bye user assistant " * 9
-    return train(fast, [words, *map(chr, range(33, 127)), "\n", " "])
+    return fast
 
 
 def sentencepiece_like() -> FastTokenizer:
@@ -58,16 +52,18 @@ def sentencepiece_like() -> FastTokenizer:
                                       decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     texts = ["A B TIE How The user assistant [INST] [/INST] x\nA x\nB x\nHow x\nTIE"] * 50
     fast.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return train(fast, [*texts, *map(chr, range(33, 127)), "\n"], ["<unk>", "<s>", "</s>"])
+    fast.train_from_iterator([*texts, *LETTERS], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    return fast
 
 
 def unigram() -> FastTokenizer:
     """A tokenizer like T5's or XLNet's: its control tokens are pieces that plain text may be put
     together from, a normalizer makes "</s>" out of wide characters, too, and some are unknown."""
-    letters = sorted(set("Hi there, how are you? </s> user assistant system <|> unk x"))
+    known = set("Hi there, how are you? <s> user assistant system <|> unk x") - {" "}
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("\u2581", -2.0), ("\u2581Hi", -1.0),
               ("[", 0.0), ("/", -9.0)]
-    pieces += [(letter, -3.0) for letter in letters if letter not in " /"]
+    pieces += [(letter, -3.0) for letter in sorted(known)]
     fast = FastTokenizer(models.Unigram(pieces, unk_id=0))
     fast.normalizer = normalizers.NFKC()
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -78,9 +74,9 @@ def unigram() -> FastTokenizer:
 
 def write(folder: Path, template: str = TURNS, fast: FastTokenizer | None = None,
           special: Sequence[str] = (), plain: Sequence[str] = (), **files: dict) -> Path:
-    """A tokenizer folder: a byte-level tokenizer, if no other is given, with added tokens, special
+    """A tokenizer folder: that of single letters, if no other is given, with added tokens, special
     and plain ones; a template; JSON files by name. Returns it."""
-    fast = fast or byte_level()
+    fast = fast or letters()
     fast.add_special_tokens(list(special))
     fast.add_tokens(list(plain))
     fast.save(str(folder / "tokenizer.json"))
@@ -89,10 +85,6 @@ def write(folder: Path, template: str = TURNS, fast: FastTokenizer | None = None
     for name, values in {"tokenizer_config": config, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
     return folder
-
-
-TURN = byte_level().get_vocab_size()  # the id of the first token that is added to it
-OVER = TURN + 1
 
 
 @pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens", "tokenizer.json"])
@@ -108,9 +100,8 @@ def test_added_tokens_and_names_are_found_wherever_they_stand(source: str, names
         files = {"tokenizer_config": wrong,
                  "special_tokens_map": objects if names == "objects" else right}
     if source == "added_tokens_decoder":  # beside which the map is unread
-        flags = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
-        tokens = {str(TURN): {"content": "<|turn|>", "special": True, **flags},
-                  str(OVER): {"content": "<|over|>", "special": True, **flags}}
+        tokens = {str(TURN): {"content": "<|turn|>", "special": True},
+                  str(OVER): {"content": "<|over|>", "special": True}}
         files = {"tokenizer_config": {source: tokens, **right}, "special_tokens_map": wrong}
     elif source == "added_tokens":
         files[source] = {"<|over|>": OVER, "<|turn|>": TURN}
@@ -242,13 +233,12 @@ def test_a_document_of_a_vocabulary_without_most_letters(tmp_path: Path) -> None
 
 def test_bytes_that_are_called_special_stay_text(tmp_path: Path) -> None:
     """A line end would be taken for a forged control token, and the tokenizer go in circles."""
-    fast = FastTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    fast.normalizer = normalizers.Prepend("\u2581")
-    fast.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
-                                      decoders.Fuse()])
     special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    train(fast, ["How do"] * 9, special)
-    tok = Tokenizer(write(tmp_path, TURNS, fast, tokenizer_config={"eos_token": "</s>"}))
+    vocabulary = dict(zip([*special, "\u2581"], range(259)))
+    fast = FastTokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    fast.normalizer = normalizers.Prepend("\u2581")
+    folder = write(tmp_path, TURNS, fast, special, tokenizer_config={"eos_token": "</s>"})
+    tok = Tokenizer(folder)
     assert tok.encode("\n") == [tok.special_ids["<0x0A>"]]
     assert tok.special_ids["</s>"] not in tok.encode("</s>")
 
