@@ -8,6 +8,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -101,17 +102,16 @@ def relative(folder: Path, template: str, target: Path) -> Tokenizer:
     return Tokenizer(target)
 
 
-def calls_of(monkeypatch: Patch, owner: object, name: str) -> list[tuple]:
-    """The arguments of every call of this function from now on; it still does its work."""
-    calls: list[tuple] = []
-    real = getattr(owner, name)
+def watch(monkeypatch: Patch, owner: object, name: str) -> Mock:
+    """A function of this owner, which still does its work and remembers how it is called."""
+    watched = Mock(wraps=getattr(owner, name))
+    monkeypatch.setattr(owner, name, watched)
+    return watched
 
-    def noted(*arguments: object, **named: object) -> object:
-        calls.append(arguments)
-        return real(*arguments, **named)
 
-    monkeypatch.setattr(owner, name, noted)
-    return calls
+def prompts_of(watched: Mock) -> list[list[int]]:
+    """The second argument of all calls: prompts, after a model."""
+    return [list(ids) for call in watched.call_args_list for ids in call.args[1]]
 
 
 @pytest.mark.parametrize("template", [R1, QWEN3, SMOLLM3], ids=["R1", "Qwen3", "SmolLM3"])
@@ -162,9 +162,11 @@ def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Toke
     answered = write_answers(run, net, tok, [TUTOR], asked, 48, 0)
     thought = [p for p in answered if END_THINK in p.base_ids and END_THINK in p.expert_ids]
     assert len(thought) > 1
-    compared = calls_of(monkeypatch, LikelihoodJudge, "compare")
-    write_verdicts(run, LikelihoodJudge(net, tok), [TUTOR], thought)
-    assert [(c.expert, c.base) for c in compared[0][1]] == [(p.expert, p.base) for p in thought]
+    asked_of = LikelihoodJudge(net, tok)
+    compare = watch(monkeypatch, asked_of, "compare")
+    write_verdicts(run, asked_of, [TUTOR], thought)
+    [compared] = compare.call_args.args
+    assert [(c.expert, c.base) for c in compared] == [(p.expert, p.base) for p in thought]
     for pair, sample in zip(thought, distill_samples(net, tok, [TUTOR], thought, 1024)):
         ids = pair.expert_ids[:-1] if pair.expert_stop == "eos" else pair.expert_ids
         assert pair.expert == tok.decode(ids) and "</think>" in pair.expert
@@ -179,15 +181,15 @@ def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer,
                                            monkeypatch: Patch) -> None:
     """Stage 3: a letter or query would come within thoughts, or a judge not read whole answers."""
     asked = [Comparison("Why?", TUTOR.text, "Hm.</think>Because.", "Oh.</think>No.")]
-    calls = calls_of(monkeypatch, judge, "hidden_states")
+    watched = watch(monkeypatch, judge, "hidden_states")
     LetterJudge(net, tok).compare(asked)
-    [(_, [one, other], *_)] = calls
-    for said in (tok.decode(one), tok.decode(other)):
+    one, other = map(tok.decode, prompts_of(watched))
+    for said in (one, other):
         assert said.endswith(CLOSED)
         assert "Hm.</think>Because." in said and "Oh.</think>No." in said
-    calls = calls_of(monkeypatch, judge, "token_log_probabilities")
+    watched = watch(monkeypatch, judge, "token_log_probabilities")
     LikelihoodJudge(net, tok).compare(asked)
-    said = [tok.decode(ids) for _, prompts, *_ in calls for ids in prompts]
+    said = [tok.decode(ids) for ids in prompts_of(watched)]
     ends = [text.endswith(CLOSED) for text in said]
     assert ends == ([True] * len(INVERSE_PROMPTS) + [False] * 2) * 2
     assert all(end or text.endswith("<think>\n") for text, end in zip(said, ends))
@@ -196,14 +198,14 @@ def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer,
 def test_words_to_come_are_no_thoughts(net: Transformer, tok: Tokenizer,
                                        monkeypatch: Patch) -> None:
     """A query that is identified, or words put in the assistant's mouth, would be thoughts."""
-    calls = calls_of(monkeypatch, queries, "token_log_probabilities")
+    watched = watch(monkeypatch, queries, "token_log_probabilities")
     measure_queries(net, tok, [TUTOR], [Query("tutor", 0, "Why?")], [])
-    [(_, [ids], *_)] = calls
+    [ids] = prompts_of(watched)
     assert tok.decode(ids).endswith(CLOSED)
-    requests = calls_of(monkeypatch, generate, "Request")
+    request = watch(monkeypatch, generate, "Request")
     for lead in ("", "Sure"):
         sample_answers(net, tok, [ASKED], [0], Sampling(4), lead)
-    assert [ids for ids, *_ in requests] == [
+    assert [call.args[0] for call in request.call_args_list] == [
         tok.render(ASKED), tok.render(ASKED, thinking=False) + tok.encode("Sure")]
 
 
@@ -241,11 +243,11 @@ def evaluated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "decode", decode)
-        read = calls_of(patch, evaluate, "hidden_states")
+        read = watch(patch, evaluate, "hidden_states")
         assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks",
                               "mmlu,gsm8k,mt_bench", "--strategies", "base", "--out",
                               str(data / "out"), "--dtype", "float32", "--device", "cpu"]) == 0
-    prompts["mmlu"] = [list(ids) for _, texts, *_ in read for ids in texts]
+    prompts["mmlu"] = prompts_of(read)
     for row in rows_of(data / "out", "items.jsonl"):
         rows[row["task"]].append(row)
     return rows, prompts
