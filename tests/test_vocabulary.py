@@ -182,6 +182,12 @@ def test_tokens_that_cannot_be_had_are_named(config: dict, says: str, tmp_path: 
     assert "\n" not in str(error.value)
 
 
+def test_an_end_of_turn_before_the_next_message_only(tmp_path: Path) -> None:
+    """An answer would never end where, as by Qwen1.5's template, nothing stands behind the last."""
+    template = TURNS.replace("<|over|>", "{% if not loop.last %}<|over|>{% endif %}")
+    assert Tokenizer(write(tmp_path, template, special=MARKS)).end_of_turn_ids == {OVER}
+
+
 def test_a_date_in_a_template_is_that_of_the_run(tmp_path: Path) -> None:
     """A run that goes on after midnight would read other prompts."""
     write(tmp_path, "{{ strftime_now('%d %b %Y') }}" + TURNS, special=MARKS)
