@@ -7,40 +7,28 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
 import pytest
 import torch
 from conftest import copy_folder, edit_json
-from test_engine import GREEDY, halve, make_prism, plain_loop
-from tiny import one_thread
+from tiny import halve, make_prism, one_thread, plain_loop
 
-import generate as generate_module
-from engine import Engine, Output, Request, Sampling, derive_seed
-from generate import Completion, explain, generate, main, router, show_explanation, stop_tokens
+from engine import Engine, Output, Sampling, derive_seed
+from generate import (explain, gate_inputs, generate, main, router, show_explanation,
+                      stop_tokens)
+from judge import conversation
 from model import Transformer, load
 from prism import PRISM, load_router
 from support.hub import InputError
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 PROMPT_TEXTS = ["Hi!", "What is 2 + 2? Explain every step, please.", "为什么天空是蓝色的？",
                 "Write a poem about the sea and the wind that comes from it.", "1, 2, 3, ...", "😀"]
-
-
-def asked(text: str, system: str | None = None) -> list[dict]:
-    """A conversation of one user message."""
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return [*head, {"role": "user", "content": text}]
-
-
-TALKS = [asked(text) for text in PROMPT_TEXTS]
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
-    """A tiny random model with the default model's tokenizer."""
-    return tiny_checkpoint("llama", with_tokenizer=True)
+TALKS = [conversation(text) for text in PROMPT_TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -57,86 +45,50 @@ def adapter(net: Transformer, tok: Tokenizer, tmp_path_factory: pytest.TempPathF
 
 
 def test_stop_tokens_are_the_union(folder: Path, tmp_path: Path) -> None:
-    """An answer would run past an end of turn that the checkpoint names: in generation_config.json,
-    in config.json, or in the template."""
+    """An answer would run past an end of turn that a config or the template names."""
     copy = copy_folder(folder, tmp_path / "c")
-
-    def stops(config: object, generation: object) -> set[int]:
+    # 2 is <|im_end|>, which the template writes
+    for config, generation, wanted in (([9, 8], [5, 7], {2, 5, 7, 8, 9}), (9, 5, {2, 5, 9}),
+                                       (None, None, {2})):
         edit_json(copy / "config.json", lambda c: c.update(eos_token_id=config))
         edit_json(copy / "generation_config.json", lambda c: c.update(eos_token_id=generation))
-        return stop_tokens(load(copy), Tokenizer(copy))
-
-    assert stops([9, 8], [5, 7]) == {2, 5, 7, 8, 9}  # 2 is <|im_end|>, which the template writes
-    assert stops(9, 5) == {2, 5, 9}
-    assert stops(None, None) == {2}
+        assert stop_tokens(load(copy), Tokenizer(copy)) == wanted
     (copy / "generation_config.json").unlink()
     assert stop_tokens(load(copy), Tokenizer(copy)) == {2}
 
 
-def test_the_token_that_ends_an_answer_is_no_text(folder: Path, net: Transformer, tok: Tokenizer,
-                                                  tmp_path: Path) -> None:
-    """It would stand in the text, be missing from the ids, or not end the answer."""
-    copy = copy_folder(folder, tmp_path / "c")
-    [free] = generate(net, tok, [asked("Hi!")], GREEDY)
-    assert (free.stop, len(free.ids), free.text) == ("length", 16, tok.decode(free.ids))
-    at = next(i for i in range(3, 16) if free.ids[i] not in free.ids[:i])
-    edit_json(copy / "config.json", lambda config: config.update(eos_token_id=[free.ids[at], 2]))
-    [stopped] = generate(load(copy), Tokenizer(copy), [asked("Hi!")], GREEDY)
-    assert stopped.stop == "eos" and stopped.ids == free.ids[:at + 1]
-    assert stopped.text == tok.decode(free.ids[:at])
-
-
-def test_generate_answers_in_input_order_and_draws_by_number(net: Transformer,
-                                                             tok: Tokenizer) -> None:
-    """An answer would stand at another place, or depend on the batch size, on the other prompts or
-    on anything but the seed and its own number; a bare Transformer would have a gate."""
-    sampling, stop = Sampling(max_new_tokens=8, temperature=1.0, seed=4), stop_tokens(net, tok)
+def test_answers_in_input_order_drawn_by_number(net: Transformer, tok: Tokenizer) -> None:
+    """An answer would stand elsewhere, show its end, or be drawn by more than seed and number."""
+    sampling, stop = Sampling(max_new_tokens=16, temperature=1.0, seed=4), stop_tokens(net, tok)
     found = generate(net, tok, TALKS, sampling, batch_size=2)
-    assert all(isinstance(completion, Completion) for completion in found)
     for i, (talk, completion) in enumerate(zip(TALKS, found, strict=True)):
-        prompt = tok.render(talk)
-        assert completion.ids == plain_loop(net, prompt, sampling, stop, derive_seed(4, i))
+        prompt, ids = tok.render(talk), completion.ids
+        assert ids == plain_loop(net, prompt, sampling, stop, derive_seed(4, i))
+        assert completion.stop == ("eos" if ids[-1] in stop else "length")
+        assert completion.text == tok.decode(ids[:-1] if ids[-1] in stop else ids)
         assert completion.prompt_tokens == len(prompt)
         assert completion.gate is None and completion.routed is False
+    assert {completion.stop for completion in found} == {"eos", "length"}
     assert generate(net, tok, TALKS, sampling, batch_size=16) == found
     assert generate(net, tok, [], sampling) == []
-    other = generate(net, tok, TALKS, Sampling(max_new_tokens=8, temperature=1.0, seed=5))
-    assert all(a.ids != b.ids for a, b in zip(found, other))
-
-
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_generate_routes_by_the_gate(pool: str, net: Transformer, tok: Tokenizer) -> None:
-    """A conversation would be routed by something else than gate_probability of its own prompt, in
-    padded batches with refills."""
-    prism = make_prism(net, pool)
-    rendered = [tok.render(talk, return_user_mask=True) for talk in TALKS]
-    masks = [mask for _, mask in rendered] if pool == "mean" else None
-    gated = halve(prism, [ids for ids, _ in rendered], masks).tolist()
-    assert sum(gated) == 3
-    auto, on, off = (generate(prism, tok, TALKS, GREEDY, gate=gate, batch_size=4)
-                     for gate in ("auto", "on", "off"))
-    assert [c.routed for c in auto] == gated
-    assert all(c.routed for c in on) and not any(c.routed for c in off)
-    for i, completion in enumerate(auto):
-        assert completion.ids == (on if gated[i] else off)[i].ids
-        assert on[i].ids != off[i].ids
-        assert (completion.gate >= prism.threshold) is gated[i]
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Path,
                                              tiny_checkpoint: Callable[..., Path]) -> None:
-    """A server that loads the first layers and the gate alone would route otherwise, load more than
-    those, or take another base."""
+    """generate() or a server would route by another probability, load more, or take any base."""
     net = load(tiny_checkpoint("qwen2", True, tie_word_embeddings=tied), dtype=torch.float32)
     tok, prism = Tokenizer(net.folder), make_prism(net, pool, gate_layer=1)
-    found = [c.gate for c in generate(prism, tok, TALKS, Sampling(1))]
+    found = [c.gate for c in generate(prism, tok, TALKS, Sampling(1), batch_size=4)]
     prism.threshold = sum(sorted(found)[2:4]) / 2
+    wanted = [p >= prism.threshold for p in found]
+    assert [c.routed for c in generate(prism, tok, TALKS, Sampling(1), batch_size=4)] == wanted
     prism.save(tmp_path)
-    route = router(tmp_path, "cpu", "float32")
-    assert [route(talk) for talk in TALKS] == [p >= prism.threshold for p in found]
-    gate = load_router(tmp_path, dtype=torch.float32)
+    route, gate = router(tmp_path, "cpu", "float32"), load_router(tmp_path, dtype=torch.float32)
+    assert [route(talk) for talk in TALKS] == wanted
+    inputs = gate_inputs(pool, tok, TALKS, torch.device("cpu"))
+    assert gate.gate_probability(*inputs).tolist() == pytest.approx(found, abs=1e-5)
     assert len(gate.net.layers) == 2 and gate.net.lm_head is gate.net.embed_tokens
     edit_json(tmp_path / "prism.json", lambda p: p.update(base_fingerprint="0" * 64))
     with pytest.raises(InputError, match="weights differ"):
@@ -147,10 +99,10 @@ def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Pa
 # The command
 
 
-def command(*arguments: object, tokens: int = 6) -> int:
-    """Run `python generate.py ...` in this process: greedy, fp32, few tokens."""
-    return main([*map(str, arguments), "--dtype", "float32", "--temperature", "0",
-                 "--max-new-tokens", str(tokens), "--device", "cpu"])
+def command(*arguments: object) -> int:
+    """Run `python generate.py ...` in this process: greedy, fp32, few tokens; later flags win."""
+    return main(["--dtype", "float32", "--device", "cpu", "--temperature", "0",
+                 "--max-new-tokens", "6", *map(str, arguments)])
 
 
 def rows_of(capsys: Capture) -> list[dict]:
@@ -161,12 +113,12 @@ def rows_of(capsys: Capture) -> list[dict]:
 @pytest.mark.parametrize("gate", ["auto", "on", "off"])
 def test_jsonl_rows_are_the_interface(gate: str, net: Transformer, tok: Tokenizer, adapter: Path,
                                       tmp_path: Path, capsys: Capture) -> None:
-    """A script that reads --jsonl would find other fields, another order (--prompt, then the file)
-    or another route than --gate says; --adapter alone would not name its base."""
-    talk = asked(PROMPT_TEXTS[4], "Be brief.")
+    """--jsonl would have other fields, order or routes; or a file with BOM and CRLF be refused."""
+    talk = conversation(f"{PROMPT_TEXTS[4]}\u2028", "Be brief.")
     rows = [{"prompt": PROMPT_TEXTS[2]}, {"prompt": PROMPT_TEXTS[3]}, {"messages": talk}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows]
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    path.write_bytes("".join(["\ufeff", *lines, "\r\n"]).encode())
     assert command("--adapter", adapter, "--prompt", PROMPT_TEXTS[0], "--prompt", PROMPT_TEXTS[1],
                    "--prompts", path, "--gate", gate, "--jsonl", "--batch-size", 2) == 0
     found, prism, talks = rows_of(capsys), PRISM.load(adapter, net), [*TALKS[:4], talk]
@@ -180,68 +132,43 @@ def test_jsonl_rows_are_the_interface(gate: str, net: Transformer, tok: Tokenize
         assert row["tokens"] == len(completion.ids) and row["stop"] in ("eos", "length")
     assert {row["routed"] for row in found} == {"auto": {True, False}, "on": {True},
                                                 "off": {False}}[gate]
+    assert command("--adapter", adapter, "--prompt", PROMPT_TEXTS[0], "--gate", gate) == 0
+    side = "adapter" if found[0]["routed"] else "base"
+    label = f"[gate {found[0]['gate']:.2f} -> {side}]"
+    assert capsys.readouterr().out == f"{label} {found[0]['text']}\n"
 
 
-def test_what_is_shown_without_jsonl_and_without_adapter(folder: Path, adapter: Path,
-                                                         capsys: Capture) -> None:
-    """The route would not stand before the answer; without an adapter the gate would not be
-    null."""
-    for flags, start in ((["--adapter", adapter, "--gate", "on"], r"\[gate 0\.\d\d -> adapter\] "),
-                         (["--adapter", adapter, "--gate", "off"], r"\[gate 0\.\d\d -> base\] "),
-                         (["--model", folder], r"\[base\] ")):
-        assert command(*flags, "--prompt", "Hi!") == 0
-        assert re.match(start, capsys.readouterr().out)
-    assert command("--model", folder, "--prompt", "Hi!", "--jsonl") == 0
-    [row] = rows_of(capsys)
-    assert row["gate"] is None and row["routed"] is False and row["tokens"] == 6
-
-
-def test_system_message_is_put_before_every_prompt(folder: Path, net: Transformer, tok: Tokenizer,
-                                                   tmp_path: Path, capsys: Capture) -> None:
+def test_system_message_before_every_prompt(folder: Path, net: Transformer, tok: Tokenizer,
+                                            tmp_path: Path, capsys: Capture) -> None:
     """--system would be left out, or come before a system message that a prompt has itself."""
-    path, own = tmp_path / "p.jsonl", asked("Hi!", "You are a cat.")
+    path, own = tmp_path / "p.jsonl", conversation("Hi!", "You are a cat.")
     path.write_text(json.dumps({"messages": own}) + "\n", encoding="utf-8")
     assert command("--model", folder, "--system", "You are a dog.", "--prompt", "Hi!",
                    "--prompts", path, "--jsonl") == 0
-    talks = [asked("Hi!", "You are a dog."), own, asked("Hi!")]
+    rows, talks = rows_of(capsys), [conversation("Hi!", "You are a dog."), own, TALKS[0]]
     wanted = [c.text for c in generate(net, tok, talks, Sampling(6, 0.0))]
-    assert [row["text"] for row in rows_of(capsys)] == wanted[:2]
-    assert len(set(wanted)) == 3
+    assert [row["text"] for row in rows] == wanted[:2] and len(set(wanted)) == 3
+    assert all(row["gate"] is None and row["routed"] is False for row in rows)
 
 
-@pytest.mark.parametrize("system", [[], ["--system", "Be brief."]], ids=["", "system"])
 @pytest.mark.parametrize("line", [
     '{"prompt": "unfinished', '["prompt"]', "5", '{"question": "x"}', '{"prompt": 5}',
     '{"messages": "hi"}', '{"messages": []}', '{"messages": ["hi"]}',
     '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": 3}]}'])
-def test_broken_prompts_line_is_named(line: str, system: list[str], folder: Path, tmp_path: Path,
+def test_broken_prompts_line_is_named(line: str, folder: Path, tmp_path: Path,
                                       capsys: Capture) -> None:
     """A broken line would be a traceback, have no number, or let others be answered first."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n\n' + line + '\n{"prompt": "fine"}\n', encoding="utf-8")
-    assert command("--model", folder, "--prompts", path, "--jsonl", *system) == 2
+    assert command("--model", folder, "--prompts", path, "--system", "Be brief.") == 2
     out, error = capsys.readouterr()
     assert out == "" and error.startswith(f"error: {path}, line 3: ") and error.count("\n") == 1
 
 
-def test_windows_line_ends_and_bom_are_fine(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    """A prompts file written elsewhere would be refused, or U+2028 in a prompt would end its
-    line."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes('\ufeff{"prompt": "a"}\r\n{"prompt": "b\u2028c"}\r\n'.encode())
-    assert command("--model", folder, "--prompts", path, "--jsonl") == 0
-    assert len(rows_of(capsys)) == 2
-
-
 @pytest.mark.slow
-def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, capsys: Capture,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under load a prompt would be lost or answered twice, or memory would grow from the first
-    quarter to the last.
-
-    The answers are kept until they are printed, at most 1.2 MiB between the medians of the two
-    quarters, so 4 MiB are allowed; one forgotten cache row a prompt would make it 30.
-    """
+def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, monkeypatch: Patch,
+                              capsys: Capture) -> None:
+    """Under load a prompt would be lost or answered twice, or memory would grow."""
     status, prompts, memory = Path("/proc/self/status"), 2000, []
     if not status.exists():
         pytest.skip("no /proc to read the resident memory from")
@@ -257,17 +184,18 @@ def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, 
     words = " ".join(PROMPT_TEXTS).split()
     texts = [" ".join(draw.choices(words, k=int(2**draw.uniform(0, 7)))) for _ in range(prompts)]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    halve(prism, [tok.render(asked(text)) for text in texts[:200]])
-    prism.save(tmp_path / "adapter")
+    halve(prism, [tok.render(conversation(text)) for text in texts[:200]])
+    prism.save(tmp_path)
     monkeypatch.setattr("generate.Engine", Metered)
     with one_thread():
-        assert command("--adapter", tmp_path / "adapter", "--prompts", path, "--jsonl",
-                       "--batch-size", 16, tokens=24) == 0
+        assert command("--adapter", tmp_path, "--prompts", path, "--jsonl",
+                       "--max-new-tokens", 24) == 0
     rows = rows_of(capsys)
     assert [row["index"] for row in rows] == list(range(prompts)) and len(memory) == prompts
     assert 0.3 * prompts < sum(row["routed"] for row in rows) < 0.7 * prompts
     quarter = prompts // 4
     first, last = (sorted(part)[quarter // 2] for part in (memory[:quarter], memory[-quarter:]))
+    # Measured: 1.2 MiB of answers that wait to be printed; a forgotten cache row a prompt: 58.
     assert last - first < 2**12, f"{first} KiB in the first quarter, {last} KiB in the last"
 
 
@@ -275,103 +203,85 @@ def test_two_thousand_prompts(net: Transformer, tok: Tokenizer, tmp_path: Path, 
 # The chat
 
 
-class Recorder(io.StringIO):
-    """A terminal that remembers what each write added."""
-
-    def __init__(self):
-        super().__init__()
-        self.pieces: list[str] = []
-
-    def write(self, text: str) -> int:
-        """Remember and pass on."""
-        self.pieces.append(text)
-        return super().write(text)
-
-
-def talk_to(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: object) -> Recorder:
-    """Chat through the command with `typed` on stdin; what it wrote to stdout."""
-    out = Recorder()
+def talk_to(monkeypatch: Patch, typed: str, *arguments: object) -> list[str]:
+    """Chat through the command with `typed` on stdin; what it wrote to stdout, piece by piece."""
+    pieces: list[str] = []
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    monkeypatch.setattr("sys.stdout", out)
-    assert command(*arguments) == 0
-    return out
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", SimpleNamespace(write=pieces.append, flush=lambda: None))
+        assert command(*arguments) == 0
+    return pieces
 
 
 def test_chat_streams_and_routes_every_turn(net: Transformer, tok: Tokenizer, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """A turn would not show its route, not stream, or not be routed anew on the whole conversation,
-    here to the other side."""
-    prism, sampling = make_prism(net), Sampling(6, 0.0)
-
-    def answer(talk: list[dict], gate: str) -> Completion:
-        return generate(prism, tok, [talk], sampling, gate, 1)[0]
-
+                                            monkeypatch: Patch) -> None:
+    """A turn would not stream, or not be routed anew on the whole talk, here to the other side."""
+    prism = make_prism(net)
     # A threshold between the two turns' probabilities, whichever side the first turn is on.
     for gates in (("on", "off"), ("off", "on")):
-        one = answer(asked("Hi!"), gates[0])
-        said = {"role": "assistant", "content": one.text}
-        two = answer([*asked("Hi!"), said, *asked("And then?")], gates[1])
-        if (one.gate > two.gate) is (gates[0] == "on"):
+        talk, turns = [], []
+        for gate in gates:
+            talk += conversation("Hi!")
+            turns += generate(prism, tok, [talk], Sampling(6, 0.0), gate)
+            talk.append({"role": "assistant", "content": turns[-1].text})
+        if (turns[0].gate > turns[1].gate) is (gates[0] == "on"):
             break
     else:
         pytest.fail("this random gate does not tell the two turns apart")
-    prism.threshold = (one.gate + two.gate) / 2
-    prism.save(tmp_path / "adapter")
-
-    out = talk_to(monkeypatch, "Hi!\nAnd then?\n\n", "--adapter", tmp_path / "adapter")
+    prism.threshold = (turns[0].gate + turns[1].gate) / 2
+    prism.save(tmp_path)
+    pieces = talk_to(monkeypatch, "Hi!\nHi!\n\n", "--adapter", tmp_path)
     route = {"on": "adapter", "off": "base"}
-    label = [f"[gate {c.gate:.2f} -> {route[g]}]" for c, g in zip((one, two), gates)]
-    assert out.getvalue() == f"> {one.text}\n{label[0]}\n> {two.text}\n{label[1]}\n> "
-    streamed = out.pieces[:next(i for i, p in enumerate(out.pieces) if label[0] in p)]
-    assert len([piece for piece in streamed if piece.strip() and piece.strip() != ">"]) >= 4
+    one, two = (f"{turn.text}\n[gate {turn.gate:.2f} -> {route[gate]}]\n"
+                for turn, gate in zip(turns, gates))
+    assert "".join(pieces) == f"> {one}> {two}> "
+    first = next(i for i, piece in enumerate(pieces) if "[gate" in piece)
+    assert sum(bool(piece.strip(" >")) for piece in pieces[:first]) >= 4
 
 
 def test_chat_without_adapter(folder: Path, net: Transformer, tok: Tokenizer, capsys: Capture,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chat would need an adapter, forget --system, or not end at the end of input."""
-    out = talk_to(monkeypatch, "Hi!", "--model", folder, "--system", "Be brief.")
-    [answer] = generate(net, tok, [asked("Hi!", "Be brief.")], Sampling(6, 0.0))
-    assert out.getvalue() == f"> {answer.text}\n[base]\n> "
+                              monkeypatch: Patch) -> None:
+    """Without an adapter a chat would fail, forget --system, repeat its draws, or never end."""
+    pieces = talk_to(monkeypatch, "Hi!\nHi!", "--model", folder, "--system", "Be brief.",
+                     "--temperature", 1, "--seed", 8)
+    talk, wanted = conversation("Hi!", "Be brief."), ""
+    for turn in range(2):
+        [answer] = generate(net, tok, [talk], Sampling(6, 1.0, seed=8), first=turn)
+        wanted += f"> {answer.text}\n[base]\n"
+        talk += [{"role": "assistant", "content": answer.text}, *conversation("Hi!")]
+    assert "".join(pieces) == f"{wanted}> "
     assert "Ctrl-D" in capsys.readouterr().err
 
 
-def test_interrupted_chat_is_status_130(folder: Path, monkeypatch: pytest.MonkeyPatch,
-                                        capsys: Capture) -> None:
+def test_interrupted_chat_is_status_130(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """Ctrl-C would be a traceback, or count as done."""
-    class Interrupted(io.StringIO):
-        def readline(self, *args: object) -> str:
-            raise KeyboardInterrupt
+    def interrupted(_: str) -> str:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("sys.stdin", Interrupted())
+    monkeypatch.setattr("builtins.input", interrupted)
     assert command("--model", folder) == 130
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_turns_of_a_chat_draw_different_numbers(net: Transformer, tok: Tokenizer,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every turn would begin with the same uniform numbers, whatever was said before."""
-    drawn: list[int] = []
-
-    def noted(ids: list[int], seed: int, **rest: object) -> Request:
-        drawn.append(seed)
-        return Request(ids, seed, **rest)
-
-    monkeypatch.setattr(generate_module, "Request", noted)
-    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\n"))
-    assert generate_module.chat(net, tok, Sampling(4, seed=7), "auto", None) == 0
-    assert drawn == [derive_seed(7, turn) for turn in range(3)]
 
 
 # --------------------------------------------------------------------------------------------------
 # --explain
 
 
-def test_explanation_is_the_kl_of_every_token(folder: Path, net: Transformer, tok: Tokenizer,
-                                              adapter: Path, capsys: Capture) -> None:
-    """The KL that is shown would not be KL(adapter || base), recomputed here from full logits, or
-    the pieces of text would not make up the adapted answer."""
-    prism, talk = PRISM.load(adapter, net), asked("Why is the sky blue?")
-    e = explain(prism, tok, talk, Sampling(12, 0.7, seed=3))
+def test_explanation_is_of_the_plain_answers(adapter: Path, net: Transformer, tok: Tokenizer,
+                                             capsys: Capture) -> None:
+    """--explain would show other answers than without it, or not the KL of their full logits."""
+    flags = ["--adapter", adapter, *["--prompt", "Why?"] * 3, "--max-new-tokens", 12,
+             "--temperature", 1.5, "--seed", 3, "--batch-size", 1, "--jsonl"]
+    assert command(*flags, "--explain") == 0
+    explained = rows_of(capsys)
+    for gate, side in (("off", "base"), ("on", "adapted")):
+        assert command(*flags, "--gate", gate) == 0
+        plain = [row["text"] for row in rows_of(capsys)]
+        assert plain == [row[side] for row in explained]
+        assert len(set(plain)) == 3  # one question, three positions
+
+    prism, talk = PRISM.load(adapter, net), conversation("Why?")
+    e = explain(prism, tok, talk, Sampling(12, 1.5, seed=3))
     prompt = tok.render(talk)
     ids = torch.tensor([[*prompt, *e.adapted.ids]])
     with torch.no_grad():
@@ -379,27 +289,14 @@ def test_explanation_is_the_kl_of_every_token(folder: Path, net: Transformer, to
     assert e.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3, abs=1e-6)
     assert max(e.kl) > 1e-3 and len(e.tokens) == len(e.kl)
     assert "".join(e.tokens).startswith(e.adapted.text)
+    row = explained[0]
+    assert (row["base"], row["adapted"], row["tokens"]) == (e.base.text, e.adapted.text, e.tokens)
+    assert row["kl"] == pytest.approx(e.kl, abs=1e-5)
     plain, shaded = (show_explanation(e, 0.5, colour) for colour in (False, True))
     assert "\x1b" not in plain and "\x1b[0m" in shaded and f"{max(e.kl):.2f} at" in plain
-    argv = ["--adapter", str(adapter), "--prompt", talk[0]["content"], "--max-new-tokens", "12",
-            "--seed", "3", "--dtype", "float32", "--device", "cpu", "--explain"]
-    assert main([*argv, "--jsonl"]) == 0
-    [row] = rows_of(capsys)
-    assert (row["base"], row["adapted"]) == (e.base.text, e.adapted.text)
-    assert row["kl"] == pytest.approx(e.kl, abs=1e-5)
-    assert main(["--model", str(folder), "--prompt", "x", "--explain"]) == 2
+
+
+def test_explain_needs_an_adapter(folder: Path, capsys: Capture) -> None:
+    """A base model alone would be explained, or end in a traceback."""
+    assert command("--model", folder, "--prompt", "x", "--explain") == 2
     assert "--adapter" in capsys.readouterr().err
-
-
-def test_explained_answers_are_the_plain_ones(adapter: Path, capsys: Capture) -> None:
-    """--explain would show answers that the same command without it does not give."""
-    argv = ["--adapter", str(adapter), "--prompt", "Why?", "--prompt", "Why?", "--prompt", "Why?",
-            "--max-new-tokens", "12", "--temperature", "1.5", "--seed", "3", "--batch-size", "1",
-            "--dtype", "float32", "--device", "cpu", "--jsonl"]
-    assert main([*argv, "--explain"]) == 0
-    explained = rows_of(capsys)
-    for gate, side in (("off", "base"), ("on", "adapted")):
-        assert main([*argv, "--gate", gate]) == 0
-        plain = [row["text"] for row in rows_of(capsys)]
-        assert plain == [row[side] for row in explained]
-        assert len(set(plain)) == 3  # one question, three positions

@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine import Sampling, sample
 from lora import LoRA
+from model import Transformer
 from prism import PRISM
 from support import hub
+from support.device import pad
 
 VOCAB = 2048
 END_OF_TURN = 2  # "<|im_end|>" in SmolLM2's vocabulary
@@ -90,3 +93,29 @@ def random_prompts(vocab: int, rows: int, longest: int, seed: int = 0) -> tuple[
     lengths[int(lengths.argmax())] = longest
     ids[torch.arange(longest)[None] >= lengths[:, None]] = 0
     return ids, lengths
+
+
+def make_prism(net: Transformer, gate_pool: str = "last", gate_layer: int = 0) -> PRISM:
+    """A PRISM whose adapter and gate are random, and strong enough to matter."""
+    return randomize_adapter(PRISM(net, 4, 8, gate_layer, gate_pool, seed=5).eval(), 5, 0.3)
+
+
+def halve(prism: PRISM, prompts: list[list[int]]) -> Tensor:
+    """Set the threshold so that about half of the prompts are gated; returns their flags [B]."""
+    probability = prism.gate_probability(*pad(prompts, "cpu"))
+    ordered, middle = probability.sort().values, len(prompts) // 2
+    prism.threshold = ordered[middle - 1:middle + 1].mean().item()
+    return probability >= prism.threshold
+
+
+@torch.no_grad()
+def plain_loop(logits: Callable[[Tensor], Tensor], prompt: list[int], sampling: Sampling,
+               stop: set[int], seed: int = 0) -> list[int]:
+    """The answer to one prompt without engine, batch or cache: the whole text is read again for
+    every token."""
+    draws = torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    answer: list[int] = []
+    while len(answer) < sampling.max_new_tokens and not (answer and answer[-1] in stop):
+        last = logits(torch.tensor([prompt + answer]))[:, -1]
+        answer += sample(last, sampling, draws[len(answer):len(answer) + 1]).tolist()
+    return answer
