@@ -26,11 +26,7 @@ from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_sta
 from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer, check_messages
 
-# --explain: 256-colour backgrounds and the KL (nats) from which each is used
-SHADES = ("", "\x1b[48;5;230m\x1b[30m", "\x1b[48;5;222m\x1b[30m", "\x1b[48;5;208m\x1b[30m",
-          "\x1b[48;5;160m\x1b[97m")
-SHADE_LIMITS = (0.02, 0.1, 0.4, 1.5)
-WIDEST = 8  # gaps that are listed
+WIDEST = 8  # tokens that --explain lists: where adapter and base part most
 
 
 @dataclass(frozen=True)
@@ -260,22 +256,16 @@ def route_label(completion: Completion) -> str:
     return f"[gate {completion.gate:.2f} -> {'adapter' if completion.routed else 'base'}]"
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """One prompt seen from both sides: the two answers, and for every token of the adapted one its
-    text and how far the adapter's distribution had parted from the base's, KL in nats."""
-
-    base: Completion
-    adapted: Completion
-    tokens: list[str]
-    kl: list[float]
-
-
 @torch.inference_mode()
 def explain(prism: PRISM, tokenizer: Tokenizer, messages: list[dict], sampling: Sampling,
-            number: int = 0) -> Explanation:
+            number: int = 0) -> dict:
     """Answer conversation `number` by the base and by the adapter, whatever the gate says, and read
-    the adapted answer with both: KL( P_lora(.|x, y_<t) || P(.|x, y_<t) ) at each of its tokens."""
+    the adapted answer with both.
+
+    Returns:
+        "gate", the texts "base" and "adapted", and the latter's "tokens", each with its "kl" in
+        nats, KL( P_lora(.|x, y_<t) || P(.|x, y_<t) ): how far the two have parted there.
+    """
     base, adapted = (generate(prism, tokenizer, [messages], sampling, gate, 1, first=number)[0]
                      for gate in ("off", "on"))
     prompt = tokenizer.render(messages)
@@ -291,26 +281,22 @@ def explain(prism: PRISM, tokenizer: Tokenizer, messages: list[dict], sampling: 
     # Differences of growing decodings: a token alone may be half a character.
     texts = [tokenizer.decode(adapted.ids[:i], skip_special_tokens=False).rstrip("\ufffd")
              for i in range(len(adapted.ids) + 1)]
-    return Explanation(base, adapted, [b[len(a):] for a, b in zip(texts, texts[1:])], kl)
+    tokens = [b[len(a):] for a, b in zip(texts, texts[1:])]
+    return {"gate": base.gate, "base": base.text, "adapted": adapted.text, "tokens": tokens,
+            "kl": kl}
 
 
-def show_explanation(e: Explanation, threshold: float, colour: bool) -> str:
-    """An explanation for the terminal: answers, the adapted one shaded by KL, the widest gaps."""
-    if e.base.gate is None:
-        route = "no gate, so the adapter answers"
-    else:
-        side = "adapter" if e.base.gate >= threshold else "base"
-        route = f"gate {e.base.gate:.2f}, threshold {threshold:.2f} -> {side}"
-    shaded = "".join(e.tokens)
-    if colour:
-        shades = [SHADES[sum(kl > limit for limit in SHADE_LIMITS)] for kl in e.kl]
-        shaded = "".join(f"{shade}{token}\x1b[0m" for shade, token in zip(shades, e.tokens))
-    widest = sorted(range(len(e.kl)), key=lambda i: -e.kl[i])[:WIDEST]
-    gaps = ", ".join(f"{e.kl[i]:.2f} at {i} {e.tokens[i]!r}" for i in widest)
-    mean = sum(e.kl) / len(e.kl)
-    return (f"[{route}]\n\n"
-            f"base:\n{e.base.text}\n\nadapted (darker: the distributions part more):\n{shaded}\n\n"
-            f"KL(adapter || base): {mean:.3f} nats a token; widest {gaps}")
+def show_explanation(e: dict, threshold: float) -> str:
+    """What `explain` returns for the terminal: the route, both answers, the widest gaps."""
+    route = "no gate, so the adapter answers"
+    if e["gate"] is not None:
+        side = "adapter" if e["gate"] >= threshold else "base"
+        route = f"gate {e['gate']:.2f}, threshold {threshold:.2f} -> {side}"
+    kl, tokens = e["kl"], e["tokens"]
+    widest = sorted(range(len(kl)), key=lambda i: -kl[i])[:WIDEST]
+    gaps = ", ".join(f"{kl[i]:.2f} at {i} {tokens[i]!r}" for i in widest)
+    return (f"[{route}]\n\nbase:\n{e['base']}\n\nadapted:\n{''.join(tokens)}\n\n"
+            f"KL(adapter || base): {sum(kl) / len(kl):.3f} nats a token; widest {gaps}")
 
 
 def chat(model: Transformer | PRISM, tokenizer: Tokenizer, sampling: Sampling, gate: str,
@@ -365,8 +351,10 @@ def _main(args: argparse.Namespace) -> int:
     if not conversations:
         return chat(model, tokenizer, sampling, args.gate, args.system)
     if args.explain:
-        pages = (explained(model, tokenizer, messages, sampling, i, args.jsonl)
-                 for i, messages in enumerate(conversations))
+        rows = (explain(model, tokenizer, messages, sampling, i)
+                for i, messages in enumerate(conversations))
+        pages = (json.dumps({"index": i} | row, ensure_ascii=False) if args.jsonl
+                 else show_explanation(row, model.threshold) for i, row in enumerate(rows))
     else:
         progress = len(conversations) > 1 and sys.stderr.isatty()
         answers = generate(model, tokenizer, conversations, sampling, args.gate, args.batch_size,
@@ -392,17 +380,6 @@ def completed(number: int, answer: Completion, jsonl: bool) -> str:
         return f"{route_label(answer)} {answer.text}"
     row = {"index": number, "text": answer.text, "gate": answer.gate, "routed": answer.routed,
            "prompt_tokens": answer.prompt_tokens, "tokens": len(answer.ids), "stop": answer.stop}
-    return json.dumps(row, ensure_ascii=False)
-
-
-def explained(prism: PRISM, tokenizer: Tokenizer, messages: list[dict], sampling: Sampling,
-              number: int, jsonl: bool) -> str:
-    """--explain's page of conversation `number`."""
-    e = explain(prism, tokenizer, messages, sampling, number)
-    if not jsonl:
-        return show_explanation(e, prism.threshold, sys.stdout.isatty())
-    row = {"index": number, "gate": e.base.gate, "base": e.base.text, "adapted": e.adapted.text,
-           "tokens": e.tokens, "kl": e.kl}
     return json.dumps(row, ensure_ascii=False)
 
 

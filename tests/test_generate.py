@@ -281,19 +281,18 @@ def test_explanation_is_of_the_plain_answers(adapter: Path, net: Transformer, to
         assert len(set(plain)) == 3  # one question, three positions
 
     prism, talk = PRISM.load(adapter, net), conversation("Why?")
-    e = explain(prism, tok, talk, Sampling(12, 1.5, seed=3))
+    sampling = Sampling(12, 1.5, seed=3)
+    e, answer = explain(prism, tok, talk, sampling), generate(prism, tok, [talk], sampling, "on")[0]
     prompt = tok.render(talk)
-    ids = torch.tensor([[*prompt, *e.adapted.ids]])
+    ids = torch.tensor([[*prompt, *answer.ids]])
     with torch.no_grad():
         p, q = (prism(ids, k)[0, len(prompt) - 1:-1].double().log_softmax(-1) for k in (1, 0))
-    assert e.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3, abs=1e-6)
-    assert max(e.kl) > 1e-3 and len(e.tokens) == len(e.kl)
-    assert "".join(e.tokens).startswith(e.adapted.text)
-    row = explained[0]
-    assert (row["base"], row["adapted"], row["tokens"]) == (e.base.text, e.adapted.text, e.tokens)
-    assert row["kl"] == pytest.approx(e.kl, abs=1e-5)
-    plain, shaded = (show_explanation(e, 0.5, colour) for colour in (False, True))
-    assert "\x1b" not in plain and "\x1b[0m" in shaded and f"{max(e.kl):.2f} at" in plain
+    assert e["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3, abs=1e-6)
+    assert max(e["kl"]) > 1e-3 and len(e["tokens"]) == len(e["kl"])
+    assert "".join(e["tokens"]).startswith(e["adapted"]) and e["adapted"] == answer.text
+    assert explained[0] == {"index": 0} | e | {"kl": pytest.approx(e["kl"], abs=1e-5)}
+    shown = show_explanation(e, 0.5)
+    assert f"gate {e['gate']:.2f}" in shown and f"{max(e['kl']):.2f} at" in shown
 
 
 def test_explain_needs_an_adapter(folder: Path, capsys: Capture) -> None:
