@@ -2,6 +2,7 @@
 
     python bench.py                                  # the default parts
     python bench.py --only kl,sampler --json out.json
+    python bench.py --shape qwen2.5-7b               # random weights of that shape, no files
 
 Same weights, prompts and dtype on both sides, interleaved in one process, the median of --repeats
 (of a third of it where a repetition takes long, of one for whole runs). `floor` is what the
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 from unittest import mock
@@ -38,22 +39,24 @@ from torch import Tensor
 import train
 from engine import Engine, Output, PrefixReader, Request, Sampling, derive_seed, sample
 from generate import stop_tokens
-from lora import GatedLoRALinear
-from judge import JUDGE_PROMPT
-from lora import LoRA
-from model import Transformer, load
+from lora import GatedLoRALinear, LoRA
+from model import RMSNorm, Transformer, allocate, load
 from prism import PRISM, LinearKL, distill_loss
 from support import report
+from support.config import Config
 from support.cpu import linear
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
-from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, write_file
+from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve,
+                         write_file)
+from support.memory import training_flops
 from support.personas import load_personas
 from support.runs import split_chunks
-from tokenizer import Tokenizer, common_prefix
+from tokenizer import Tokenizer
 
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
 NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
+SHAPES = Path(__file__).parent / "tests" / "shapes"  # config.json of public models, by name
 QUICK = ["--quick"]  # the pipeline's settings
 STAGES = ("personas", "queries", "style", "quality", "answers", "judge", "verdicts", "gate", "lora")
 TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
@@ -112,13 +115,22 @@ def naive_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Setup:
-    """What the parts share: our model, its adapter with random B, and the peer's, if installed."""
+    """What the parts share: our model, its adapter with random B, and the peer's, if installed.
 
-    def __init__(self, name: str, device: str, dtype: str, repeats: int):
+    With a `shape`, the config.json of a model, both sides have random weights of that shape, each
+    its own: right for speed and memory, and nothing is fetched. Prompts are the default model's.
+    """
+
+    def __init__(self, name: str, device: str, dtype: str, repeats: int, shape: Path | None = None):
         where = choose_device(device)
-        self.repeats = repeats
-        self.net: Transformer = load(name, where, choose_dtype(dtype, where))
-        self.tokenizer = Tokenizer(self.net.folder)
+        self.repeats, self.shape, self.dtype = repeats, shape, choose_dtype(dtype, where)
+        if shape is None:
+            self.net = load(name, where, self.dtype)
+            self.tokenizer = Tokenizer(self.net.folder)
+            self.stop = stop_tokens(self.net, self.tokenizer)
+        else:
+            self.net, self.stop = random_net(shape, where, self.dtype), set()
+            self.tokenizer = Tokenizer(resolve(DEFAULT_MODEL))
         self.prism = PRISM(self.net, gate_layer=len(self.net.layers) // train.GATE_DEPTH)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -141,10 +153,7 @@ class Setup:
     def peer(self) -> torch.nn.Module:
         """The same checkpoint in transformers."""
         if self._peer is None:
-            from transformers import AutoModelForCausalLM
-            with torch.inference_mode(False):
-                self._peer = AutoModelForCausalLM.from_pretrained(
-                    self.net.folder, dtype=self.net.dtype).to(self.net.device).eval()
+            self._peer = self.peer_model().eval()
         return self._peer
 
     @property
@@ -152,17 +161,27 @@ class Setup:
         """That checkpoint with our adapter in peft, on a copy of its own."""
         if self._peer_lora is None:
             from peft import PeftModel
-            from transformers import AutoModelForCausalLM
-            # The first use may be inside inference mode, whose tensors could not be trained on.
-            with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+            with tempfile.TemporaryDirectory() as folder:
                 self.prism.save(folder)
                 path = Path(folder) / "adapter_config.json"  # saved for inference: no dropout
                 path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.05}))
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.net.folder, dtype=self.net.dtype).to(self.net.device)
-                self._peer_lora = PeftModel.from_pretrained(
-                    model, folder, is_trainable=True, autocast_adapter_dtype=False)
+                model = self.peer_model()
+                with torch.inference_mode(False):
+                    self._peer_lora = PeftModel.from_pretrained(
+                        model, folder, is_trainable=True, autocast_adapter_dtype=False)
         return self._peer_lora.eval()
+
+    def peer_model(self) -> torch.nn.Module:
+        """transformers' model of the checkpoint, or of the shape."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+        # The first use may be inside inference mode, whose tensors could not be trained on.
+        with torch.inference_mode(False), self.net.device:
+            if self.shape is None:
+                model = AutoModelForCausalLM.from_pretrained(self.net.folder, dtype=self.dtype)
+            else:
+                config = AutoConfig.for_model(**read_json(self.shape))
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            return model.to(self.net.device)
 
     def prompts(self, n: int) -> list[list[int]]:
         """n prompts of mixed length (about 40 to 190 tokens) made from the personas' texts."""
@@ -170,6 +189,21 @@ class Setup:
         return [self.tokenizer.render([{"role": "user", "content": "Explain this to a child: "
                                         + " ".join(words[i * 7:i * 7 + 5 + i * 37 % 120])}])
                 for i in range(n)]
+
+
+def random_net(path: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A net of a config.json with random weights, made on the device."""
+    config = replace(Config.from_json(read_json(path), str(path)), dtype=dtype)
+    with torch.device("meta"):
+        net = Transformer(config)
+    allocate(net, device)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0.0, 0.02)
+        for module in net.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+    return net.eval()
 
 
 def loading(s: Setup) -> list[Row]:
@@ -203,7 +237,7 @@ print(*times)"""
 
 def generation(s: Setup) -> list[Row]:
     """The stage-2 workload end to end, a decode step against its floor, and a single stream."""
-    rows, prompts, stop = [], s.prompts(PROMPTS), stop_tokens(s.net, s.tokenizer)
+    rows, prompts, stop = [], s.prompts(PROMPTS), s.stop
     counts: dict[str, int] = {}
 
     def ours() -> None:
@@ -229,6 +263,8 @@ def generation(s: Setup) -> list[Row]:
         rows.append(Row("generation, stage-2 workload" + (f"; peer at {name}" if name else ""),
                         "tokens/s", speed["ours"], speed.get(name)))
     rows += decode_step(s, 8)
+    if s.net.device.type == "cuda":
+        rows += decode_step(s, 32, keys=1024) + decode_step(s, 256)
 
     def single() -> None:
         engine = Engine(s.net, Sampling(64, 0.0), set(), 1)
@@ -267,8 +303,8 @@ def decode_step(s: Setup, batch: int, keys: int = 200) -> list[Row]:
         functions["peer"] = peer_step(s.peer, s, batch, keys)
     t = {name: 1e3 * seconds for name, seconds in
          medians(functions, 4 * s.repeats, warmup=2).items()}
-    return [Row(f"decode step, batch {batch} (floor: the products alone)", "ms", t["ours"],
-                t.get("peer"), t["floor"])]
+    return [Row(f"decode step, batch {batch}, {keys} keys (floor: the products alone)", "ms",
+                t["ours"], t.get("peer"), t["floor"])]
 
 
 def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
@@ -312,31 +348,6 @@ def peer_step(model: torch.nn.Module, s: Setup, batch: int, keys: int,
               **kwargs).logits[:, -1].argmax(-1)
         cache.crop(-1)  # take the token back
     return step
-
-
-def prefixes(s: Setup) -> list[Row]:
-    """Prompt tokens that go through the model when shared beginnings are read once; the peer is
-    every prompt read whole."""
-    personas = load_personas(Path(__file__).parent / "personas")
-    opened = [s.tokenizer.open_user_turn(p.text) for p in personas]
-    queries = [s.tokenizer.encode(words) for words in ("How do I", "Write a", "What is", "") * 6]
-    naive = read = 0
-    for ids in opened:
-        rows = [[*ids, *q] for q in queries]
-        reader = PrefixReader(s.net)
-        reader.read(rows, [len(ids) - 1] * len(rows))
-        read, naive = read + reader.tokens, naive + sum(map(len, rows))
-    rows = [Row("stage 1: prompt tokens read", "tokens", read, naive)]
-    answers = " ".join(personas[0].text.split()[:60]), " ".join(personas[1].text.split()[:60])
-    both = [s.tokenizer.render([{"role": "user", "content": JUDGE_PROMPT.format(
-        query="What is a good plan for a rainy day in a small town?", first=x, second=y)}])
-        for x, y in (answers, answers[::-1])]
-    shared = common_prefix(*both)
-    reader = PrefixReader(s.net)
-    reader.read(both, [shared, shared])
-    rows.append(Row("letter judge: prompt tokens read, both orders", "tokens", reader.tokens,
-                    sum(map(len, both))))
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -487,36 +498,57 @@ def saved_bytes(forward: Callable[[], object], model: torch.nn.Module) -> int:
     return sum(seen.values())
 
 
-def training_step(s: Setup) -> list[Row]:
-    """A whole distillation step, micro-batches of half the rows, half of each row is answer."""
-    generator, (rows, tokens) = torch.Generator().manual_seed(0), TRAINED
-    ids = torch.randint(5, 1000, TRAINED, generator=generator).to(s.net.device)
-    answer = slice(tokens // 2 - 1, tokens - 1)
-    n = rows * tokens // 2
-    teacher = torch.randn(n // 2, s.net.config.hidden_size, generator=generator)
-    teacher = teacher.to(s.net.device, s.net.dtype)
+def our_training_step(s: Setup) -> Callable[[], None]:
+    """A function that does a whole distillation step, micro-batches of half the rows, half of each
+    row is answer."""
+    ids, teacher = training_rows(s)
     optimizer = torch.optim.AdamW(s.prism.adapter.parameters(), lr=1e-9)
     dropout = torch.Generator(s.net.device).manual_seed(0)
 
-    def ours() -> None:
-        for part in ids.split(rows // 2):
+    def step() -> None:
+        for part in ids.split(len(ids) // 2):
             hidden = s.net.hidden(part, s.prism.adapter, len(part), dropout)
-            loss = distill_loss(hidden[:, answer].flatten(0, 1), teacher, s.net)
-            (loss / n).backward()
+            loss = distill_loss(hidden[:, answer_of(ids)].flatten(0, 1), teacher, s.net)
+            (loss / len(teacher)).backward()
         optimizer.step()
         optimizer.zero_grad()
+    return step
 
-    functions = {"ours": ours}
+
+def training_rows(s: Setup) -> tuple[Tensor, Tensor]:
+    """Random ids of a training step, and states of a teacher for half of its answer tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 1000, TRAINED, generator=generator).to(s.net.device)
+    teacher = torch.randn(ids.numel() // 4, s.net.config.hidden_size, generator=generator)
+    return ids, teacher.to(s.net.device, s.net.dtype)
+
+
+def answer_of(ids: Tensor) -> slice:
+    """The positions that predict the second half of each row."""
+    return slice(ids.shape[1] // 2 - 1, ids.shape[1] - 1)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a bare matrix product [n, n] x [n, n], the median of three."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / medians({"product": lambda: a @ a}, 3)["product"]
+
+
+def training_step(s: Setup) -> list[Row]:
+    """A whole distillation step beside peft's."""
+    (rows, tokens), (ids, teacher) = TRAINED, training_rows(s)
+    functions = {"ours": our_training_step(s)}
     if s.has_peer:
         model = s.peer_lora.train()
         theirs = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
 
         def peer() -> None:
             for part in ids.split(rows // 2):
-                logits = model(input_ids=part).logits[:, answer].flatten(0, 1)
+                logits = model(input_ids=part).logits[:, answer_of(ids)].flatten(0, 1)
                 with torch.no_grad():
                     target = s.net.head(teacher)
-                (naive_kl(logits, target) / n).backward()
+                (naive_kl(logits, target) / len(teacher)).backward()
             theirs.step()
             theirs.zero_grad()
         functions["peer"] = peer
@@ -525,7 +557,10 @@ def training_step(s: Setup) -> list[Row]:
     for name in progress_bar("peak memory", "step", [*functions]):
         peaks[name] = peak_bytes(functions[name], s.net.device) / 2**30
     name = f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, whole logits, naive KL)"
-    return [Row(name, "s", t["ours"], t.get("peer")),
+    flops = training_flops(s.prism, rows * tokens, rows * tokens // 2)
+    floor = flops / product_rate(s.net.device, s.net.dtype)
+    return [Row(name + "; floor: its FLOPs at a bare product's rate", "s", t["ours"], t.get("peer"),
+                floor),
             Row(name + ", peak", "GiB", peaks["ours"], peaks.get("peer"))]
 
 
@@ -711,24 +746,27 @@ def replacements(s: Setup) -> dict[str, object]:
             "train.train_lora": train_lora}
 
 
-def growth(s: Setup) -> list[Row]:
-    """Stages 1-3 at 1, 4 and 16 queries a persona, each in a process of its own: seconds a query
-    and peak memory, beside those of the smallest run."""
-    seconds, peaks, rows = {}, {}, []
-    for n in progress_bar("growth", "run", (1, 4, 16)):
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, str(Path(__file__).parent / "train.py"), "--model",
-                       str(s.net.folder), "--queries", str(n), "--max-new-tokens", "32",
-                       "--judge", "likelihood", "--stop-after", "verdicts", "--out", out]
-            subprocess.run(command, check=True, capture_output=True)
-            metrics = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
-        # the judge's self-test costs the same whatever the number of queries
-        seconds[n] = sum(m["seconds"] for m in metrics if m["stage"] != "judge")
-        peaks[n] = max(m["peak_memory"] for m in metrics)
-        rows += [Row(f"growth: seconds for {n} queries a persona (peer: {n} x one)", "s",
-                     seconds[n], n * seconds[1]),
-                 Row(f"growth: peak memory at {n} queries a persona (peer: at one)", "GiB",
-                     peaks[n] / 2**30, peaks[1] / 2**30)]
+def profile(s: Setup) -> list[Row]:
+    """Where the time of a decoding step and of a training step goes: prints the ten operations (on
+    a GPU, kernels) that take most; what is left is launching, copies and waits."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if s.net.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    rows, order = [], f"self_{s.net.device.type}_time_total"
+    steps = {"decode step, batch 32, half gated": our_step(s, 32, 16, 200),
+             "training step": our_training_step(s)}
+    for name, step in steps.items():
+        step()  # warms up
+        begun = time.perf_counter()
+        with torch.profiler.profile(activities=activities) as found:
+            step()
+            if s.net.device.type == "cuda":
+                torch.cuda.synchronize()
+        whole, events = time.perf_counter() - begun, found.key_averages()
+        print(f"{name}\n{events.table(sort_by=order, row_limit=10)}", file=sys.stderr)
+        busy = sum(getattr(e, order.replace("cuda", "device")) for e in events)
+        rows.append(Row(f"{name}, profiled (floor: the operations alone)", "ms", 1e3 * whole,
+                        floor=busy / 1e3))
     return rows
 
 
@@ -737,9 +775,10 @@ def growth(s: Setup) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Setup], list[Row]]] = {
-    "loading": loading, "generation": generation, "prefixes": prefixes, "routing": routing,
-    "lora": lora, "kl": kl, "sampler": sampler, "pipeline": pipeline, "growth": growth}
-BY_NAME = ("pipeline", "growth")  # minutes, so not in the default set
+    "loading": loading, "generation": generation, "routing": routing, "lora": lora, "kl": kl,
+    "sampler": sampler, "pipeline": pipeline, "profile": profile}
+BY_NAME = ("pipeline", "profile")  # not in the default set
+OF_FILES = ("loading", "pipeline")  # nothing for a --shape
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -759,8 +798,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line of bench.py."""
     p = Parser(description="Speed and memory beside transformers and peft (optional installs).")
     p.add_argument("--model", default=DEFAULT_MODEL, help="model id or folder; default %(default)s")
-    p.add_argument("--only", default=",".join(n for n in PARTS if n not in BY_NAME),
-                   help="parts, by comma; default %(default)s; only by name: " + ", ".join(BY_NAME))
+    p.add_argument("--shape", metavar="NAME|FILE", help="random weights of a config.json instead; "
+                   f"names: {', '.join(sorted(path.stem for path in SHAPES.glob('*.json')))}")
+    p.add_argument("--only", help="parts, by comma; default "
+                   + ",".join(n for n in PARTS if n not in BY_NAME)
+                   + "; only by name: " + ", ".join(BY_NAME))
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     p.add_argument("--repeats", type=int, default=5, help="at least; default %(default)s")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
@@ -775,20 +817,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     """Measure the chosen parts and print the table."""
-    names = [n for n in args.only.split(",") if n]
-    unknown = [n for n in names if n not in PARTS]
+    shape = args.shape and Path(args.shape)
+    if args.shape and not shape.exists():
+        shape = SHAPES / f"{args.shape}.json"
+    left_out = OF_FILES if shape else ()
+    names = [n for n in PARTS if n not in (*BY_NAME, *left_out)]
+    if args.only is not None:
+        names = [n for n in args.only.split(",") if n]
+    unknown = [n for n in names if n not in PARTS or n in left_out]
     if unknown or not names:
-        raise InputError(f"--only {','.join(unknown)}: choose among {', '.join(PARTS)}")
+        known = [n for n in PARTS if n not in left_out]
+        raise InputError(f"--only {','.join(unknown)}: choose among {', '.join(known)}")
     if args.repeats < 1:
         raise InputError(f"--repeats is {args.repeats}, it must be at least 1")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise InputError(f"--json {args.json}: not a file in a folder that exists")
-    setup, rows = Setup(args.model, args.device, args.dtype, args.repeats), []
+    setup, rows = Setup(args.model, args.device, args.dtype, args.repeats, shape), []
     if not setup.has_peer:
         print("transformers and peft are not installed: no peer", file=sys.stderr)
-    machine = {"model": args.model, "dtype": str(setup.net.dtype), "device": str(setup.net.device),
-               "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "machine": platform.machine(), "repeats": args.repeats}
+    machine = {"model": args.shape or args.model, "dtype": str(setup.net.dtype),
+               "device": str(setup.net.device), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "machine": platform.machine(), "repeats": args.repeats}
     for name in names:
         print(f"{name} ...", file=sys.stderr)
         rows += PARTS[name](setup)

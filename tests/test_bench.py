@@ -11,11 +11,14 @@ from typing import Iterator
 import pytest
 import torch
 from tiny import one_thread
+from transformers import AutoConfig
 
 import bench
 import queries
 from bench import Row, Setup, bit_equal, main, medians, peak_bytes, saved_bytes, table
 from engine import Engine, Request, Sampling, hidden_states
+from support.config import Config
+from support.hub import read_json
 
 
 @pytest.fixture(autouse=True)
@@ -68,25 +71,41 @@ def test_bytes_are_counted() -> None:
     assert saved_bytes(lambda: layer(x).exp(), layer) == 2 * 2**20  # x and the result, no weight
 
 
-def test_parts_on_the_tiny_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("shape", [False, True])
+def test_parts_on_the_tiny_model(shape: bool, folder: Path, tmp_path: Path,
+                                 monkeypatch: pytest.MonkeyPatch,
                                  capsys: pytest.CaptureFixture[str]) -> None:
-    """A part would not run, lack transformers and peft beside it, or not be in --json's rows."""
+    """A part would not run, of a checkpoint or of a config alone, lack transformers and peft beside
+    it, or not be in --json's rows."""
     monkeypatch.setattr(bench, "QWEN_VOCAB", 500)
     monkeypatch.setattr(bench, "PROMPTS", 4)
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
     monkeypatch.setattr(bench, "TRAINED", (2, 64))
+    what = ["--model", str(folder)]
+    if shape:
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / "shape.json").write_text(json.dumps(config | {"vocab_size": 49152}))
+        what = ["--shape", str(tmp_path / "shape.json"),
+                "--only", "generation,routing,lora,profile"]
     with one_thread():
-        assert main(["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--repeats",
-                     "1", "--json", str(tmp_path / "out.json")]) == 0
+        assert main([*what, "--dtype", "float32", "--device", "cpu", "--repeats", "1", "--json",
+                     str(tmp_path / "out.json")]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     out = capsys.readouterr().out
     assert all(f"| {r['part']} | {r['unit']} |" in out for r in rows)
     assert all(r["ours"] > 0 or "minus frozen" in r["part"] for r in rows)
-    assert len([r for r in rows if r["peer"]]) >= len(rows) - 1
-    [shared] = [r for r in rows if r["part"].startswith("stage 1")]
-    assert shared["ours"] < shared["peer"]
-    [equal] = [r for r in rows if "bit-equal" in r["part"]]
-    assert equal["ours"] == 1
+    alone = [r for r in rows if not r["peer"] and "profiled" not in r["part"]]
+    assert len(rows) > 12 and [r["part"] for r in alone] == [
+        "un-gated rows bit-equal to the base (1 = yes)"]
+    assert alone[0]["ours"] == 1
+
+
+@pytest.mark.parametrize("name", [path.stem for path in bench.SHAPES.glob("*.json")])
+def test_shapes_are_read(name: str) -> None:
+    """A shape would be found out to be none when the GPU that it is for has been rented."""
+    path = bench.SHAPES / f"{name}.json"
+    config = Config.from_json(read_json(path), str(path))
+    assert config.num_layers == AutoConfig.for_model(**read_json(path)).num_hidden_layers
 
 
 def test_bit_equality_can_fail(setup: Setup) -> None:
