@@ -675,7 +675,7 @@ def replacements(s: Setup) -> dict[str, object]:
     class PeerEngine:
         """transformers' generate on batches of 8 prompts of like length."""
 
-        def __init__(self, net: Transformer, sampling: Sampling, stop_ids: set[int], slots: int):
+        def __init__(self, net: Transformer, sampling: Sampling, stop_ids: set[int]):
             self.sampling, self.stop_ids = sampling, stop_ids
             self.prompt_tokens = self.new_tokens = 0
 

@@ -67,12 +67,13 @@ def write_answers(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                   seed: int) -> list[Pair]:
     """Stage 2: y_0 ~ P(.|x) and y_c ~ P(.|c, x) for every query, base weights both times.
 
-    All 64 answers of a chunk share the engine's slots; each system prompt is read once a chunk.
+    A chunk has two answers for each of the engine's slots; each system prompt is read once a chunk.
     """
     texts = {p.name: p.text for p in personas}
     sampling = Sampling(max_new_tokens, ANSWER_TEMPERATURE)
     check_order(run.rows("answers.jsonl", Pair), queries, run.path / "answers.jsonl")
-    for chunk in run.todo("answers", "answers.jsonl", Pair, split_chunks(queries)):
+    for chunk in run.todo("answers", "answers.jsonl", Pair,
+                          split_chunks(queries, net.slots)):
         asked, seeds = [], []
         for q in chunk:
             for kind, context in (("base", ""), ("expert", texts[q.persona])):

@@ -25,7 +25,6 @@ from support.device import pad, upload
 from support.distributed import progress_bar
 from support.hub import InputError
 
-SLOTS = 32  # engine rows; a setting, because results depend on it in the last bits
 SCORE_TOKENS = 4096  # padded tokens in one scoring batch (on two cores a fifth faster than 8192)
 SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
 MOST_PADDING = 1.25  # longest of the shared beginnings that are read together, over the shortest
@@ -202,17 +201,18 @@ class Engine:
         model: a base Transformer, or a PRISM that routes each prompt.
         sampling: shared by all requests; draws come from each request's own seed.
         stop_ids: token ids that end an answer.
-        slots: rows decoded together. A setting, never derived from free memory: results may differ
-            in the last bits between batch shapes.
+        slots: rows decoded together; None is the model's own number (`net.slots`). A setting of a
+            run, because results may differ in the last bits between batch shapes.
         gate: "auto", "on" or "off" (see PRISM.prefill); a bare Transformer ignores it.
     """
 
     def __init__(self, model: Transformer | PRISM, sampling: Sampling, stop_ids: set[int],
-                 slots: int = 16, gate: str = "auto"):
+                 slots: int | None = None, gate: str = "auto"):
         self.prism = model if isinstance(model, PRISM) else None
         self.net: Transformer = model.net if isinstance(model, PRISM) else model
         self.adapter = self.prism.adapter if self.prism else None
-        self.sampling, self.stop_ids, self.slots, self.gate = sampling, stop_ids, slots, gate
+        self.sampling, self.stop_ids, self.gate = sampling, stop_ids, gate
+        self.slots = slots or self.net.slots
         self.reader = PrefixReader(self.net)
         self.new_tokens = 0
         self.on_token: Callable[[int, int], None] | None = None

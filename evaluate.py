@@ -36,7 +36,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tqdm import tqdm
 
 from bootstrap import Pair, Query, won_pairs
-from engine import SLOTS, Engine, Request, Sampling, derive_seed, hidden_states
+from engine import Engine, Request, Sampling, derive_seed, hidden_states
 from generate import gate_inputs, stop_tokens
 from judge import conversation
 from model import Transformer, load
@@ -392,7 +392,7 @@ def decode(model: Transformer | PRISM, tokenizer: Tokenizer, work: Work, label: 
     prompts, seeds = [prompts[i] for i in fitting], [seeds[i] for i in fitting]
 
     def make(some: list[int]) -> list[dict]:
-        engine = Engine(model, sampling, stops, SLOTS, gate="on")
+        engine = Engine(model, sampling, stops, gate="on")
         # Forced open, the gate's probability is of no interest: its mask marks the whole prompt.
         requests = [Request(prompts[i][0], seeds[i], prompts[i][1],
                             [True] * len(prompts[i][0]) if mask else None) for i in some]

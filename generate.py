@@ -14,7 +14,7 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from engine import SLOTS, Engine, Output, Request, Sampling, derive_seed
+from engine import Engine, Output, Request, Sampling, derive_seed
 from model import Transformer, load
 from prism import PRISM, Router, load_router
 from support.adapter import read_settings
@@ -72,7 +72,7 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
     for messages, seed in zip(conversations, seeds):
         ids, shared = tokenizer.render_shared(messages, thinking=not lead)
         requests.append(Request([*ids, *said], seed, prefix=shared))
-    engine = Engine(net, sampling, stop_tokens(net, tokenizer), SLOTS)
+    engine = Engine(net, sampling, stop_tokens(net, tokenizer))
     answers = completions(tokenizer, requests, engine.run(requests, bar=bar), said)
     return answers, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
 

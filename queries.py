@@ -23,7 +23,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from engine import (SLOTS, Engine, Output, PrefixReader, Request, Sampling, derive_seed,
+from engine import (Engine, Output, PrefixReader, Request, Sampling, derive_seed,
                     hidden_states, token_log_probabilities)
 from generate import message_stops
 from judge import conversation
@@ -50,7 +50,7 @@ WISHES = ("It is short.", "It is long and detailed.", "It gives a task.",
 TEMPERATURE = {"instruct": 0.9, "continue": 0.8}
 QUERY_TOKENS = 96  # the longest candidate
 TRIAL, TRIAL_PERSONAS = 3, 4  # candidates of each style for each of so many personas
-CANDIDATE_CHUNK = 96  # candidates that are done, and committed, together
+CHUNK_SLOTS = 3  # candidates for each of the engine's slots are done, and committed, together
 OVERSAMPLE, FEWEST, ROUNDS = 2, 6, 6  # candidates per lacking query, and at least; rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # for each persona
 RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its own must lead
@@ -62,7 +62,7 @@ NO_MESSAGE = "..."  # what a persona's own words would be an answer to
 OPENINGS = word_list("openings")
 # Everything above that decides a query: a run notices when it is changed.
 QUERY_RULES = (STYLES, CURATOR, INSTRUCTION, WISHES, sorted(TEMPERATURE.items()), QUERY_TOKENS,
-               TRIAL, TRIAL_PERSONAS, NO_MESSAGE, CANDIDATE_CHUNK, OVERSAMPLE, FEWEST, ROUNDS,
+               TRIAL, TRIAL_PERSONAS, NO_MESSAGE, CHUNK_SLOTS, OVERSAMPLE, FEWEST, ROUNDS,
                MOST_OPENINGS, FEWEST_OPENINGS, RIVALS, LEAD, IDENTIFY_PROMPT, OPENINGS, MIN_WORDS,
                MAX_WORDS, ECHO_WORDS, NEAR_DUPLICATE)
 
@@ -123,7 +123,8 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
         if len(styles) > 1:
             counts = {p.name: TRIAL for p in trial_personas(personas)}
         for tried in styles:
-            chunks += split_chunks(new_drafts(counts, tried, drafted, seed), CANDIDATE_CHUNK)
+            chunks += split_chunks(new_drafts(counts, tried, drafted, seed),
+                                   CHUNK_SLOTS * net.slots)
         for chunk in run.todo("queries", "candidates.jsonl", Candidate, chunks):
             run.commit(*writer.write(chunk))
         # A continued run may find later rounds on disk already; a round is judged by its own past.
@@ -329,7 +330,7 @@ class QueryWriter:
 def write_messages(net: Transformer, requests: Sequence[Request], style: str, stops: set[int],
                    bar: str) -> tuple[list[Output], dict]:
     """Users' messages sampled in a style, in the order of their requests; and what they cost."""
-    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), stops, SLOTS)
+    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), stops)
     outputs = sorted(engine.run(requests, bar=bar), key=lambda out: out.index)
     return outputs, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
 

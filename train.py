@@ -31,12 +31,13 @@ from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
 from support.card import write_card
-from support.device import choose_device, choose_dtype, pad
+from support.device import choose_device, choose_dtype, memory_of, pad
 from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
-from support.memory import dry_run, recomputes, training_flops
+from support.memory import (choose_slots, dry_run, parameter_counts, recomputes,
+                            training_flops)
 from support.personas import Persona
 from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
@@ -358,6 +359,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         args.gate_layer = len(net.layers) // GATE_DEPTH
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
+    counts = parameter_counts(net.config, args)
+    net.slots = choose_slots(net.config, counts, args, memory_of(device))
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
     with RunFolder(args.out) as run:
         with main_first():

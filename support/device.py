@@ -56,3 +56,10 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tens
     lengths = [len(r) for r in rows]
     padded = [list(r) + [0] * (max(lengths) - len(r)) for r in rows]
     return upload(torch.tensor(padded), device), upload(torch.tensor(lengths), device)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory

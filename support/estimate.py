@@ -11,7 +11,6 @@ from typing import Callable
 
 import torch
 
-from engine import SLOTS
 from prism import PRISM
 from queries import MEASURED, OVERSAMPLE, RIVALS, STYLES, TRIAL, TRIAL_PERSONAS
 from support.distributed import world
@@ -72,12 +71,12 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
     net = prism.net
     ids = torch.randint(net.config.vocab_size, (4, 64), device=net.device,
                         generator=torch.Generator(net.device).manual_seed(0))
-    cache, recompute = net.new_cache(SLOTS, 128), recomputes(net.config, prism.rank)
-    start = torch.full((SLOTS,), 100, device=net.device)
+    cache, recompute = net.new_cache(net.slots, 128), recomputes(net.config, prism.rank)
+    start = torch.full((net.slots,), 100, device=net.device)
+    token = torch.zeros(net.slots, 1, dtype=torch.long, device=net.device)
 
     def write() -> None:
-        at = net.positions((SLOTS, 1), cache, start, 128)
-        token = ids.flatten()[:SLOTS, None]
+        at = net.positions(token.shape, cache, start, 128)
         net.head(net.norm(net.run(net.embed(token), at, range(len(net.layers)))))
 
     def train() -> None:
@@ -86,7 +85,7 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
         prism.adapter.zero_grad()
 
     with torch.no_grad():
-        return {"writing": net.flops(SLOTS, SLOTS) / seconds(write, net.device),
+        return {"writing": net.flops(net.slots, net.slots) / seconds(write, net.device),
                 "reading": net.flops(ids.numel(), 0) / seconds(lambda: net.hidden(ids), net.device),
                 "training": training_flops(prism, ids.numel(), 0) / seconds(train, net.device)}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from engine import SCORE_LOGITS, SCORE_TOKENS, SLOTS
-from model import Transformer
+from engine import SCORE_LOGITS, SCORE_TOKENS
+from model import SLOTS, Transformer
 from prism import KL_CHUNK_ELEMENTS, PRISM
 from support.config import Config, cache_bytes, kept_tokens
 from support.device import choose_dtype
@@ -19,6 +19,8 @@ from support.settings import GATE_DEPTH, TRAIN_TOKENS
 
 PLAN_PROMPT = 512  # tokens of persona and query that --dry-run plans for
 PLAN_ROW = 1024  # tokens of a training row it plans for: the default --max-len
+MORE_SLOTS = (256, 128, 64)  # what a GPU's engine may have, if there is room
+DRIVER = 2**30  # bytes that are left to a GPU's driver
 RECOMPUTE_ABOVE = 4 * 2**30  # bytes of activations from which layers are computed twice instead
 
 
@@ -67,7 +69,7 @@ def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int
 
 
 def memory_plan(config: Config, counts: tuple[int, int], rank: int,
-                new_tokens: int) -> dict[str, dict[str, int]]:
+                new_tokens: int, slots: int = SLOTS) -> dict[str, dict[str, int]]:
     """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
     weights, trained = counts[0] * size, counts[1]
@@ -83,10 +85,10 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int,
     logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
     return {
         "1-2 answers": {"weights": weights,
-                        "KV slots": SLOTS * (PLAN_PROMPT + new_tokens) * token,
-                        "reading prompts": SLOTS * PLAN_PROMPT * (reading + token),
+                        "KV slots": slots * (PLAN_PROMPT + new_tokens) * token,
+                        "reading prompts": slots * PLAN_PROMPT * (reading + token),
                         "shared beginnings": shared,
-                        "sampling": SLOTS * logits},
+                        "sampling": slots * logits},
         "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
                        "shared beginnings": shared, "logits": 3 * 4 * SCORE_LOGITS},
         "4 gate": {"weights": weights, "reading prompts": CHUNK * PLAN_PROMPT * reading},
@@ -94,6 +96,21 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int,
         "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
                       "activations": activations,
                       "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + 2 * size)}}  # on a GPU
+
+
+def fits(plan: dict[str, dict[str, int]], size: float) -> bool:
+    """Whether every stage of a plan fits on a GPU of `size` bytes."""
+    return all(sum(stage.values()) <= size - DRIVER for stage in plan.values())
+
+
+def choose_slots(config: Config, counts: tuple[int, int], args: argparse.Namespace,
+                 size: float | None) -> int:
+    """--slots, or what "auto" means on a GPU of `size` bytes (None: a CPU)."""
+    if args.slots or size is None:
+        return args.slots or SLOTS
+    return next((slots for slots in MORE_SLOTS
+                 if fits(memory_plan(config, counts, args.rank, args.max_new_tokens, slots), size)),
+                SLOTS)
 
 
 def dry_run(args: argparse.Namespace) -> int:
@@ -104,18 +121,19 @@ def dry_run(args: argparse.Namespace) -> int:
     config = Config.from_json(read_json(path), str(path))
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
-    plan = memory_plan(config, parameter_counts(config, args), args.rank, args.max_new_tokens)
-    parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
-    print(f"{path}: {SLOTS} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")
-    print(table(("stage", *parts, "sum"), [
-        [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
-         f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]))
-
-    print("\nWith 1 GiB left to the driver:\n")
-    rows = []
-    for gigabytes in [args.gpu_memory] if args.gpu_memory else [24, 40, 80]:
-        limit = (gigabytes - 1) * 2**30
-        fits = all(sum(stage.values()) <= limit for stage in plan.values())
-        rows.append([f"{gigabytes:g} GB", "yes" if fits else "no"])
-    print(table(("GPU", "all five stages fit"), rows))
+    counts = parameter_counts(config, args)
+    sizes = [args.gpu_memory] if args.gpu_memory else [24, 40, 80]
+    slots = [choose_slots(config, counts, args, size * 2**30) for size in sizes]
+    plans = [memory_plan(config, counts, args.rank, args.max_new_tokens, n) for n in slots]
+    parts = list(dict.fromkeys(part for stage in plans[0].values() for part in stage))
+    for n in dict.fromkeys(slots):
+        print(f"{path}: {n} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")
+        print(table(("stage", *parts, "sum"), [
+            [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
+             f"{sum(stage.values()) / 2**30:.2f}"]
+            for name, stage in plans[slots.index(n)].items()]) + "\n")
+    print("With 1 GiB left to the driver:\n")
+    print(table(("GPU", "all five stages fit", "slots"), [
+        [f"{size:g} GB", "yes" if fits(plan, size * 2**30) else "no", n]
+        for size, plan, n in zip(sizes, plans, slots)]))
     return 0

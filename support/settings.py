@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Sequence
 
 from bootstrap import ANSWER_TEMPERATURE, HELD_OUT
-from engine import SLOTS
 from judge import JUDGES, VERDICT_RULES
-from model import Transformer
+from model import SLOTS, Transformer
 from queries import QUERY_RULES, STYLES
 from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
@@ -79,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true",
                      help="print the memory plan of --model (or of a config.json) and end")
     run.add_argument("--gpu-memory", type=float, metavar="GB", help="plan for a GPU of this size")
+    run.add_argument("--slots", type=whole_or_auto, metavar="auto|N",
+                     help=f"answers decoded together (default: auto, {SLOTS} on a CPU; on a GPU "
+                     "the most that the memory plan allows, up to 256)")
     run.add_argument("--overwrite", action="store_true",
                      help="drop the results that other settings or edited files make invalid (all "
                      "of a complete run, if none do)")
@@ -123,6 +125,11 @@ def threshold(text: str) -> float | None:
     return None if text == "auto" else float(text)
 
 
+def whole_or_auto(text: str) -> int | None:
+    """--slots: "auto" is None."""
+    return None if text == "auto" else int(text)
+
+
 def judge_name(text: str) -> str:
     """--judge: one of JUDGE_NAMES, or a file of Python."""
     if text not in JUDGE_NAMES and not asks_no_model(text):
@@ -140,7 +147,7 @@ def check(args: argparse.Namespace) -> None:
                             ("batch_size", 1, 1e5), ("rank", 1, 1e4), ("max_len", 8, 1e7),
                             ("alpha", 1e-9, 1e9), ("lr", 1e-12, 1e3), ("dropout", 0, 0.99),
                             ("kd_temperature", 1e-3, 1e3), ("gate_threshold", 0, 1),
-                            ("gate_rate", 1e-6, 1), ("gpu_memory", 1, 1e5),
+                            ("gate_rate", 1e-6, 1), ("gpu_memory", 1, 1e5), ("slots", 1, 4096),
                             ("seed", -2**63, 2**63 - 1)):  # torch's seeds
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # also refuses NaN
@@ -187,7 +194,7 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
                  "base_source": base_source(folder, args.model),
                  "base_fingerprint": fingerprint(folder),
                  "text_fingerprint": text_fingerprint(folder), "device": net.device.type,
-                 "dtype": str(net.dtype).removeprefix("torch."), "slots": SLOTS,
+                 "dtype": str(net.dtype).removeprefix("torch."), "slots": net.slots,
                  "judge_fingerprint": judge_fingerprint,
                  "rule_sha256": rule_hash(args.judge), "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.

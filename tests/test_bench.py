@@ -145,5 +145,5 @@ def test_replacements_compute_the_same(setup: Setup) -> None:
         torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
     sampling, requests = Sampling(12, 0.0), [Request(p) for p in prompts]
     ids = {o.index: o.ids for o in Engine(net, sampling, {2}).run(requests)}
-    theirs = swapped["queries.Engine"](net, sampling, {2}, 4).run(requests)
+    theirs = swapped["queries.Engine"](net, sampling, {2}).run(requests)
     assert ids == {o.index: o.ids for o in theirs}

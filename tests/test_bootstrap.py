@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Sequence
+from unittest.mock import Mock
 
 import pytest
 from tiny import one_thread
 from tiny_run import CHEMIST, DATA, PIRATE, QUERIES, pair, rows_of
 
 import bootstrap
+import generate as generate_module
 from bootstrap import check_order, won_pairs, write_answers, write_verdicts
-from engine import Sampling
+from engine import Engine, Sampling
 from generate import generate
 from judge import Comparison, LikelihoodJudge, conversation
 from model import Transformer
@@ -52,6 +54,18 @@ def test_a_row_is_a_function_of_the_seed_and_its_name(tmp_path: Path, net: Trans
     assert not any(files["one"][name] == files["other"][name] for name in DATA)
     for name, rows in (("candidates.jsonl", 9), ("queries.jsonl", 1)):
         assert files["one"][name][:rows] == files["more"][name][:rows]
+
+
+def test_a_chunk_fills_the_slots_twice(tmp_path: Path, net: Transformer, tok: Tokenizer,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """More slots, as on a GPU, would wait for answers: a chunk has two for each."""
+    monkeypatch.setattr(net, "slots", 2)
+    engines = Mock(wraps=Engine)
+    monkeypatch.setattr(generate_module, "Engine", engines)
+    asked = [Query(PIRATE.name, i, text) for i, text in enumerate(QUESTIONS)]
+    with RunFolder(tmp_path / "run") as run, one_thread():
+        assert len(write_answers(run, net, tok, PERSONAS, asked, 4, 0)) == 3
+    assert engines.call_count == 2 and Engine(net, Sampling(4), set()).slots == 2
 
 
 def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None:

@@ -43,6 +43,18 @@ def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize(("gigabytes", "asked", "slots"), [
+    (None, None, 32), (16, None, 32), (24, None, 32), (40, None, 128), (80, None, 256),
+    (None, 5, 5), (80, 5, 5)])
+def test_slots_are_what_fits(gigabytes: float | None, asked: int | None, slots: int) -> None:
+    """A GPU would idle with a CPU's few slots, or run out of memory; or --slots not be heeded."""
+    config = Config.from_json(QWEN_7B, "config.json")
+    args = train.parser().parse_args(["--max-new-tokens", "512"] + (
+        ["--slots", str(asked)] if asked else []))
+    counts = memory.parameter_counts(config, args)
+    assert memory.choose_slots(config, counts, args, gigabytes and gigabytes * 2**30) == slots
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_planned_activations_are_an_upper_bound(family: str, dtype: torch.dtype,
