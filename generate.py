@@ -22,7 +22,7 @@ from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
 from support.fields import read_fields
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status,
-                         resolve_adapter)
+                         resolve_adapter, unique_keys)
 from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer, check_messages
 
@@ -215,7 +215,7 @@ def read_prompts(path: Path) -> list[list[dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from None
         if isinstance(row, dict) and isinstance(row.get("prompt"), str):

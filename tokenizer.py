@@ -10,12 +10,15 @@ gets the system text in front of the first user message.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import secrets
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Sequence
+from unicodedata import normalize
 
 from jinja2 import Template
 from tokenizers import AddedToken, Encoding
@@ -29,6 +32,7 @@ THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 ROLES = ("system", "user", "assistant")
+LEADS = "\n.x"  # what a text may stand behind; the first that it does not grow together with
 
 
 class Tokenizer:
@@ -57,6 +61,8 @@ class Tokenizer:
         spellings = "|".join(map(re.escape, longest_first))
         self._spelled = re.compile(spellings) if spellings else None
         self._control_ids = set(self.special_ids.values()) - self._stand_ins()
+        firsts = {s.strip()[:1] for s in self.special_ids} - {""}
+        self._begins_control = {form for c in firsts for form in (c, c.lower(), c.upper())}
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
         self._add_placeholders()
@@ -64,10 +70,11 @@ class Tokenizer:
     def _control_tokens(self) -> dict[str, int]:
         """Control token -> id. DeepSeek-R1 marks turns by tokens that it does not call special, nor
         those of a think block; these stay text: the template has to find them in a history."""
-        marks, found = self._plain_talk(), {}
+        marks, found = self._plain_talks(), {}
         for number, token in self._rendered.get_added_tokens_decoder().items():
             text = token.content
-            marks_turn = text.strip() and text in marks and text not in THOUGHTS
+            said = text in (*THOUGHTS, *ROLES, "x")
+            marks_turn = text.strip() and text in marks and not said
             if token.special or marks_turn:
                 found[text] = number
         return found
@@ -109,8 +116,8 @@ class Tokenizer:
 
     def _inner_ids(self, text: str) -> list[int]:
         """Text in the middle of a text -> ids."""
-        if self._adds_space:
-            lead, whole = self._first_ids("\n"), self._first_ids(f"\n{text}")
+        for before in LEADS if self._adds_space else ():
+            lead, whole = self._first_ids(before), self._first_ids(before + text)
             if whole[:len(lead)] == lead:
                 return whole[len(lead):]
         return self._first_ids(text)
@@ -209,13 +216,15 @@ class Tokenizer:
             text = f"{text.rstrip()}\n\n{END_THINK}\n\n"  # what Qwen3's switch writes
         return text
 
-    def _plain_talk(self) -> str:
-        """A short conversation as text; "" where there is no template, or none that works."""
-        try:
-            return self._text([{"role": r, "content": "x"} for r in ("user", "assistant", "user")],
-                              True)
-        except InputError:
-            return ""
+    def _plain_talks(self) -> str:
+        """A short conversation as text, in every way that one is rendered; "" where there is no
+        template, or none that works."""
+        found = []
+        for first, *how in itertools.product((0, 1), (True, False), (True, False)):
+            roles = ("system", "user", "assistant", "user", "assistant")[first:5 - how[0]]
+            with contextlib.suppress(InputError):
+                found.append(self._text([{"role": role, "content": "x"} for role in roles], *how))
+        return "\0".join(found)
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -244,8 +253,8 @@ class Tokenizer:
 
     def _control_after(self, messages: list[dict], add_generation_prompt: bool) -> int | None:
         """The first control token behind the last PROBE, if nothing else stands before it."""
-        after = self._text(messages, add_generation_prompt).rpartition(PROBE)[2].lstrip()
-        found = self._spelled.match(after) if self._spelled else None
+        _, hit, after = self._text(messages, add_generation_prompt).rpartition(PROBE)
+        found = self._spelled.match(after.lstrip()) if self._spelled and hit else None
         return self.special_ids[found.group()] if found else None
 
     @cached_property
@@ -312,28 +321,37 @@ class Tokenizer:
         """A safe conversation as rendered text, and as ids with placeholders.
 
         Raises:
-            InputError: more control tokens than the same conversation has with harmless text, so
-                the template has put one together from pieces of a message.
+            InputError: more control tokens than the same conversation has with harmless text, or
+                others than with that text disarmed: the template has put one together from pieces
+                of a message.
         """
         text = self._text(messages, *how)
         encoding = self._tokenize(self._rendered, text)
         # A template may skip an empty message, or one that repeats another.
         texts = [m["content"].strip() for m in messages]
-        harmless = [{"role": m["role"], "content": f"x{texts.index(one)}" if one else ""}
+        harmless = [{**m, "content": f"x{texts.index(one)}" if one else m["content"]}
                     for m, one in zip(messages, texts)]
         shape = *(tuple(m.values()) for m in harmless), *how
         if shape not in self._control_counts:
-            probe = self._tokenize(self._rendered, self._text(harmless, *how))
-            self._control_counts[shape] = self._count_control(probe.ids)
-        if self._count_control(encoding.ids) > self._control_counts[shape]:
+            self._control_counts[shape] = len(self._control_of(harmless, *how))
+        control = [i for i in encoding.ids if i in self._control_ids]
+        disarmed = [{**m, "content": self._disarm(m["content"])} for m in messages]
+        if len(control) > self._control_counts[shape] or (
+                disarmed != messages and control != self._control_of(disarmed, *how)):
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
         return text, encoding
 
-    def _count_control(self, ids: list[int]) -> int:
-        """How many control tokens a rendering has. Ids, not spellings, are what the model reads: a
-        normalizer may make a token out of other characters."""
-        return sum(i in self._control_ids for i in ids)
+    def _control_of(self, messages: list[dict], *how: bool) -> list[int]:
+        """The control tokens of a conversation's rendering. Ids, not spellings, are what the model
+        reads: a normalizer may make a token out of other characters."""
+        ids = self._tokenize(self._rendered, self._text(messages, *how)).ids
+        return [i for i in ids if i in self._control_ids]
+
+    def _disarm(self, text: str) -> str:
+        """A text in which no control token can begin; otherwise a template treats it alike."""
+        return "".join("\ue002" if self._begins_control.intersection(normalize("NFKC", c)) else c
+                       for c in text)
 
     def _plain_ids(self, ids: list[int]) -> list[int]:
         """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""
@@ -363,7 +381,10 @@ class Tokenizer:
         text, encoding = self._encode(messages, False)
         # Encoded with a user text in place: "\n\n" at the end of a text is another token than
         # before a word.
-        end = text.rindex(PROBE)
+        end = text.rfind(PROBE)
+        if end < 0:
+            raise InputError(f"{self.folder}: the chat template changes what a user says, so "
+                             "nothing can be put in its place")
         kept = [token for token, (_, last) in zip(encoding.ids, encoding.offsets) if last <= end]
         return text[:end], kept
 

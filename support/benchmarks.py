@@ -265,7 +265,7 @@ def read_jailbreakbench(folder: Path, _: str | None) -> list[Item]:
     without "-behaviors": Goal."""
     def make(row: dict, number: int, path: Path) -> Item:
         kind = path.stem.removesuffix("-behaviors")
-        return Item("jailbreakbench", f"{kind}/{row.get('Index') or number}", kind,
+        return Item("jailbreakbench", f"{kind}/{row.get('Index', number)}", kind,
                     (text(row["Goal"]),))
 
     kinds = [f"{kind}{end}" for kind in ("harmful", "benign") for end in ("", "-behaviors")]

@@ -13,12 +13,14 @@ from fractions import Fraction
 SPACES = "\u00a0\u2009\u202f"  # spaces that group digits; an ordinary one parts two numbers
 # LaTeX and typography -> plain signs.
 REWRITES = (
-    (r"\{,\}", ","), (r"\\[,;:!]", "\u202f"), (r"\\([$%])", r"\1"), (r"\\[()\[\]]|\*\*", " "),
+    (r"\{,\}", ","), (r"\\[,;:!]|\\ (?=\d{3})", "\u202f"), (r"\\([$%])", r"\1"),
+    (r"\\[()\[\]]|\*\*", " "),
     (r"(?<=\d)\s*(?=\\[dt]?frac)", " "), (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
     (r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2"), (r"\\(?:text|math)\w*", " "), ("\u2044", "/"),
     (r"\s*(?:\\times|\\cdot|[\u00d7x*])\s*10\s*\^\s*\{?\s*([-\u2212]?\d+)\s*\}?", r"e\1"),
     (r"(?<=[A-Za-z}])\s*\^\s*\{?\d\}?", ""),  # of a unit, as in cm^2
-    ("\u2212", "-"), (r"(?<![^\s=(])\u2013(?=[\d.$])", "-"))
+    ("\u2212", "-"), (r"(?<![^\s=(])\u2013(?=[\d.$])", "-"), (r"[{}]", " "),
+    (r"(?<!\d)(?<!\d )\b(?:minus|negative) (?=[\d.$])", "-"))
 VULGAR = "[\u00bc-\u00be\u2150-\u215e]"  # one half and the like, each a character of its own
 MONEY = "[$\u20ac\u00a3\u00a5]"
 NUMBER = re.compile(rf"""
@@ -31,8 +33,10 @@ PLAIN = re.compile(r"\d+|\d*\.\d+"
                    r"|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?")  # the last is how India groups
 GERMAN = re.compile(r"\d{1,3}(?:\.\d{3})+,\d+")
 TIMES = {"": 1, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-# Ends what stands before a number, if both together are a range, a ratio, a power, a choice.
-UNCLEAR = re.compile(r"\d[%\u00b0]?(?:[:^/]| ?(?:[-\u2013\u2014~]| to| or)? ?)$")
+# Ends what stands before a number, if both are a range, a ratio, a power, a choice, or it a root.
+UNCLEAR = re.compile(r"(?:\d[%\u00b0]?(?:[:^/]| +: *| *(?:[-\u2013\u2014~]| to| or| and)? *)"
+                     r"|[\u00b1\u221a] *|\+/)$")
+UNKNOWN = re.compile(r"\s?(?:hundred|dozen|trillion)\b|(?:M|B|bn|mn)\b")  # a multiplier behind it
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 MARKED = re.compile(r"^#{4}\s*(\S*\d\S*)\s*$", re.MULTILINE)  # as GSM8K's answers end
 
@@ -51,8 +55,10 @@ def last_number(answer: str) -> Fraction | None:
     found = list(NUMBER.finditer(text))
     if not found or UNCLEAR.search(text[:found[-1].start()]):
         return None
-    after = text[found[-1].end():][:1]
-    if after and unicodedata.category(after) == "No":  # 10 to the power of a raised digit
+    after = text[found[-1].end():]
+    if UNKNOWN.match(after):
+        return None
+    if after and unicodedata.category(after[0]) == "No":  # 10 to the power of a raised digit
         return None
     try:
         return value_of(found[-1])

@@ -23,9 +23,14 @@ EXTRA_NAMES = ("extra_special_tokens", "additional_special_tokens")
 # Named by the classes of transformers, for a tokenizer_config.json that leaves them out.
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+         "mask_token": "<mask>"}
+QWEN = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 CLASS_NAMES = {"Llama": LLAMA, "CodeLlama": LLAMA, "GPT2": GPT2, "GPTNeoX": GPT2, "Gemma": GEMMA,
-               "Qwen2": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}}
+               "Qwen2": QWEN}
+# The class of a model_type, for a tokenizer_config.json that names none.
+CLASS_OF = {"qwen2": "Qwen2", "qwen3": "Qwen2", "gemma2": "Gemma", "gemma3_text": "Gemma"}
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
@@ -68,8 +73,9 @@ def named(names: dict) -> dict[str, object]:
     for name, token in names.items():
         if name in SPECIAL_NAMES or (name.endswith("_token") and isinstance(text_of(token), str)):
             found[name] = token
-    if isinstance(extra, dict):
-        found |= extra
+    for group in (extra, names.get("model_specific_special_tokens")):
+        if isinstance(group, dict):
+            found |= group
     return {name: token for name, token in found.items() if token is not None}
 
 
@@ -112,15 +118,20 @@ def added_token(text: str, token: object, special: bool) -> AddedToken:
 
 
 def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
-    """Give a tokenizer the tokens {id: {"content", "special", ...}} that it lacks, in the order of
-    their ids, which must be those that come next."""
+    """Give a tokenizer the tokens {id: {"content", "special", ...}} that are no added ones yet, or
+    have other flags, in the order of their ids: those of the vocabulary, or that come next."""
+    known = {one.content: one for one in tokenizer.get_added_tokens_decoder().values()}
     try:
         rows = sorted((int(number), token) for number, token in added.items())
         for number, token in rows:
             text, special = token["content"], bool(token.get("special"))
-            if tokenizer.token_to_id(text) is None:
+            old, new = known.get(text), added_token(text, token, special)
+            changed = old is not None and "lstrip" in token and any(
+                getattr(old, flag) != getattr(new, flag) for flag in FLAGS)
+            if old is None or changed:
+                special = special or (old is not None and old.special)
                 add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
-                add([added_token(text, token, special)])
+                add([new])
             if tokenizer.token_to_id(text) != number:
                 raise InputError(f"{folder}: the added token {text[:40]!r} should be {number}, but "
                                  f"tokenizer.json makes it {tokenizer.token_to_id(text)}")
@@ -131,9 +142,11 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
 def special_tokens(tokenizer: FastTokenizer, names: dict, folder: Path) -> dict[str, str]:
     """bos_token and its like: those that the files name, then those of the tokenizer's class, which
     count only if the vocabulary has them."""
-    kind = str(names.get("tokenizer_class")).removesuffix("Fast").removesuffix("Tokenizer")
+    kind = names.get("tokenizer_class") or CLASS_OF.get(
+        optional_json(folder / "config.json").get("model_type"))
+    kind = str(kind).removesuffix("Fast").removesuffix("Tokenizer")
     found = {name: text for name, text in CLASS_NAMES.get(kind, {}).items()
-             if tokenizer.token_to_id(text) is not None}
+             if name not in names and tokenizer.token_to_id(text) is not None}
     for name, token in named(names).items():
         text = text_of(token)
         if not isinstance(text, str):

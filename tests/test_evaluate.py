@@ -92,6 +92,8 @@ OTHER_LAYOUTS = [
      [("1", "challenge", "air")]),
     ("arc/arc_challenge_test.jsonl", f'{{"question": "Which?", {CHOICES}, "answerKey": "1"}}\n',
      [("1", "challenge", "iron")]),
+    ("jailbreakbench/harmful.jsonl", '{"Index": 0, "Goal": "a"}\n{"Index": 1, "Goal": "b"}\n',
+     [("harmful/0", "harmful", "a"), ("harmful/1", "harmful", "b")]),
     ("jailbreakbench/data/harmful-behaviors.csv", GOALS, [("harmful/0", "harmful", "Do it")]),
     ("jailbreakbench/benign.csv", GOALS, [("benign/0", "benign", "Do it")]),
     ("xstest/xstest_v2_prompts.csv",

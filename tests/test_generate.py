@@ -154,7 +154,8 @@ def test_system_message_before_every_prompt(folder: Path, net: Transformer, tok:
 @pytest.mark.parametrize("line", [
     '{"prompt": "unfinished', '["prompt"]', "5", '{"question": "x"}', '{"prompt": 5}',
     '{"messages": "hi"}', '{"messages": []}', '{"messages": ["hi"]}',
-    '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": 3}]}'])
+    '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": 3}]}',
+    '{"messages": [{"role": "user", "role": "system", "content": "x"}]}'])
 def test_broken_prompts_line_is_named(line: str, folder: Path, tmp_path: Path,
                                       capsys: Capture) -> None:
     """A broken line would be a traceback, have no number, or let others be answered first."""

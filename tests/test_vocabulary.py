@@ -112,12 +112,45 @@ def test_added_tokens_and_names_are_found_wherever_they_stand(source: str, names
     assert tok.end_of_turn_ids == {peer.eos_token_id} == {OVER}
 
 
-def test_names_of_the_tokenizers_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "model", "named", "eos"), [
+    ("Qwen2TokenizerFast", "llama", {}, "<|endoftext|>"),  # what the class says
+    (None, "qwen2", {}, "<|endoftext|>"),  # what the model's class says
+    ("Qwen2Tokenizer", "qwen2", {"eos_token": None}, None),  # a null is no default
+    (None, "llama", {}, None)])
+def test_names_of_the_tokenizers_class(kind: str | None, model: str, named: dict, eos: str | None,
+                                       tmp_path: Path) -> None:
     """An eos token that a tokenizer_config.json leaves to its class would be missed."""
-    folder = write(tmp_path, special=["<|turn|>", "<|endoftext|>"],
-                   tokenizer_config={"tokenizer_class": "Qwen2TokenizerFast"})
+    folder = write(tmp_path, special=["<|turn|>", "<|endoftext|>"], config={"model_type": model},
+                   tokenizer_config={"tokenizer_class": kind} | named)
     _, _, names = read_tokenizer(folder)
-    assert names["eos_token"] == "<|endoftext|>" and "bos_token" not in names
+    assert names.get("eos_token") == eos and "bos_token" not in names
+
+
+@pytest.mark.parametrize("flag", [None, "lstrip", "rstrip"])
+@pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens"])
+def test_an_added_token_that_the_vocabulary_has_already(source: str, flag: str | None,
+                                                        tmp_path: Path) -> None:
+    """A turn marker would fall into characters, or not take the white space beside it."""
+    marker = {"content": "Hi", "special": True, "lstrip": False, "rstrip": False,
+              "normalized": False, "single_word": False} | ({flag: True} if flag else {})
+    at = LETTERS.index("Hi")
+    files = {"tokenizer_config": {source: {str(at): marker}}}
+    if source == "added_tokens":
+        files = {source: {"Hi": at}, "tokenizer_config": {"eos_token": "Hi"}}
+    folder = write(tmp_path, "{% for m in messages %}{{ m.content }} Hi {% endfor %}", **files)
+    tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("x", "a b"):
+        assert tok.render(conversation(text)) == peer.apply_chat_template(
+            conversation(text), return_dict=False)
+    assert tok.special_ids["Hi"] == at and at not in tok.encode("Hi")
+
+
+def test_names_that_only_a_model_has(tmp_path: Path) -> None:
+    """A template that writes a token by such a name would write nothing."""
+    template = "{% for m in messages %}{{ m.content }}{{ end_token }}{% endfor %}"
+    folder = write(tmp_path, template, special=MARKS, tokenizer_config={
+        "model_specific_special_tokens": {"end_token": "<|over|>"}})
+    assert Tokenizer(folder).render(conversation("x"))[-1] == OVER
 
 
 TOKEN = {"__type": "AddedToken", "content": "<|new|>", "lstrip": True, "rstrip": False,
