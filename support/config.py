@@ -138,6 +138,7 @@ class Family:
     nope_beside_windows: bool = False  # in a model with windows, layers without one do not rotate
     local_theta: float | None = None  # layers with a window have a RoPE of their own; its default
     rope_kinds: tuple[str, ...] = tuple(ROPE_KINDS)
+    tokenizer: str | None = None  # the class where tokenizer_config.json names none
 
 
 # Fields that every family reads. None: required, or what follows from the other fields.
@@ -162,8 +163,9 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(_BIASES),
     "mistral": Family(_WINDOW | {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
                       windowed=every_layer),
-    "qwen2": Family(_QWEN, qkv_bias=True, windowed=upper_layers),
-    "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", windowed=upper_layers),
+    "qwen2": Family(_QWEN, qkv_bias=True, windowed=upper_layers, tokenizer="Qwen2"),
+    "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", windowed=upper_layers,
+                    tokenizer="Qwen2"),
     "smollm3": Family(_BIASES | _WINDOW | {
         "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None,
         "no_rope_layer_interval": 4, "tie_word_embeddings": True, "num_key_value_heads": 4,
@@ -176,12 +178,12 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                                "max_position_embeddings": 8192},
                      BOTH_NORMS, norm_offset=1.0, embedding_by_width=True,
-                     windowed=all_but_every(2)),
+                     windowed=all_but_every(2), tokenizer="Gemma"),
     "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": 6, "rope_theta": 1e6,
                                     "rope_local_base_freq": None,
                                     "max_position_embeddings": 2**17},
                           BOTH_NORMS, qk_norm="head", norm_offset=1.0, embedding_by_width=True,
-                          windowed=by_pattern, local_theta=1e4),
+                          windowed=by_pattern, local_theta=1e4, tokenizer="Gemma"),
     "olmo3": Family(_OLMO | _WINDOW | {"rope_theta": 5e5}, POST_NORM, qk_norm="all",
                     windowed=all_but_every(4), local_theta=5e5),
     "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": 4,
@@ -297,6 +299,12 @@ def _family(raw: dict, where: str) -> Family:
     return family
 
 
+def tokenizer_class(raw: dict) -> str | None:
+    """The class of a config.json's tokenizer, where tokenizer_config.json names none."""
+    kind = raw.get("model_type")
+    return FAMILIES[kind].tokenizer if isinstance(kind, str) and kind in FAMILIES else None
+
+
 def _heads(fields: Fields) -> dict[str, int]:
     """The width of the hidden states, and the heads that they are read with."""
     hidden = fields.integer("hidden_size", 1, LARGEST)
@@ -367,8 +375,12 @@ def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
         return _rope(rope, theta, fields, family), None
     if new and not by_layer_type:
         fields.refuse("rope_parameters", "has no full_attention and sliding_attention")
+    if "type" in old and "rope_type" not in old:
+        fields.refuse("rope_scaling", "has type in place of rope_type, which transformers ignores")
     by_type = Fields(new, f"{fields.where}: rope_parameters")
     full = _rope(by_type.object("full_attention") | old, theta, fields, family)
+    if not full.get("truncate", True):  # transformers takes it for true here
+        raise InputError(f"{fields.where}: truncate = false is not supported in rope_parameters")
     theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
     return full, _rope(by_type.object("sliding_attention"), theta, fields, family)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
+from support.config import tokenizer_class
 from support.hub import InputError, optional_json, read_text
 
 THOUGHTS = ("<think>", "</think>")  # what a reasoning model puts around its thoughts
@@ -28,8 +29,6 @@ GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_
 QWEN = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 CLASS_NAMES = {"Llama": LLAMA, "CodeLlama": LLAMA, "GPT2": GPT2, "GPTNeoX": GPT2, "Gemma": GEMMA,
                "Qwen2": QWEN}
-# The class of a model_type, for a tokenizer_config.json that names none.
-CLASS_OF = {"qwen2": "Qwen2", "qwen3": "Qwen2", "gemma2": "Gemma", "gemma3_text": "Gemma"}
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -142,8 +141,7 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
 def special_tokens(tokenizer: FastTokenizer, names: dict, folder: Path) -> dict[str, str]:
     """bos_token and its like: those that the files name, then those of the tokenizer's class, which
     count only if the vocabulary has them."""
-    kind = names.get("tokenizer_class") or CLASS_OF.get(
-        optional_json(folder / "config.json").get("model_type"))
+    kind = names.get("tokenizer_class") or tokenizer_class(optional_json(folder / "config.json"))
     kind = str(kind).removesuffix("Fast").removesuffix("Tokenizer")
     found = {name: text for name, text in CLASS_NAMES.get(kind, {}).items()
              if name not in names and tokenizer.token_to_id(text) is not None}

@@ -36,6 +36,7 @@ def test_nothing_else_knows_a_family() -> None:
     assert found == {"config.py", "hub.py"}  # which writes a config.json
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "factor": 2.0}
 
 
@@ -50,6 +51,8 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "factor": 2.0}
     ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
     ("llama", "rope_parameters", {"full_attention": {"rope_theta": 500.0}}, "rope_parameters"),
     ("gemma3_text", "rope_parameters", {"rope_theta": 5.0}, "rope_parameters"),
+    ("gemma3_text", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling"),
+    ("olmo3", "rope_scaling", YARN | {"truncate": False}, "truncate"),
     ("phi3", "rope_parameters", LONGROPE, "longrope"),
     ("phi3", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}, "yarn"),
     ("phi3", "rope_parameters", {"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
@@ -212,7 +215,6 @@ def test_fields_left_out_or_null(family: str, tiny_checkpoint: TinyFactory,
 
 
 LLAMA3 = COMPUTED["rope_parameters"]
-YARN = {"rope_type": "yarn", "factor": 4.0}
 SPELLINGS = [
     {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 700},
     {"rope_parameters": None, "rope_scaling": YARN | {"rope_theta": 30.0}, "rope_theta": 700},
