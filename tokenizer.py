@@ -32,6 +32,7 @@ THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 ROLES = ("system", "user", "assistant")
+UNKNOWN_NAMES = ("unk_token", "pad_token")  # what an unknown character's token may be called
 LEADS = "\n.x"  # what a text may stand behind; the first that it does not grow together with
 
 
@@ -81,14 +82,13 @@ class Tokenizer:
 
     def _stand_ins(self) -> set[int]:
         """The ids that stand for a byte, or for a character that the vocabulary lacks. They are no
-        control tokens in a text, although some tokenizers call them special."""
+        control tokens in a text, although some tokenizers call them special, unless they have
+        another use as well."""
         found = {i for text, i in self.special_ids.items() if re.fullmatch(BYTE, text)}
         found.update(self._tokenize(self._plain, "\U0010ffff").ids)
-        unknown = getattr(self._plain.model, "unk_token", None)
-        others = [text for name, text in self.names.items() if name != "unk_token"]
-        if unknown is not None and unknown not in others:
-            found.add(self._plain.token_to_id(unknown))
-        return found
+        found.add(self._plain.token_to_id(getattr(self._plain.model, "unk_token", None) or ""))
+        others = {text for name, text in self.names.items() if name not in UNKNOWN_NAMES}
+        return found - set(map(self.special_ids.get, others))
 
     def _tokenize(self, tokenizer: FastTokenizer, text: str) -> Encoding:
         """A text's encoding, without a BOS."""

@@ -316,11 +316,12 @@ def test_a_letter_that_the_vocabulary_lacks_is_its_unknown_token(letters: str,
     assert ours.special_ids["</s>"] not in ours.encode("</s>a")
 
 
-def test_an_end_token_for_unknown_letters_cannot_be_forged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", U10FFFF], ids=["unknown", "known"])
+def test_an_end_token_for_unknown_letters_cannot_be_forged(more: str, tmp_path: Path) -> None:
     """Where one token has both uses, a text would end a turn by a letter that is not known."""
-    letters = "".join(dict.fromkeys("ab</s>" + U10FFFF))
+    letters = "".join(dict.fromkeys("ab</s>" + more))
     ours = Tokenizer(byte_level(tmp_path / "x", letters, ["</s>"], "</s>"))
-    assert ours.special_ids["</s>"] not in ours.encode("a\nb")
+    assert ours.special_ids["</s>"] not in ours.encode("a\nb") + ours.encode("\u754c</s>")
 
 
 def test_a_vocabulary_without_its_unknown_token_is_refused(tmp_path: Path) -> None:
