@@ -123,13 +123,13 @@ class Setup:
 
     def __init__(self, name: str, device: str, dtype: str, repeats: int, shape: Path | None = None):
         where = choose_device(device)
-        self.repeats, self.shape, self.dtype = repeats, shape, choose_dtype(dtype, where)
+        self.repeats, self.shape = repeats, shape
         if shape is None:
-            self.net = load(name, where, self.dtype)
+            self.net = load(name, where, choose_dtype(dtype, where))
             self.tokenizer = Tokenizer(self.net.folder)
             self.stop = stop_tokens(self.net, self.tokenizer)
         else:
-            self.net, self.stop = random_net(shape, where, self.dtype), set()
+            self.net, self.stop = random_net(shape, where, choose_dtype(dtype, where)), set()
             self.tokenizer = Tokenizer(resolve(DEFAULT_MODEL))
         self.prism = PRISM(self.net, gate_layer=len(self.net.layers) // train.GATE_DEPTH)
         generator = torch.Generator().manual_seed(0)
@@ -175,13 +175,13 @@ class Setup:
         """transformers' model of the checkpoint, or of the shape."""
         from transformers import AutoConfig, AutoModelForCausalLM
         # The first use may be inside inference mode, whose tensors could not be trained on.
-        with torch.inference_mode(False), self.net.device:
+        with torch.inference_mode(False):
             if self.shape is None:
-                model = AutoModelForCausalLM.from_pretrained(self.net.folder, dtype=self.dtype)
-            else:
-                config = AutoConfig.for_model(**read_json(self.shape))
-                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-            return model.to(self.net.device)
+                return AutoModelForCausalLM.from_pretrained(
+                    self.net.folder, dtype=self.net.dtype).to(self.net.device)
+            config = AutoConfig.for_model(**read_json(self.shape))
+            with self.net.device:
+                return AutoModelForCausalLM.from_config(config, dtype=self.net.dtype)
 
     def prompts(self, n: int) -> list[list[int]]:
         """n prompts of mixed length (about 40 to 190 tokens) made from the personas' texts."""

@@ -49,7 +49,7 @@ from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter, write_file)
-from support.personas import CONTRAST, Persona, load_personas, persona_hash
+from support.personas import Persona, is_contrast, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
                             read_verdicts, run_settings)
 from support.report import quoted, share, table
@@ -1232,7 +1232,7 @@ def _main(args: argparse.Namespace) -> int:
     items |= own
     judge = load_judge(args, net, tokenizer, names)
     with RunFolder(args.out):
-        contexts = [p.name for p in personas if not p.name.startswith(CONTRAST)]
+        contexts = [p.name for p in personas if not is_contrast(p.name)]
         e = Evaluator(net, tokenizer, prism, sft, names, Work(args.out / "work.jsonl"), args.seed,
                       args.max_new_tokens, contexts)
         rows: list[Row] = []

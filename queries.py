@@ -30,7 +30,7 @@ from judge import conversation
 from model import Transformer
 from support.distributed import main_first
 from support.hub import InputError
-from support.personas import CONTRAST, Persona
+from support.personas import Persona, is_contrast
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import interval
 from support.words import (ECHO_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, clean_query,
@@ -285,7 +285,7 @@ class QueryWriter:
             scores, cost = self.score(rivals)
             costs.append(cost)
             for i, (rival, _), score in zip(left, rivals, scores):
-                lead = -LEAD if asked[i][0].startswith(CONTRAST) else LEAD
+                lead = -LEAD if is_contrast(asked[i][0]) else LEAD
                 if own[i] - score < lead:
                     suited[i] = rival
             left = [i for i in left if suited[i] == asked[i][0]]

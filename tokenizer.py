@@ -334,7 +334,7 @@ class Tokenizer:
         shape = *(tuple(m.values()) for m in harmless), *how
         if shape not in self._control_counts:
             self._control_counts[shape] = len(self._control_of(harmless, *how))
-        control = [i for i in encoding.ids if i in self._control_ids]
+        control = self._control_among(encoding.ids)
         disarmed = [{**m, "content": self._disarm(m["content"])} for m in messages]
         if len(control) > self._control_counts[shape] or (
                 disarmed != messages and control != self._control_of(disarmed, *how)):
@@ -343,15 +343,18 @@ class Tokenizer:
         return text, encoding
 
     def _control_of(self, messages: list[dict], *how: bool) -> list[int]:
-        """The control tokens of a conversation's rendering. Ids, not spellings, are what the model
-        reads: a normalizer may make a token out of other characters."""
-        ids = self._tokenize(self._rendered, self._text(messages, *how)).ids
+        """The control tokens of a conversation's rendering."""
+        return self._control_among(self._tokenize(self._rendered, self._text(messages, *how)).ids)
+
+    def _control_among(self, ids: list[int]) -> list[int]:
+        """The control tokens of a rendering. Ids, not spellings, are what the model reads: a
+        normalizer may make a token out of other characters."""
         return [i for i in ids if i in self._control_ids]
 
     def _disarm(self, text: str) -> str:
         """A text in which no control token can begin; otherwise a template treats it alike."""
-        return "".join("\ue002" if self._begins_control.intersection(normalize("NFKC", c)) else c
-                       for c in text)
+        begin = [c for c in set(text) if self._begins_control.intersection(normalize("NFKC", c))]
+        return text.translate(dict.fromkeys(map(ord, begin), "\ue002"))
 
     def _plain_ids(self, ids: list[int]) -> list[int]:
         """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""

@@ -36,7 +36,7 @@ from support.distributed import (HEAD_START, broadcast, exchange, main_first, pr
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
-from support.memory import (choose_slots, dry_run, parameter_counts, recomputes,
+from support.memory import (choose_slots, count_parameters, dry_run, recomputes,
                             training_flops)
 from support.personas import Persona
 from support.report import findings, summarize, write_report
@@ -359,7 +359,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         args.gate_layer = len(net.layers) // GATE_DEPTH
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
-    counts = parameter_counts(net.config, args)
+    counts = count_parameters(net, prism.adapter)
     net.slots = choose_slots(net.config, counts, args, memory_of(device))
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
     with RunFolder(args.out) as run:

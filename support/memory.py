@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from engine import SCORE_LOGITS, SCORE_TOKENS
 from model import SLOTS, Transformer
@@ -45,9 +46,9 @@ def activation_bytes(config: Config, tokens: int, rank: int) -> int:
     return tokens * config.num_layers * per_layer
 
 
-def recomputes(config: Config, rank: int, tokens: int = TRAIN_TOKENS) -> bool:
+def recomputes(config: Config, rank: int) -> bool:
     """Whether the adapted layers run twice in training, so that their activations fit."""
-    return activation_bytes(config, tokens, rank) > RECOMPUTE_ABOVE
+    return activation_bytes(config, TRAIN_TOKENS, rank) > RECOMPUTE_ABOVE
 
 
 def training_flops(prism: PRISM, tokens: int, answer_tokens: int) -> int:
@@ -65,7 +66,12 @@ def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int
         net = Transformer(config)
     gate_layer = config.num_layers // GATE_DEPTH if args.gate_layer is None else args.gate_layer
     adapter = PRISM(net, args.rank, args.alpha, gate_layer).adapter
-    return tuple(sum(p.numel() for p in part.parameters()) for part in (net, adapter))
+    return count_parameters(net, adapter)
+
+
+def count_parameters(*parts: nn.Module) -> tuple[int, ...]:
+    """How many numbers each part has."""
+    return tuple(sum(p.numel() for p in part.parameters()) for part in parts)
 
 
 def memory_plan(config: Config, counts: tuple[int, int], rank: int,
@@ -79,7 +85,7 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int,
     if config.attention_cap is not None:  # its scores, three times in fp32
         reading += config.num_heads * PLAN_PROMPT * 12
     activations = activation_bytes(config, TRAIN_TOKENS, rank)
-    if recomputes(config, rank, TRAIN_TOKENS):  # every layer's input, and all of one layer
+    if recomputes(config, rank):  # every layer's input, and all of one layer
         activations = (config.num_layers * TRAIN_TOKENS * d * size
                        + activations // config.num_layers)
     logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums

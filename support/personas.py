@@ -14,6 +14,11 @@ from support.hub import InputError, read_text
 CONTRAST = "contrast"
 
 
+def is_contrast(name: str) -> bool:
+    """Whether a context of this name is a contrast."""
+    return name.startswith(CONTRAST)
+
+
 @dataclass(frozen=True)
 class Persona:
     """A context to distil: its name (the file's) and its text (a system prompt)."""

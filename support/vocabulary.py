@@ -29,7 +29,7 @@ GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_
 QWEN = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 CLASS_NAMES = {"Llama": LLAMA, "CodeLlama": LLAMA, "GPT2": GPT2, "GPTNeoX": GPT2, "Gemma": GEMMA,
                "Qwen2": QWEN}
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+FLAGS = ("lstrip", "rstrip", "single_word")
 
 
 def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
@@ -96,8 +96,7 @@ def unnamed(names: dict, folder: Path) -> list[object]:
 def make_special(tokenizer: FastTokenizer, tokens: list[object]) -> None:
     """Make control tokens of what tokenizer.json has as text or not at all; the latter get the ids
     that come next. Those of a think block stay text: a template has to find them in a history."""
-    known = {one.content: one for one in tokenizer.get_added_tokens_decoder().values()}
-    special = []
+    known, special = added_by_text(tokenizer), []
     for token in tokens:
         text = text_of(token)
         if text in known and text in THOUGHTS:
@@ -108,10 +107,15 @@ def make_special(tokenizer: FastTokenizer, tokens: list[object]) -> None:
     tokenizer.add_special_tokens(special)
 
 
+def added_by_text(tokenizer: FastTokenizer) -> dict[str, AddedToken]:
+    """The tokenizer's added tokens by what they spell."""
+    return {one.content: one for one in tokenizer.get_added_tokens_decoder().values()}
+
+
 def added_token(text: str, token: object, special: bool) -> AddedToken:
     """An added token with the flags that a file gives it."""
     given = token if isinstance(token, dict) else {}
-    flags = {name: bool(given.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+    flags = {name: bool(given.get(name)) for name in FLAGS}
     normalized = bool(given.get("normalized", not special))
     return AddedToken(text, normalized=normalized, special=special, **flags)
 
@@ -119,16 +123,16 @@ def added_token(text: str, token: object, special: bool) -> AddedToken:
 def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
     """Give a tokenizer the tokens {id: {"content", "special", ...}} that are no added ones yet, or
     have other flags, in the order of their ids: those of the vocabulary, or that come next."""
-    known = {one.content: one for one in tokenizer.get_added_tokens_decoder().values()}
+    known = added_by_text(tokenizer)
     try:
         rows = sorted((int(number), token) for number, token in added.items())
         for number, token in rows:
-            text, special = token["content"], bool(token.get("special"))
-            old, new = known.get(text), added_token(text, token, special)
-            changed = old is not None and "lstrip" in token and any(
-                getattr(old, flag) != getattr(new, flag) for flag in FLAGS)
-            if old is None or changed:
-                special = special or (old is not None and old.special)
+            text = token["content"]
+            old, new = known.get(text), added_token(text, token, bool(token.get("special")))
+            # added_tokens.json has no flags.
+            flags = (*FLAGS, "normalized") if "lstrip" in token else ()
+            if old is None or any(getattr(old, flag) != getattr(new, flag) for flag in flags):
+                special = new.special or (old is not None and old.special)
                 add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
                 add([new])
             if tokenizer.token_to_id(text) != number:

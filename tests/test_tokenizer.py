@@ -352,7 +352,8 @@ THINKS = ("{% for m in messages %}{% if '/no_think' not in m.content %}<|think_o
 def with_marks(folder: Path, special: bool, *texts: str) -> Path:
     """The folder's tokenizer with further added tokens."""
     fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    fast.add_special_tokens([*texts]) if special else fast.add_tokens([*texts])
+    add = fast.add_special_tokens if special else fast.add_tokens
+    add([*texts])
     fast.save(str(folder / "tokenizer.json"))
     return folder
 
