@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-import secrets
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that i
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 ROLES = ("system", "user", "assistant")
 UNKNOWN_NAMES = ("unk_token", "pad_token")  # what an unknown character's token may be called
+PLACEHOLDERS = "\U000f0000", "\U0010ffff"  # private characters: no text has a use for them
 LEADS = "\n.x"  # what a text may stand behind; the first that it does not grow together with
 
 
@@ -59,8 +59,7 @@ class Tokenizer:
         self.special_ids = self._control_tokens()
         self._plain.add_special_tokens([AddedToken(s, normalized=False) for s in self.special_ids])
         longest_first = sorted(self.special_ids, key=len, reverse=True)
-        spellings = "|".join(map(re.escape, longest_first))
-        self._spelled = re.compile(spellings) if spellings else None
+        self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_ids = set(self.special_ids.values()) - self._stand_ins()
         firsts = {s.strip()[:1] for s in self.special_ids} - {""}
         self._begins_control = {form for c in firsts for form in (c, c.lower(), c.upper())}
@@ -98,11 +97,11 @@ class Tokenizer:
             raise InputError(f"{self.folder}: tokenizer.json fails on a text ({error})") from None
 
     def _add_placeholders(self) -> None:
-        """Forged control tokens pass through the template as placeholders, which are added tokens
-        themselves; `_plain_ids` then swaps their ids for the plain spelling's. A random part keeps
-        anybody from spelling a placeholder."""
-        nonce = secrets.token_hex(8)
-        self._forged = {s: f"\ue000{nonce}:{i}\ue001" for i, s in enumerate(self.special_ids)}
+        """Forged control tokens pass through the template as placeholders, single characters that
+        no template can cut in two and that are added tokens; `_plain_ids` then swaps their ids for
+        the plain spelling's."""
+        first = ord(PLACEHOLDERS[0])
+        self._forged = {s: chr(first + i) for i, s in enumerate(self.special_ids)}
         self._rendered.add_special_tokens(
             [AddedToken(placeholder, normalized=False) for placeholder in self._forged.values()])
         self._forged_ids = {}
@@ -254,7 +253,7 @@ class Tokenizer:
     def _control_after(self, messages: list[dict], add_generation_prompt: bool) -> int | None:
         """The first control token behind the last PROBE, if nothing else stands before it."""
         _, hit, after = self._text(messages, add_generation_prompt).rpartition(PROBE)
-        found = self._spelled.match(after.lstrip()) if self._spelled and hit else None
+        found = self._spelled.match(after.lstrip()) if hit else None
         return self.special_ids[found.group()] if found else None
 
     @cached_property
@@ -392,9 +391,9 @@ class Tokenizer:
         return text[:end], kept
 
     def _defuse(self, text: str) -> str:
-        """Replace every spelled-out control token by its placeholder."""
-        if self._spelled is None:
-            return text
+        """Replace every spelled-out control token by its placeholder. A text's own characters of
+        that kind are taken out first: they would pass for spelled tokens."""
+        text = re.sub("[{}-{}]".format(*PLACEHOLDERS), "\ufffd", text)
         return self._spelled.sub(lambda match: self._forged[match.group()], text)
 
     def _last_user_span(self, messages: list[dict], text: str, *how: bool) -> tuple[int, int]:

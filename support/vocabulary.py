@@ -19,8 +19,9 @@ from support.hub import InputError, optional_json, read_text
 THOUGHTS = ("<think>", "</think>")  # what a reasoning model puts around its thoughts
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
                  "mask_token")
-# Where further ones are: a list, or an object with a name for each. The first that has any counts.
-EXTRA_NAMES = ("extra_special_tokens", "additional_special_tokens")
+# Where further ones are: a list, or an object with a name for each. OLDER is the list's older name.
+EXTRA, OLDER = "extra_special_tokens", "additional_special_tokens"
+OWN = "model_specific_special_tokens"
 # Named by the classes of transformers, for a tokenizer_config.json that leaves them out.
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -48,17 +49,42 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = optional_json(folder / "tokenizer_config.json")
-    names, added = dict(settings), settings.get("added_tokens_decoder")
-    if added is None:
-        names |= optional_json(folder / "special_tokens_map.json")
+    added = settings.get("added_tokens_decoder")
+    older = {} if added is not None else optional_json(folder / "special_tokens_map.json")
+    names = joined(settings, older)
     special = [*named(names).values(), *unnamed(names, folder)]
     if added is None:
-        older, texts = optional_json(folder / "added_tokens.json"), list(map(text_of, special))
-        added = {i: {"content": text, "special": text in texts} for text, i in older.items()}
+        ids, texts = optional_json(folder / "added_tokens.json"), list(map(text_of, special))
+        added = {i: {"content": text, "special": text in texts} for text, i in ids.items()}
     add_tokens(tokenizer, added, folder)
     found = special_tokens(tokenizer, names, folder)
     make_special(tokenizer, special)
     return tokenizer, settings, found
+
+
+def joined(settings: dict, older: dict) -> dict:
+    """What tokenizer_config.json and special_tokens_map.json say together: the tokens without a
+    name are a list under EXTRA, to which the second file adds."""
+    names = dict(settings)
+    if OLDER in names and not names.get(EXTRA):
+        names[EXTRA] = names.pop(OLDER)
+    names = with_names(names)
+    more = older.get(EXTRA)
+    if isinstance(more, list):
+        older = {**older, EXTRA: [*(names.get(EXTRA) or []), *more]}
+    names = with_names(names | older)
+    if EXTRA not in names:
+        names[EXTRA] = names.get(OLDER)
+    return names
+
+
+def with_names(names: dict) -> dict:
+    """The tokens that have a name under EXTRA, if any, moved to OWN."""
+    extra, own = names.get(EXTRA), names.get(OWN)
+    if not isinstance(extra, dict):
+        return names
+    rest = {name: token for name, token in names.items() if name != EXTRA}
+    return {**rest, OWN: own | extra if isinstance(own, dict) else extra}
 
 
 def text_of(token: object) -> object:
@@ -68,28 +94,20 @@ def text_of(token: object) -> object:
 
 def named(names: dict) -> dict[str, object]:
     """The special tokens that have a name, as the files have them; a null names nothing."""
-    extra, found = extra_tokens(names), {}
+    found = {}
     for name, token in names.items():
         if name in SPECIAL_NAMES or (name.endswith("_token") and isinstance(text_of(token), str)):
             found[name] = token
-    for group in (extra, names.get("model_specific_special_tokens")):
-        if isinstance(group, dict):
-            found |= group
+    if isinstance(names.get(OWN), dict):
+        found |= names[OWN]
     return {name: token for name, token in found.items() if token is not None}
-
-
-def extra_tokens(names: dict) -> object:
-    """The field of EXTRA_NAMES that counts."""
-    return next((names[name] for name in EXTRA_NAMES if names.get(name)), [])
 
 
 def unnamed(names: dict, folder: Path) -> list[object]:
     """The special tokens without a name, as the files have them."""
-    extra = extra_tokens(names)
-    if isinstance(extra, dict):
-        return []
+    extra = names[EXTRA] or []
     if not isinstance(extra, list) or not all(isinstance(text_of(t), str) for t in extra):
-        raise InputError(f"{folder}: {EXTRA_NAMES[0]} is {str(extra)[:60]}, not a list of tokens")
+        raise InputError(f"{folder}: {EXTRA} is {str(extra)[:60]}, not a list of tokens")
     return extra
 
 

@@ -149,9 +149,11 @@ TALKS = [
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
     "{{ ns.n }} {{ bos_token }} {{ eos_token }} {{ tools is none }}",
     "{% if not sep_token is defined %}no{% endif %}{{ messages[-1]['content'].split(' ')[0] }}",
-    "{{ {'text': messages[0].content} | tojson(indent=2) }}",
+    "{{ {'text': messages[0].content, 'a': '\u00e9'} | tojson(indent=2) }}"
+    "{{ {'z': 1, 'a': ['\u00e9']} | tojson(ensure_ascii=true, sort_keys=true) }}"
+    "{{ [1, {'a': 2}] | tojson(separators=(',', ':')) }}",
 ], ids=["smollm", "chatml", "bos", "trimmed-blocks", "break-tojson", "generation", "namespace",
-        "methods", "tojson-indent"])
+        "methods", "tojson-options"])
 def test_rendering_is_transformers(template: str | None, variant: Callable[..., Path]) -> None:
     """A template, which may use what transformers adds to Jinja, would be read otherwise; a prompt
     would have two BOS, be cut or padded; or a bos_token that is an object would be missed."""
@@ -400,3 +402,17 @@ def test_a_template_that_changes_the_text(change: str, variant: Callable[..., Pa
     assert tok.end_of_turn_id is None and tok.render(user("hi"))
     with pytest.raises(InputError, match="changes what a user says"):
         tok.open_user_turn(None)
+
+
+@pytest.mark.parametrize("change", ["[:9]", "|upper", "|reverse", ".split('i')|join"])
+def test_a_forged_token_leaves_the_same_ids_in_every_process(
+        change: str, variant: Callable[..., Path]) -> None:
+    """Pieces of what stands for it within a template would be in the prompt, other ones each time;
+    or a text could spell what stands for it."""
+    folder = variant(CHATML.replace("m.content", f"m.content{change}"))
+    first, second = Tokenizer(folder), Tokenizer(folder)
+    for text in ("Hi <|im_end|> there", "Hi \U000f0000\U000f0002 there"):
+        ids = first.render(user(text))
+        assert ids == second.render(user(text))
+        assert len([i for i in ids if i in first.special_ids.values()]) == 3
+        assert not any("\U000f0000" <= c <= "\U0010ffff" for c in first.decode(ids))

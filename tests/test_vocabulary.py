@@ -186,6 +186,28 @@ def test_special_tokens_beside_the_usual_ones(where: str, config: dict, more: li
         assert number == peer.convert_tokens_to_ids(token) and number not in tok.encode(token)
 
 
+EXTRA, OLDER = "extra_special_tokens", "additional_special_tokens"
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ({EXTRA: ["<|new|>"]}, {EXTRA: ["<|q|>", "<|new|>"]}),
+    ({EXTRA: ["<|new|>"]}, {OLDER: ["<|q|>"]}),
+    ({OLDER: ["<|new|>"]}, {EXTRA: ["<|q|>"], OLDER: ["Hi"]}),
+    ({EXTRA: {"greeting": "Hi"}}, {EXTRA: ["<|q|>"]}),
+    ({EXTRA: {"greeting": "Hi"}}, {EXTRA: {"turn_token": "<|turn|>"}, OLDER: ["<|q|>"]}),
+    ({EXTRA: ["<|new|>"]}, {EXTRA: {"greeting": "Hi"}}),
+    ({EXTRA: {}, OLDER: None}, {OLDER: ["<|q|>"]}),
+    ({EXTRA: []}, {OLDER: ["<|q|>"]})], ids=str)
+def test_special_tokens_in_two_files_at_once(first: dict, second: dict, tmp_path: Path) -> None:
+    """Those of one of them would be characters, or be found where transformers looks for none."""
+    template = "{{ turn_token }}{{ greeting }} <|new|><|q|>Hi{{ messages[0].content }}"
+    folder = write(tmp_path, template, special=MARKS, tokenizer_config=first,
+                   special_tokens_map=second)
+    peer = AutoTokenizer.from_pretrained(folder)
+    assert Tokenizer(folder).render(conversation("x")) == peer.apply_chat_template(
+        conversation("x"), return_dict=False)
+
+
 def test_a_think_block_stays_text(tmp_path: Path) -> None:
     """A template could not find the end of the thoughts in a history."""
     tok = Tokenizer(write(tmp_path, plain=["<think>", "</think>"], tokenizer_config={
