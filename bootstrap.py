@@ -18,10 +18,11 @@ from typing import Sequence
 
 from engine import Sampling, derive_seed
 from generate import sample_answers
-from judge import Comparison, Judge, conversation
+from judge import Comparison, Judge
 from model import Transformer
 from queries import Query
 from support.hub import InputError
+from support.messages import conversation
 from support.personas import Persona
 from support.runs import RunFolder, split_chunks
 from tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model import KVCache, Positions, Transformer
 from prism import PRISM
 from support.config import kept_tokens
-from support.device import pad, upload
+from support.device import batches, pad, upload
 from support.distributed import progress_bar
 from support.hub import InputError
 
@@ -336,14 +336,9 @@ class Engine:
         """Mirror the slots' state on the device; needed only when their composition changed."""
         if not self.busy:
             return
-        last, lengths, steps = [], [], []
-        for slot in self.busy:
-            last.append(slot.out.ids[-1])
-            lengths.append(slot.length)
-            steps.append([len(slot.out.ids)])
-        self.tokens = upload(torch.tensor(last), self.net.device)
-        self.start = upload(torch.tensor(lengths), self.net.device)
-        self.steps = upload(torch.tensor(steps), self.net.device)
+        rows = [(slot.out.ids[-1], slot.length, len(slot.out.ids)) for slot in self.busy]
+        state = upload(torch.tensor(rows), self.net.device)
+        self.tokens, self.start, self.steps = state[:, 0], state[:, 1], state[:, 2:]
         self.draws = torch.stack([slot.draws for slot in self.busy])
 
     def _step(self) -> None:
@@ -388,8 +383,8 @@ class Engine:
 
 
 def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Sequence[int],
-                  shared: Sequence[int] | None = None,
-                  adapter: nn.ModuleList | None = None, bar: str | None = None,
+                  shared: Sequence[int] | None = None, adapter: nn.ModuleList | None = None,
+                  bar: str | None = None,
                   reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """Post-norm hidden states of each row of ids from position starts[i] to its end, [n_i, d].
 
@@ -410,20 +405,12 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     if longest > context:
         raise InputError(f"a text of {longest} tokens is longer than the model's context of "
                          f"{context}; use shorter personas or fewer --max-new-tokens")
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]) - shared[i], i))
+    rests = [len(row) - n for row, n in zip(rows, shared)]
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     reader = reader or PrefixReader(net, adapter)
     before = reader.tokens
-    total = sum(map(len, rows)) - sum(shared)
-    with torch.inference_mode(), progress_bar(bar, "token", total=total) as shown:
-        while order:
-            size, longest = 1, len(rows[order[0]])
-            while size < len(order):
-                longest = max(longest, len(rows[order[size]]))
-                if (size + 1) * longest > SCORE_TOKENS:
-                    break
-                size += 1
-            batch, order = order[:size], order[size:]
+    with torch.inference_mode(), progress_bar(bar, "token", total=sum(rests)) as shown:
+        for batch in batches(rests, SCORE_TOKENS, list(map(len, rows))):
             skip = [shared[i] for i in batch]
             if any(skip):
                 hidden = net.norm(reader.read([rows[i] for i in batch], skip)[0])
@@ -433,14 +420,13 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
                 reader.tokens += sum(len(rows[i]) for i in batch)
             for at, i in enumerate(batch):
                 states[i] = hidden[at, starts[i] - skip[at]:len(rows[i]) - skip[at]].clone()
-            shown.update(sum(len(rows[i]) for i in batch) - sum(skip))
+            shown.update(sum(rests[i] for i in batch))
     return states, reader.tokens - before
 
 
 def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
                             targets: Sequence[Sequence[int]],
-                            shared: Sequence[int] | None = None,
-                            bar: str | None = None,
+                            shared: Sequence[int] | None = None, bar: str | None = None,
                             reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """log P(target token | all before it) of each prompt + target: fp32 tensors [len(target)], and
     the number of tokens read. `shared`, `bar` and `reader` as in `hidden_states`."""

@@ -38,7 +38,6 @@ from tqdm import tqdm
 from bootstrap import Pair, Query, won_pairs
 from engine import Engine, Request, Sampling, derive_seed, hidden_states
 from generate import gate_inputs, stop_tokens
-from judge import conversation
 from model import Transformer, load
 from prism import PRISM, Gate, distill_loss
 from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
@@ -49,6 +48,7 @@ from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter, write_file)
+from support.messages import conversation, merge_system
 from support.personas import Persona, is_contrast, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
                             read_verdicts, run_settings)
@@ -56,7 +56,7 @@ from support.report import quoted, share, table
 from support.rule import Rule
 from support.runs import RunFolder, run_date, split_chunks
 from support.stats import auc, bootstrap_mean, bootstrap_ratio, pearson, ranks
-from tokenizer import Tokenizer, common_prefix, merge_system
+from tokenizer import Tokenizer, common_prefix
 from train import Sample, distill_samples
 
 CHOICE_CHUNK, CHAT_CHUNK, GATE_CHUNK = 512, 128, 64  # prompts that are done, and kept, together

@@ -28,12 +28,12 @@ from torch import Tensor
 from bootstrap import Pair, Verdict
 from engine import Request, derive_seed
 from generate import gate_features, message_stops
-from judge import conversation
 from model import Transformer
 from prism import PRISM, Gate, gate_loss
 from queries import write_messages
 from support.distributed import progress_bar
 from support.hub import InputError
+from support.messages import conversation
 from support.personas import is_contrast
 from support.runs import RunFolder, cost_of, peak_memory
 from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC

@@ -23,8 +23,9 @@ from support.distributed import progress_bar
 from support.fields import read_fields
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status,
                          resolve_adapter, unique_keys)
+from support.messages import check_messages
 from support.runs import cost_of, run_date, split_chunks
-from tokenizer import Tokenizer, check_messages
+from tokenizer import Tokenizer
 
 WIDEST = 8  # tokens that --explain lists: where adapter and base part most
 

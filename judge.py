@@ -23,6 +23,7 @@ from engine import Sampling, derive_seed, hidden_states, token_log_probabilities
 from generate import sample_answers
 from model import Transformer
 from support.hub import InputError
+from support.messages import conversation
 from support.refusals import GRAMMAR
 from support.rule import judge_in_place
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
@@ -244,12 +245,6 @@ class LikelihoodJudge(ModelJudge):
             text, ending = (mixture, 0.0) if end is None else (mixture[:-1], float(mixture[-1]))
             parts[key] = Parts(inverse, mean(text), ending)
         return parts, cost_of(self.net, len(prompts), read, 0, sum(map(len, targets)))
-
-
-def conversation(query: str, context: str = "") -> list[dict]:
-    """A query as messages, with a context as system message or bare."""
-    system = [{"role": "system", "content": context}] if context else []
-    return [*system, {"role": "user", "content": query}]
 
 
 def mean(values: Tensor) -> float:

@@ -26,10 +26,10 @@ from torch import Tensor
 from engine import (Engine, Output, PrefixReader, Request, Sampling, derive_seed,
                     hidden_states, token_log_probabilities)
 from generate import message_stops
-from judge import conversation
 from model import Transformer
 from support.distributed import main_first
 from support.hub import InputError
+from support.messages import conversation
 from support.personas import Persona, is_contrast
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import interval

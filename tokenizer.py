@@ -20,6 +20,7 @@ from typing import Sequence
 from unicodedata import normalize
 
 from jinja2 import Template
+from support.messages import ROLES, check_messages, merge_system
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -30,9 +31,8 @@ from support.vocabulary import THOUGHTS, read_tokenizer
 THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
 PROBE = "prism probe text"  # shows whether a template renders what it is given
-ROLES = ("system", "user", "assistant")
 UNKNOWN_NAMES = ("unk_token", "pad_token")  # what an unknown character's token may be called
-PLACEHOLDERS = "\U000f0000", "\U0010ffff"  # private characters: no text has a use for them
+LAST_PRIVATE = 0x10fffd  # from this character on downwards, texts have no use for them
 LEADS = "\n.x"  # what a text may stand behind; the first that it does not grow together with
 
 
@@ -100,10 +100,10 @@ class Tokenizer:
         """Forged control tokens pass through the template as placeholders, single characters that
         no template can cut in two and that are added tokens; `_plain_ids` then swaps their ids for
         the plain spelling's."""
-        first = ord(PLACEHOLDERS[0])
-        self._forged = {s: chr(first + i) for i, s in enumerate(self.special_ids)}
+        self._forged = {s: chr(LAST_PRIVATE - i) for i, s in enumerate(self.special_ids)}
         self._rendered.add_special_tokens(
             [AddedToken(placeholder, normalized=False) for placeholder in self._forged.values()])
+        self._taken = dict.fromkeys(map(ord, self._forged.values()), "\ufffd")
         self._forged_ids = {}
         for spelled, placeholder in self._forged.items():
             self._forged_ids[self._rendered.token_to_id(placeholder)] = self.encode(spelled)
@@ -391,9 +391,9 @@ class Tokenizer:
         return text[:end], kept
 
     def _defuse(self, text: str) -> str:
-        """Replace every spelled-out control token by its placeholder. A text's own characters of
-        that kind are taken out first: they would pass for spelled tokens."""
-        text = re.sub("[{}-{}]".format(*PLACEHOLDERS), "\ufffd", text)
+        """Replace every spelled-out control token by its placeholder. Where a text has that
+        character itself, it would pass for a spelled token, so it is taken out first."""
+        text = text.translate(self._taken)
         return self._spelled.sub(lambda match: self._forged[match.group()], text)
 
     def _last_user_span(self, messages: list[dict], text: str, *how: bool) -> tuple[int, int]:
@@ -410,41 +410,6 @@ class Tokenizer:
                 return len(before), len(text) - len(after)
         raise InputError(f"{self.folder}: the chat template hides the user's text; "
                          "use --gate-pool last")
-
-
-def check_messages(messages: list[dict]) -> list[dict]:
-    """Copy a conversation.
-
-    Raises:
-        InputError: it is not a non-empty list of {"role": str, "content": str} and nothing else, in
-            valid Unicode, or a role is not one of ROLES: a template may write it as it is, so that
-            another word could make a control token.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise InputError("a conversation is a non-empty list of messages")
-    for m in messages:
-        if not isinstance(m, dict) or not all(isinstance(m.get(f), str)
-                                              for f in ("role", "content")):
-            raise InputError('every message needs a "role" and a "content", both text')
-        if m["role"] not in ROLES:
-            raise InputError(f"{m['role'][:40]!r} is not a role (roles: {', '.join(ROLES)})")
-        unknown = set(m) - {"role", "content"}
-        if unknown:
-            raise InputError(f"a message has the field {min(unknown)!r}; only role and content are "
-                             "read here")
-        if any("\ud800" <= c <= "\udfff" for c in m["content"]):
-            raise InputError("a message contains half of a surrogate pair, which is not text")
-    return list(messages)
-
-
-def merge_system(messages: list[dict]) -> list[dict]:
-    """Put the system text in front of the first user message, for models without a system role."""
-    system, rest = messages[0]["content"], [*messages[1:]]
-    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
-    if first is None:
-        raise InputError("a system message needs a user message after it with this model")
-    rest[first] = {**rest[first], "content": f"{system}\n\n{rest[first]['content']}"}
-    return rest
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

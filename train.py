@@ -26,18 +26,19 @@ from bootstrap import (Pair, Verdict, check_order, hold_out, won_pairs, write_an
                        write_verdicts)
 from engine import derive_seed, hidden_states
 from gate import run_gate
-from judge import conversation, judge_of_run
+from judge import judge_of_run
 from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
 from support.card import write_card
-from support.device import choose_device, choose_dtype, memory_of, pad
+from support.device import batches, choose_device, choose_dtype, memory_of, pad
 from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
 from support.memory import (choose_slots, count_parameters, dry_run, recomputes,
                             training_flops)
+from support.messages import conversation
 from support.personas import Persona
 from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
@@ -193,13 +194,9 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
 
 def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list[list[Sample]]:
     """Split samples, by length, into groups of at most `tokens` padded tokens."""
-    groups: list[list[Sample]] = []
-    for s in sorted(samples, key=lambda s: (len(s.ids), s.name)):
-        if groups and (len(groups[-1]) + 1) * len(s.ids) <= tokens:
-            groups[-1].append(s)
-        else:
-            groups.append([s])
-    return groups
+    samples = sorted(samples, key=lambda s: s.name)
+    groups = batches([len(s.ids) for s in samples], tokens)
+    return [[samples[i] for i in group] for group in groups]
 
 
 @torch.no_grad()

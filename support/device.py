@@ -58,6 +58,24 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tens
     return upload(torch.tensor(padded), device), upload(torch.tensor(lengths), device)
 
 
+def batches(lengths: Sequence[int], tokens: int,
+            whole: Sequence[int] | None = None) -> list[list[int]]:
+    """Row numbers by length, in batches of at most `tokens` padded tokens (of `whole` lengths).
+
+    >>> batches([3, 9, 2, 3], 9)
+    [[2, 0, 3], [1]]
+    """
+    found: list[list[int]] = []
+    longest, whole = 0, whole or lengths
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        longest = max(longest, whole[i])
+        if not found or (len(found[-1]) + 1) * longest > tokens:
+            found.append([])
+            longest = whole[i]
+        found[-1].append(i)
+    return found
+
+
 def memory_of(device: torch.device) -> int | None:
     """Bytes of a GPU; None for a CPU."""
     if device.type != "cuda":

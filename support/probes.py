@@ -17,10 +17,10 @@ from torch import Tensor
 from bootstrap import Pair, Query, Verdict, check_order, hold_out
 from gate import fit_gate, out_of_fold, read_traffic, train_gate
 from generate import gate_features
-from judge import conversation
 from prism import PRISM, Gate
 from support.benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
 from support.hub import InputError, read_json
+from support.messages import conversation
 from support.report import table
 from support.runs import RunFolder
 from support.stats import auc, youden_threshold

@@ -29,7 +29,7 @@ FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
                "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
                "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora"}
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
-QUICK = {"queries": 8, "max_new_tokens": 96, "epochs": 6, "batch_size": 4}
+QUICK = {"queries": 10, "max_new_tokens": 64, "epochs": 4, "batch_size": 4}
 JUDGE_NAMES = ("auto", *JUDGES, NOBODY)
 QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
 GATE_FOLDS = 5

@@ -7,6 +7,7 @@ from typing import Sequence
 from unittest.mock import Mock
 
 import pytest
+from support.messages import conversation
 from tiny import one_thread
 from tiny_run import CHEMIST, DATA, PIRATE, QUERIES, pair, rows_of
 
@@ -15,7 +16,7 @@ import generate as generate_module
 from bootstrap import check_order, won_pairs, write_answers, write_verdicts
 from engine import Engine, Sampling
 from generate import generate
-from judge import Comparison, LikelihoodJudge, conversation
+from judge import Comparison, LikelihoodJudge
 from model import Transformer
 from queries import Query, write_queries
 from support.hub import InputError

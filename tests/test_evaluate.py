@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import copy_folder
+from support.messages import conversation
 from tiny import one_thread, randomize_adapter
 from tiny_run import (contents, error_of, pair, rows_of, run_train, verdict, write_files,
                       write_rows)
@@ -21,7 +22,6 @@ from evaluate import (EXPERTS, TASKS, Row, Work, compare, letter_means, letter_t
                       overall, parse_pair, parse_rating, routing)
 from gate import train_gate
 from generate import generate
-from judge import conversation
 from model import Transformer
 from prism import PRISM, Gate
 from support import benchmarks, probes, stats

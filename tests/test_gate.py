@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.messages import conversation
 from tiny import one_thread
 from tiny_run import rows_of, run_train, write_rows
 from torch import Tensor
@@ -15,7 +16,6 @@ import gate
 from gate import (choose_target, choose_thresholds, gate_targets, open_share, out_of_fold,
                   read_traffic, train_gate, with_traffic)
 from generate import gate_features
-from judge import conversation
 from model import Transformer
 from prism import PRISM, Gate
 from support.hub import InputError

@@ -13,12 +13,12 @@ from typing import Callable
 import pytest
 import torch
 from conftest import copy_folder, edit_json
+from support.messages import conversation
 from tiny import halve, make_prism, one_thread, plain_loop
 
 from engine import Engine, Output, Sampling, derive_seed
 from generate import (explain, gate_inputs, generate, main, router, show_explanation,
                       stop_tokens)
-from judge import conversation
 from model import Transformer, load
 from prism import PRISM, load_router
 from support.hub import InputError

@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import copy_folder, edit_json
 from safetensors.torch import load_file, save_file
+from support.messages import conversation
 from tiny import one_thread
 from tiny_run import pair
 
@@ -30,7 +31,7 @@ import bench
 import evaluate
 import generate
 import train
-from judge import Comparison, LetterJudge, LikelihoodJudge, conversation
+from judge import Comparison, LetterJudge, LikelihoodJudge
 from model import Transformer
 from prism import PRISM
 from support.hub import InputError

@@ -57,7 +57,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     return importlib.import_module(script).parser()
 
 
-@pytest.mark.parametrize("name", ["hub", "numbers", "refusals", "stats", "words"])
+@pytest.mark.parametrize("name", ["device", "hub", "numbers", "refusals", "stats", "words"])
 def test_worked_examples_are_true(name: str) -> None:
     """A docstring's example would not give what it says."""
     found = doctest.testmod(importlib.import_module(f"support.{name}"))

@@ -45,7 +45,7 @@ def test_defaults() -> None:
     paper, quick = parsed(), parsed("--quick", "--queries", "3")
     assert (paper.queries, paper.max_new_tokens, paper.epochs, paper.batch_size) == (
         50, 512, 10, 16)
-    assert (quick.queries, quick.max_new_tokens, quick.epochs, quick.batch_size) == (3, 96, 6, 4)
+    assert (quick.queries, quick.max_new_tokens, quick.epochs, quick.batch_size) == (3, 64, 4, 4)
     assert len(choose_personas(paper)) == 12
     assert sorted(p.name for p in choose_personas(quick)) == sorted(QUICK_PERSONAS)
     folder = Path(train.__file__).parent / "personas" / "short"

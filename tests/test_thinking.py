@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import copy_folder, edit_json
+from support.messages import conversation
 from tiny import END_LOGIT, one_thread, tiny_llama
 from tiny_run import rows_of, write_files
 from transformers import AutoTokenizer
@@ -25,7 +26,7 @@ from bootstrap import write_answers, write_verdicts
 from engine import Sampling
 from evaluate import letter_tokens
 from generate import sample_answers
-from judge import INVERSE_PROMPTS, Comparison, LetterJudge, LikelihoodJudge, conversation
+from judge import INVERSE_PROMPTS, Comparison, LetterJudge, LikelihoodJudge
 from model import Transformer, load
 from prism import PRISM
 from queries import OPENINGS, Query, measure_queries, write_queries

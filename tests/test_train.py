@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import copy_folder
 from safetensors.torch import load_file
+from support.messages import conversation
 from tiny import one_thread, randomize_adapter, tiny_llama
 from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, contents, error_of, rows_of,
                       run_train, timeless, verdict, write_rows)
@@ -24,7 +25,6 @@ from bootstrap import Pair, hold_out, won_pairs
 from engine import Sampling
 from gate import train_gate
 from generate import gate_features, generate
-from judge import conversation
 from model import Transformer, load
 from prism import PRISM
 from support import memory

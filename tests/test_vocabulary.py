@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Sequence
 
 import pytest
-from judge import conversation
+from support.messages import conversation
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer

@@ -1,0 +1,49 @@
+"""Conversations, [{"role", "content"}, ...]: how they are made, checked, and changed for models
+without a system role."""
+
+from __future__ import annotations
+
+from support.hub import InputError
+
+ROLES = ("system", "user", "assistant")
+
+
+def conversation(query: str, context: str = "") -> list[dict]:
+    """A query as messages, with a context as system message or bare."""
+    system = [{"role": "system", "content": context}] if context else []
+    return [*system, {"role": "user", "content": query}]
+
+
+def check_messages(messages: list[dict]) -> list[dict]:
+    """Copy a conversation.
+
+    Raises:
+        InputError: it is not a non-empty list of {"role": str, "content": str} and nothing else, in
+            valid Unicode, or a role is not one of ROLES: a template may write it as it is, so that
+            another word could make a control token.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InputError("a conversation is a non-empty list of messages")
+    for m in messages:
+        if not isinstance(m, dict) or not all(isinstance(m.get(f), str)
+                                              for f in ("role", "content")):
+            raise InputError('every message needs a "role" and a "content", both text')
+        if m["role"] not in ROLES:
+            raise InputError(f"{m['role'][:40]!r} is not a role (roles: {', '.join(ROLES)})")
+        unknown = set(m) - {"role", "content"}
+        if unknown:
+            raise InputError(f"a message has the field {min(unknown)!r}; only role and content are "
+                             "read here")
+        if any("\ud800" <= c <= "\udfff" for c in m["content"]):
+            raise InputError("a message contains half of a surrogate pair, which is not text")
+    return list(messages)
+
+
+def merge_system(messages: list[dict]) -> list[dict]:
+    """Put the system text in front of the first user message, for models without a system role."""
+    system, rest = messages[0]["content"], [*messages[1:]]
+    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
+    if first is None:
+        raise InputError("a system message needs a user message after it with this model")
+    rest[first] = {**rest[first], "content": f"{system}\n\n{rest[first]['content']}"}
+    return rest
