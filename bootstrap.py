@@ -23,7 +23,7 @@ from model import Transformer
 from queries import Query
 from support.hub import InputError
 from support.messages import conversation
-from support.personas import Persona
+from support.personas import Persona, texts_by_name
 from support.runs import RunFolder, split_chunks
 from tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ def write_answers(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
 
     A chunk has two answers for each of the engine's slots; each system prompt is read once a chunk.
     """
-    texts = {p.name: p.text for p in personas}
+    texts = texts_by_name(personas)
     sampling = Sampling(max_new_tokens, ANSWER_TEMPERATURE)
     check_order(run.rows("answers.jsonl", Pair), queries, run.path / "answers.jsonl")
     for chunk in run.todo("answers", "answers.jsonl", Pair, split_chunks(queries, net.slots)):
@@ -103,12 +103,13 @@ def check_order(rows: Sequence[Pair | Verdict], asked: Sequence[Query | Pair], p
 def write_verdicts(run: RunFolder, judge: Judge, personas: Sequence[Persona],
                    pairs: Sequence[Pair]) -> list[Verdict]:
     """Stage 3: t(x) = 1 where the persona's answer wins twice; everything else is t(x) = 0."""
-    texts = {p.name: p.text for p in personas}
+    texts = texts_by_name(personas)
     for chunk in run.todo("verdicts", "verdicts.jsonl", Verdict, split_chunks(pairs)):
-        results, cost = judge.compare([
-            Comparison(p.query, texts[p.persona], p.expert, p.base,
-                       p.expert_stop == p.base_stop == "eos", p.persona) for p in chunk])
-        verdicts = []
+        asked, verdicts = [], []
+        for p in chunk:
+            ended = p.expert_stop == p.base_stop == "eos"
+            asked.append(Comparison(p.query, texts[p.persona], p.expert, p.base, ended, p.persona))
+        results, cost = judge.compare(asked)
         for p, (winner, evidence) in zip(chunk, results):
             verdicts.append(Verdict(p.persona, p.index, winner, int(winner == "expert"),
                                     judge.name, evidence))

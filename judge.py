@@ -71,6 +71,10 @@ VERDICT_RULES = (JUDGE_PROMPT, *INVERSE_PROMPTS, REFUSAL, COMPLIANCE, *SHOULD_RE
                  FEWEST_WORDS, COMPLIANCE_TOKENS, GRAMMAR)
 
 
+# (is the expert's text no answer, is the base's) -> who wins unread
+UNREAD = {(False, False): None, (True, False): "base", (False, True): "expert", (True, True): "tie"}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What a judge is asked: two answers to a query. `context` is the text that the expert read, ""
@@ -107,12 +111,13 @@ class ModelJudge:
     def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
         """[(winner, evidence)] for each comparison, and what it cost; no evidence where a text is
         no answer."""
-        lost = [(degenerate(c.query, c.expert), degenerate(c.query, c.base)) for c in asked]
-        said, cost = self.ask([c for c, sides in zip(asked, lost) if not any(sides)])
-        unread = {(True, False): "base", (False, True): "expert", (True, True): "tie"}
+        winners = []
+        for c in asked:
+            lost = degenerate(c.query, c.expert), degenerate(c.query, c.base)
+            winners.append(UNREAD[lost])
+        said, cost = self.ask([c for c, winner in zip(asked, winners) if winner is None])
         queue = iter(said)
-        results = [(unread[sides], []) if any(sides) else next(queue) for sides in lost]
-        return results, cost
+        return [(winner, []) if winner else next(queue) for winner in winners], cost
 
     def ask(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
         """`compare` where both texts are answers."""
@@ -197,13 +202,15 @@ class LikelihoodJudge(ModelJudge):
 
     def ask(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
         """[(winner, [[expert, base] score per wording])], and what it cost."""
-        keys = [(c.query, c.context, answer) for c in asked for answer in (c.expert, c.base)]
-        parts, cost = self.read(list(dict.fromkeys(keys)))
+        keys = {}  # in their order, each once
+        for c in asked:
+            keys |= {(c.query, c.context, c.expert): None, (c.query, c.context, c.base): None}
+        parts, cost = self.read(list(keys))
         results = []
         for c in asked:
             expert = self.scores(parts[c.query, c.context, c.expert], c.ended)
             base = self.scores(parts[c.query, c.context, c.base], c.ended)
-            pairs = [list(pair) for pair in zip(expert, base)]
+            pairs = list(map(list, zip(expert, base)))
             results.append((score_winner(pairs), pairs))
         return results, cost
 
@@ -287,10 +294,12 @@ class KnownPairs:
                  seed: int):
         self.net, self.tokenizer, self.seed = net, tokenizer, seed
         self.tokens = min(max_new_tokens, COMPLIANCE_TOKENS)
-        answered = [p for p in pairs if count_words(p.base) >= FEWEST_WORDS
-                    and not degenerate(p.query, p.base)]
-        self.pairs = sorted(answered, key=lambda p: (
-            p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
+        self.pairs = []
+        for p in pairs:
+            if count_words(p.base) >= FEWEST_WORDS and not degenerate(p.query, p.base):
+                self.pairs.append(p)
+        self.pairs.sort(key=lambda p: derive_seed(seed, "known", p.persona, p.index))
+        self.pairs.sort(key=lambda p: p.base_stop != "eos")
         self.costs: list[dict] = []  # of what had to be sampled
 
     def of_kind(self, kind: str) -> Iterator[Comparison]:
@@ -372,7 +381,7 @@ def verdict_counts(judge: str, results: Sequence[tuple[str, list]]) -> dict:
            "split": counts["split"], "unparsed": counts["unparsed"],
            "interval": interval(counts["expert"], n)}
     if judge == "letter":
-        letters = [letter for _, said in results for letter in said]
+        letters = sum((said for _, said in results), [])
         row |= {"letters": len(letters), "A": letters.count("A"),
                 "A_interval": interval(letters.count("A"), len(letters))}
     return row

@@ -30,7 +30,7 @@ from model import Transformer
 from support.distributed import main_first
 from support.hub import InputError
 from support.messages import conversation
-from support.personas import Persona, is_contrast
+from support.personas import Persona, is_contrast, texts_by_name
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import interval
 from support.words import (ECHO_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, clean_query,
@@ -208,7 +208,7 @@ class QueryWriter:
                  personas: Sequence[Persona], style: str):
         self.run, self.net, self.tokenizer, self.style = run, net, tokenizer, style
         self.stop_ids = message_stops(net, tokenizer)
-        self.texts = {p.name: p.text for p in personas}
+        self.texts = texts_by_name(personas)
         self.turns = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
         self.headers = {p.name: tokenizer.render(conversation(NO_MESSAGE, p.text), thinking=False)
                         for p in personas}

@@ -32,14 +32,14 @@ from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
 from support.card import write_card
 from support.device import batches, choose_device, choose_dtype, memory_of, pad
-from support.distributed import (HEAD_START, broadcast, exchange, main_first, processes,
+from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
 from support.memory import (choose_slots, count_parameters, dry_run, recomputes,
                             training_flops)
 from support.messages import conversation
-from support.personas import Persona
+from support.personas import Persona, texts_by_name
 from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
                           run_date, save_training_state, split_chunks)
@@ -139,7 +139,7 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     The teacher's hidden states are exact (the head's own input) and take 2 d bytes a token; its
     logits would take 2 V. Answers are cut so that the longer, teacher's sequence fits in max_len.
     """
-    texts = {p.name: p.text for p in personas}
+    texts = texts_by_name(personas)
     students, teachers, answers = [], [], []
     for pair in pairs:
         students.append(tokenizer.render(conversation(pair.query)))
@@ -159,21 +159,16 @@ def teacher_states(net: Transformer, prompts: Sequence[list[int]],
                    answers: Sequence[list[int]]) -> list[Tensor]:
     """The states [n, d] from which the base predicts each answer's n tokens after its prompt.
 
-    Chunks are dealt out to the processes and then shown to all: who trains on what differs from
-    epoch to epoch.
+    Every process reads them all: that is a thirtieth of what training on them costs.
     """
-    chunks = split_chunks(list(zip(prompts, answers)))
-    found = {}
-    for i in range(rank(), len(chunks), world()):
-        rows = [[*prompt, *answer] for prompt, answer in chunks[i]]
-        starts = [len(prompt) - 1 for prompt, _ in chunks[i]]
-        mine, _ = hidden_states(net, rows, starts, bar="reading the teacher")
-        found[i] = torch.cat([h[:-1] for h in mine]).cpu()  # off the device as soon as possible
-    states: list[Tensor] = []
-    for i, chunk in enumerate(chunks):
-        sizes = [len(answer) for _, answer in chunk]
-        empty = torch.empty(sum(sizes), net.config.hidden_size, dtype=net.dtype)
-        states += broadcast(found.get(i, empty), i % world()).split(sizes)
+    states = []
+    for chunk in split_chunks(list(zip(prompts, answers))):
+        rows, starts = [], []
+        for prompt, answer in chunk:
+            rows.append([*prompt, *answer])
+            starts.append(len(prompt) - 1)
+        found, _ = hidden_states(net, rows, starts, bar="reading the teacher")
+        states += [h[:-1].cpu() for h in found]  # off the device as soon as possible
     return states
 
 
@@ -181,15 +176,28 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
                 generator: torch.Generator | None = None, loss: str = "kl") -> Tensor:
     """Summed loss of a micro-batch: the student reads the bare prompt, all rows gated. "kl" is
     PRISM's; "sft" is the cross-entropy of the won answers, the paper's baseline."""
-    ids, _ = pad([s.ids for s in samples], prism.net.device)
-    recompute = recomputes(prism.net.config, prism.rank)
-    hidden = prism.net.hidden(ids, prism.adapter, len(samples), generator, recompute)
-    student = torch.cat([hidden[i, s.start - 1:len(s.ids) - 1] for i, s in enumerate(samples)])
+    net = prism.net
+    ids, _ = pad([s.ids for s in samples], net.device)
+    recompute = recomputes(net.config, prism.rank)
+    hidden = net.hidden(ids, prism.adapter, len(samples), generator, recompute)
+    states, teachers, answers = [], [], []
+    for row, s in zip(hidden, samples):
+        states.append(row[s.start - 1:len(s.ids) - 1])  # those that predict the answer's tokens
+        teachers.append(s.teacher)
+        answers += s.ids[s.start:]
+    student = torch.cat(states)
     if loss == "sft":
-        answers = [i for s in samples for i in s.ids[s.start:]]
-        return answer_loss(student, torch.tensor(answers, device=student.device), prism.net)
-    teacher = torch.cat([s.teacher for s in samples]).to(prism.net.device)
-    return distill_loss(student, teacher, prism.net, temperature)
+        return answer_loss(student, torch.tensor(answers, device=net.device), net)
+    return distill_loss(student, torch.cat(teachers).to(net.device), net, temperature)
+
+
+def count_tokens(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Tokens of some samples' prompts and answers together, and of their answers."""
+    both = answers = 0
+    for s in samples:
+        both += len(s.ids)
+        answers += s.answer_tokens
+    return both, answers
 
 
 def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list[list[Sample]]:
@@ -202,7 +210,7 @@ def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list
 @torch.no_grad()
 def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
-    tokens, summed = sum(s.answer_tokens for s in samples), 0.0
+    (_, tokens), summed = count_tokens(samples), 0.0
     for group in progress_bar("held-out KL", "batch", micro_batches(samples)[rank()::world()]):
         summed += float(sample_loss(prism, group, 1.0))
     summed = sum(exchange(summed))
@@ -213,7 +221,7 @@ def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
                    args: argparse.Namespace) -> float:
     """Add the gradient of a batch's loss to A and B: the summed token loss over the answer tokens
     of the whole batch, however it is split into micro-batches and processes. Returns that loss."""
-    tokens, summed = sum(s.answer_tokens for s in batch), 0.0
+    (_, tokens), summed = count_tokens(batch), 0.0
     mine = sorted(batch, key=lambda s: (len(s.ids), s.name))[rank()::world()]
     for number, group in enumerate(micro_batches(mine)):
         seed = derive_seed(args.seed, "dropout", step, number * world() + rank())
@@ -279,8 +287,8 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        tokens = sum(s.answer_tokens for s in batch)
-        flops = training_flops(prism, sum(len(s.ids) for s in batch), tokens)
+        both, tokens = count_tokens(batch)
+        flops = training_flops(prism, both, tokens)
         run.record("lora", step, loss=loss, gradient_norm=norm, lr=rate, samples=len(batch),
                    tokens_trained=tokens, flops=flops,
                    seconds=round(time.perf_counter() - begun, 3))
@@ -298,9 +306,9 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
         return
     begun = time.perf_counter()
     samples = distill_samples(prism.net, tokenizer, personas, won, args.max_len)
-    names = {f"{persona}/{index}" for persona, index in held}
-    fit = [s for s in samples if s.name not in names]
-    test = [s for s in samples if s.name in names]
+    names, fit, test = {f"{persona}/{index}" for persona, index in held}, [], []
+    for s in samples:
+        (test if s.name in names else fit).append(s)
     if not fit:
         raise InputError(f"no answer fits in --max-len {args.max_len} beside its persona; raise it")
     before = held_out_kl(prism, test)  # B is zero: this is the base model
@@ -309,9 +317,9 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     begun = time.perf_counter()
     after = held_out_kl(prism, test)
     spent += time.perf_counter() - begun
-    tokens = sum(s.answer_tokens for s in test)
+    both, tokens = count_tokens(test)
     # Two evaluations of the held-out answers, each with the head for teacher and student.
-    read = sum(s.read for s in samples) + 2 * sum(len(s.ids) for s in test)
+    read = sum(s.read for s in samples) + 2 * both
     cost = cost_of(prism.net, len(samples), read, scored=4 * tokens)
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
                answer_tokens=tokens, **prompt_cost(prism.net, samples), **cost,

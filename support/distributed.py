@@ -143,10 +143,3 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     _wait(dist.all_reduce, flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(part.view_as(p))
-
-
-def broadcast(tensor: Tensor, source: int) -> Tensor:
-    """Fill `tensor` with that of process `source`."""
-    if world() > 1:
-        _wait(dist.broadcast, tensor, source)
-    return tensor

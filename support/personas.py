@@ -27,6 +27,11 @@ class Persona:
     text: str
 
 
+def texts_by_name(personas: Sequence[Persona]) -> dict[str, str]:
+    """The contexts' texts."""
+    return {p.name: p.text for p in personas}
+
+
 def load_personas(folder: Path) -> list[Persona]:
     """Read every *.txt of a folder (not below it), in name order.
 
