@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ from support.adapter import read_settings
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
 from support.fields import read_fields
-from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status,
-                         resolve_adapter, unique_keys)
-from support.messages import check_messages
+from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, resolve_adapter
+from support.messages import conversation, read_prompts, with_system
 from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer
 
@@ -127,8 +126,8 @@ def gate_inputs(gate_pool: str, tokenizer: Tokenizer, conversations: Sequence[li
     """What a gate reads of conversations: right-padded ids [B, T], lengths [B] and, if it pools by
     "mean", the mask [B, T] of the last user texts."""
     if gate_pool == "last":
-        return *pad([tokenizer.render(messages) for messages in conversations], device), None
-    rows, masks = zip(*(tokenizer.render_with_user_mask(messages) for messages in conversations))
+        return *pad(list(map(tokenizer.render, conversations)), device), None
+    rows, masks = zip(*map(tokenizer.render_with_user_mask, conversations))
     return *pad(rows, device), pad(masks, device)[0].bool()
 
 
@@ -200,40 +199,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_prompts(path: Path) -> list[list[dict]]:
-    """Conversations from a prompts file, one JSON object a line; blank lines are skipped.
-
-    Raises:
-        InputError: a line that is not such an object, by its number.
-    """
-    conversations = []
-    check_file(path)  # a pipe would be waited for
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            messages = [{"role": "user", "content": row["prompt"]}]
-        elif isinstance(row, dict) and "messages" in row:
-            messages = row["messages"]
-        else:
-            raise InputError(f'{path}, line {number}: needs "prompt" (text) or "messages" (a list)')
-        try:
-            conversations.append(check_messages(messages))
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-    if not conversations:
-        raise InputError(f"{path}: no prompts in it")
-    return conversations
-
-
 def load_model(model: str | None, adapter: str | None, device: str,
                dtype: str) -> tuple[Transformer | PRISM, Tokenizer]:
     """The base model, wrapped in a PRISM if an adapter is given, and its tokenizer."""
@@ -257,6 +222,23 @@ def route_label(completion: Completion) -> str:
     return f"[gate {completion.gate:.2f} -> {'adapter' if completion.routed else 'base'}]"
 
 
+class GrowingText:
+    """The text of tokens that come one by one. A token alone may be half a character, so the text
+    is decoded anew with each."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
+        self.ids: list[int] = []
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        """What the text gains by a token."""
+        self.ids.append(token)
+        before, whole = self.text, self.tokenizer.decode(self.ids, self.skip)
+        self.text = whole.rstrip("\ufffd")
+        return self.text[len(before):]
+
+
 @torch.inference_mode()
 def explain(prism: PRISM, tokenizer: Tokenizer, messages: list[dict], sampling: Sampling,
             number: int = 0) -> dict:
@@ -267,8 +249,8 @@ def explain(prism: PRISM, tokenizer: Tokenizer, messages: list[dict], sampling: 
         "gate", the texts "base" and "adapted", and the latter's "tokens", each with its "kl" in
         nats, KL( P_lora(.|x, y_<t) || P(.|x, y_<t) ): how far the two have parted there.
     """
-    base, adapted = (generate(prism, tokenizer, [messages], sampling, gate, 1, first=number)[0]
-                     for gate in ("off", "on"))
+    base, = generate(prism, tokenizer, [messages], sampling, "off", first=number)
+    adapted, = generate(prism, tokenizer, [messages], sampling, "on", first=number)
     prompt = tokenizer.render(messages)
     ids = torch.tensor([[*prompt, *adapted.ids]], device=prism.net.device)
 
@@ -279,12 +261,9 @@ def explain(prism: PRISM, tokenizer: Tokenizer, messages: list[dict], sampling: 
 
     with_lora, without = answer_logs(1), answer_logs(0)
     kl = (with_lora.exp() * (with_lora - without)).sum(-1).clamp(min=0).tolist()
-    # Differences of growing decodings: a token alone may be half a character.
-    texts = [tokenizer.decode(adapted.ids[:i], skip_special_tokens=False).rstrip("\ufffd")
-             for i in range(len(adapted.ids) + 1)]
-    tokens = [b[len(a):] for a, b in zip(texts, texts[1:])]
-    return {"gate": base.gate, "base": base.text, "adapted": adapted.text, "tokens": tokens,
-            "kl": kl}
+    growing = GrowingText(tokenizer, skip_special_tokens=False)
+    return {"gate": base.gate, "base": base.text, "adapted": adapted.text,
+            "tokens": list(map(growing.add, adapted.ids)), "kl": kl}
 
 
 def show_explanation(e: dict, threshold: float) -> str:
@@ -295,9 +274,12 @@ def show_explanation(e: dict, threshold: float) -> str:
         route = f"gate {e['gate']:.2f}, threshold {threshold:.2f} -> {side}"
     kl, tokens = e["kl"], e["tokens"]
     widest = sorted(range(len(kl)), key=lambda i: -kl[i])[:WIDEST]
-    gaps = ", ".join(f"{kl[i]:.2f} at {i} {tokens[i]!r}" for i in widest)
+    gaps = []
+    for i in widest:
+        gaps.append(f"{kl[i]:.2f} at {i} {tokens[i]!r}")
     return (f"[{route}]\n\nbase:\n{e['base']}\n\nadapted:\n{''.join(tokens)}\n\n"
-            f"KL(adapter || base): {sum(kl) / len(kl):.3f} nats a token; widest {gaps}")
+            f"KL(adapter || base): {sum(kl) / len(kl):.3f} nats a token; "
+            f"widest {', '.join(gaps)}")
 
 
 def chat(model: Transformer | PRISM, tokenizer: Tokenizer, sampling: Sampling, gate: str,
@@ -312,19 +294,13 @@ def chat(model: Transformer | PRISM, tokenizer: Tokenizer, sampling: Sampling, g
             return 0
         if not text.strip():
             return 0
-        messages.append({"role": "user", "content": text})
-        ids: list[int] = []
-        shown = ""
+        messages += conversation(text)
+        growing = GrowingText(tokenizer)
 
         def stream(_: int, token: int) -> None:
-            nonlocal shown
-            ids.append(token)
-            whole = tokenizer.decode(ids)
-            if not whole.endswith("\ufffd"):  # wait for the rest of a multi-byte character
-                print(whole[len(shown):], end="", flush=True)
-                shown = whole
+            print(growing.add(token), end="", flush=True)
 
-        answer = generate(model, tokenizer, [messages], sampling, gate, 1, stream, first=turn)[0]
+        answer, = generate(model, tokenizer, [messages], sampling, gate, 1, stream, first=turn)
         print(f"\n{route_label(answer)}", flush=True)
         said = answer.text
         if not tokenizer.without_thoughts(said):
@@ -342,7 +318,7 @@ def _main(args: argparse.Namespace) -> int:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     if args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}, it must be at least 1")
-    conversations = [[{"role": "user", "content": text}] for text in args.prompt]
+    conversations = list(map(conversation, args.prompt))
     if args.prompts:
         conversations += read_prompts(args.prompts)
     conversations = [with_system(messages, args.system) for messages in conversations]
@@ -352,15 +328,12 @@ def _main(args: argparse.Namespace) -> int:
     if not conversations:
         return chat(model, tokenizer, sampling, args.gate, args.system)
     if args.explain:
-        rows = (explain(model, tokenizer, messages, sampling, i)
-                for i, messages in enumerate(conversations))
-        pages = (json.dumps({"index": i} | row, ensure_ascii=False) if args.jsonl
-                 else show_explanation(row, model.threshold) for i, row in enumerate(rows))
+        pages = explained(model, tokenizer, conversations, sampling, args.jsonl)
     else:
         progress = len(conversations) > 1 and sys.stderr.isatty()
         answers = generate(model, tokenizer, conversations, sampling, args.gate, args.batch_size,
                            progress=progress)
-        pages = (completed(i, answer, args.jsonl) for i, answer in enumerate(answers))
+        pages = completed(answers, args.jsonl)
     for i, page in enumerate(pages):
         if i and not args.jsonl:
             print()
@@ -368,20 +341,27 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
-def with_system(messages: list[dict], system: str | None) -> list[dict]:
-    """A conversation with a system message before it, unless it has its own or none is given."""
-    if not system or (messages and messages[0].get("role") == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def explained(prism: PRISM, tokenizer: Tokenizer, conversations: Sequence[list[dict]],
+              sampling: Sampling, jsonl: bool) -> Iterator[str]:
+    """Explanations as the command prints them, one by one."""
+    for number, messages in enumerate(conversations):
+        row = explain(prism, tokenizer, messages, sampling, number)
+        if jsonl:
+            yield json.dumps({"index": number} | row, ensure_ascii=False)
+        else:
+            yield show_explanation(row, prism.threshold)
 
 
-def completed(number: int, answer: Completion, jsonl: bool) -> str:
-    """An answer as the command prints it."""
-    if not jsonl:
-        return f"{route_label(answer)} {answer.text}"
-    row = {"index": number, "text": answer.text, "gate": answer.gate, "routed": answer.routed,
-           "prompt_tokens": answer.prompt_tokens, "tokens": len(answer.ids), "stop": answer.stop}
-    return json.dumps(row, ensure_ascii=False)
+def completed(answers: Sequence[Completion], jsonl: bool) -> Iterator[str]:
+    """Answers as the command prints them."""
+    for number, answer in enumerate(answers):
+        row = {"index": number, "text": answer.text, "gate": answer.gate, "routed": answer.routed,
+               "prompt_tokens": answer.prompt_tokens, "tokens": len(answer.ids),
+               "stop": answer.stop}
+        if jsonl:
+            yield json.dumps(row, ensure_ascii=False)
+        else:
+            yield f"{route_label(answer)} {answer.text}"
 
 
 if __name__ == "__main__":

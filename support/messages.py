@@ -1,9 +1,11 @@
-"""Conversations, [{"role", "content"}, ...]: how they are made, checked, and changed for models
-without a system role."""
+"""Conversations, [{"role", "content"}, ...]: how they are made, read, checked and changed."""
 
 from __future__ import annotations
 
-from support.hub import InputError
+import json
+from pathlib import Path
+
+from support.hub import InputError, check_file, unique_keys
 
 ROLES = ("system", "user", "assistant")
 
@@ -47,3 +49,44 @@ def merge_system(messages: list[dict]) -> list[dict]:
         raise InputError("a system message needs a user message after it with this model")
     rest[first] = {**rest[first], "content": f"{system}\n\n{rest[first]['content']}"}
     return rest
+
+
+def with_system(messages: list[dict], system: str | None) -> list[dict]:
+    """A conversation with a system message before it, unless it has its own or none is given."""
+    if not system or (messages and messages[0].get("role") == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def read_prompts(path: Path) -> list[list[dict]]:
+    """Conversations from a prompts file, one JSON object a line; blank lines are skipped.
+
+    Raises:
+        InputError: a line that is not such an object, by its number.
+    """
+    conversations = []
+    check_file(path)  # a pipe would be waited for
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            messages = conversation(row["prompt"])
+        elif isinstance(row, dict) and "messages" in row:
+            messages = row["messages"]
+        else:
+            raise InputError(f'{path}, line {number}: needs "prompt" (text) or "messages" (a list)')
+        try:
+            conversations.append(check_messages(messages))
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    if not conversations:
+        raise InputError(f"{path}: no prompts in it")
+    return conversations
