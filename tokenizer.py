@@ -11,10 +11,10 @@ gets the system text in front of the first user message.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from datetime import datetime
 from functools import cached_property
+from itertools import filterfalse, product
 from pathlib import Path
 from typing import Sequence
 from unicodedata import normalize
@@ -57,12 +57,14 @@ class Tokenizer:
         embeddings = optional_json(self.folder / "config.json").get("vocab_size")
         self.embeddings = embeddings if isinstance(embeddings, int) else None
         self.special_ids = self._control_tokens()
-        self._plain.add_special_tokens([AddedToken(s, normalized=False) for s in self.special_ids])
+        self._plain.add_special_tokens(list(map(verbatim, self.special_ids)))
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_ids = set(self.special_ids.values()) - self._stand_ins()
-        firsts = {s.strip()[:1] for s in self.special_ids} - {""}
-        self._begins_control = {form for c in firsts for form in (c, c.lower(), c.upper())}
+        self._begins_control: set[str] = set()
+        for spelled in self.special_ids:
+            first = spelled.strip()[:1]
+            self._begins_control |= {first, first.lower(), first.upper()} - {""}
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
         self._add_placeholders()
@@ -83,11 +85,16 @@ class Tokenizer:
         """The ids that stand for a byte, or for a character that the vocabulary lacks. They are no
         control tokens in a text, although some tokenizers call them special, unless they have
         another use as well."""
-        found = {i for text, i in self.special_ids.items() if re.fullmatch(BYTE, text)}
-        found.update(self._tokenize(self._plain, "\U0010ffff").ids)
-        found.add(self._plain.token_to_id(getattr(self._plain.model, "unk_token", None) or ""))
-        others = {text for name, text in self.names.items() if name not in UNKNOWN_NAMES}
-        return found - set(map(self.special_ids.get, others))
+        found = set(self._tokenize(self._plain, "\U0010ffff").ids)
+        for text, number in self.special_ids.items():
+            if re.fullmatch(BYTE, text):
+                found.add(number)
+        unknown = getattr(self._plain.model, "unk_token", None)
+        found.add(self._plain.token_to_id(unknown or ""))
+        for name, text in self.names.items():
+            if name not in UNKNOWN_NAMES:
+                found.discard(self.special_ids.get(text))
+        return found
 
     def _tokenize(self, tokenizer: FastTokenizer, text: str) -> Encoding:
         """A text's encoding, without a BOS."""
@@ -100,13 +107,14 @@ class Tokenizer:
         """Forged control tokens pass through the template as placeholders, single characters that
         no template can cut in two and that are added tokens; `_plain_ids` then swaps their ids for
         the plain spelling's."""
-        self._forged = {s: chr(LAST_PRIVATE - i) for i, s in enumerate(self.special_ids)}
-        self._rendered.add_special_tokens(
-            [AddedToken(placeholder, normalized=False) for placeholder in self._forged.values()])
-        self._taken = dict.fromkeys(map(ord, self._forged.values()), "\ufffd")
-        self._forged_ids = {}
+        self._forged: dict[str, str] = {}
+        self._forged_ids: dict[int, list[int]] = {}
+        for i, spelled in enumerate(self.special_ids):
+            self._forged[spelled] = chr(LAST_PRIVATE - i)
+        self._rendered.add_special_tokens(list(map(verbatim, self._forged.values())))
         for spelled, placeholder in self._forged.items():
             self._forged_ids[self._rendered.token_to_id(placeholder)] = self.encode(spelled)
+        self._taken = dict.fromkeys(map(ord, self._forged.values()), "\ufffd")
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids, as in the middle of a text: no BOS is added, no control token can come
@@ -136,14 +144,14 @@ class Tokenizer:
         may have one among the pieces that it puts plain text together from (Unigram)."""
         if self._control_ids.isdisjoint(ids):
             return ids
-        return [i for number in ids for i in self._letters(number)]
-
-    def _letters(self, number: int) -> list[int]:
-        """An id; of a control token the ids of its letters."""
-        if number not in self._control_ids:
-            return [number]
-        ids = [i for letter in self._plain.id_to_token(number) for i in self._inner_ids(letter)]
-        return [i for i in ids if i not in self._control_ids]
+        found = []
+        for number in ids:
+            if number not in self._control_ids:
+                found.append(number)
+                continue
+            for letter in self._plain.id_to_token(number):
+                found += filterfalse(self._control_ids.__contains__, self._inner_ids(letter))
+        return found
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
@@ -219,7 +227,7 @@ class Tokenizer:
         """A short conversation as text, in every way that one is rendered; "" where there is no
         template, or none that works."""
         found = []
-        for first, *how in itertools.product((0, 1), (True, False), (True, False)):
+        for first, *how in product((0, 1), (True, False), (True, False)):
             roles = ("system", "user", "assistant", "user", "assistant")[first:5 - how[0]]
             with contextlib.suppress(InputError):
                 found.append(self._text([{"role": role, "content": "x"} for role in roles], *how))
@@ -327,16 +335,21 @@ class Tokenizer:
         text = self._text(messages, *how)
         encoding = self._tokenize(self._rendered, text)
         # A template may skip an empty message, or one that repeats another.
-        texts = [m["content"].strip() for m in messages]
-        harmless = [{**m, "content": f"x{texts.index(one)}" if one else m["content"]}
-                    for m, one in zip(messages, texts)]
-        shape = *(tuple(m.values()) for m in harmless), *how
+        numbers: dict[str, str] = {}
+        harmless, disarmed = [], []
+        for m in messages:
+            said = m["content"].strip()
+            plain = numbers.setdefault(said, f"x{len(numbers)}") if said else m["content"]
+            harmless.append({**m, "content": plain})
+            disarmed.append({**m, "content": self._disarm(m["content"])})
+        shape = *how, *map(str, harmless)
         if shape not in self._control_counts:
             self._control_counts[shape] = len(self._control_of(harmless, *how))
         control = self._control_among(encoding.ids)
-        disarmed = [{**m, "content": self._disarm(m["content"])} for m in messages]
-        if len(control) > self._control_counts[shape] or (
-                disarmed != messages and control != self._control_of(disarmed, *how)):
+        forged = len(control) > self._control_counts[shape]
+        if disarmed != messages:
+            forged |= control != self._control_of(disarmed, *how)
+        if forged:
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
         return text, encoding
@@ -348,16 +361,22 @@ class Tokenizer:
     def _control_among(self, ids: list[int]) -> list[int]:
         """The control tokens of a rendering. Ids, not spellings, are what the model reads: a
         normalizer may make a token out of other characters."""
-        return [i for i in ids if i in self._control_ids]
+        return list(filter(self._control_ids.__contains__, ids))
 
     def _disarm(self, text: str) -> str:
         """A text in which no control token can begin; otherwise a template treats it alike."""
-        begin = [c for c in set(text) if self._begins_control.intersection(normalize("NFKC", c))]
-        return text.translate(dict.fromkeys(map(ord, begin), "\ue002"))
+        table = {}
+        for c in set(text):
+            if not self._begins_control.isdisjoint(normalize("NFKC", c)):
+                table[ord(c)] = "\ue002"
+        return text.translate(table)
 
     def _plain_ids(self, ids: list[int]) -> list[int]:
         """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""
-        return [i for token in ids for i in self._forged_ids.get(token, (token,))]
+        found = []
+        for token in ids:
+            found += self._forged_ids.get(token, [token])
+        return found
 
     def render_shared(self, messages: list[dict], thinking: bool = True) -> tuple[list[int], int]:
         """The prompt ids of a conversation, and how many of them come before its first user text:
@@ -410,6 +429,11 @@ class Tokenizer:
                 return len(before), len(text) - len(after)
         raise InputError(f"{self.folder}: the chat template hides the user's text; "
                          "use --gate-pool last")
+
+
+def verbatim(text: str) -> AddedToken:
+    """An added token that is found before a normalizer changes the text."""
+    return AddedToken(text, normalized=False)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
