@@ -346,8 +346,8 @@ class Engine:
         net = self.net
         keys = max(slot.length for slot in self.busy) + 1
         at = net.positions((len(self.busy), 1), self.cache, self.start, keys)
-        x = net.run(net.embed(self.tokens[:, None]), at, range(len(net.layers)), self.adapter,
-                    self.k)
+        x, layers = net.embed(self.tokens[:, None]), range(len(net.layers))
+        x = net.run(x, at, layers, self.adapter, self.k)
         uniform = self.draws.gather(1, self.steps).squeeze(1)
         self.tokens = sample(net.head(net.norm(x[:, -1])), self.sampling, uniform)
         self.start, self.steps = self.start + 1, self.steps + 1
@@ -412,14 +412,14 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     with torch.inference_mode(), progress_bar(bar, "token", total=sum(rests)) as shown:
         for batch in batches(rests, SCORE_TOKENS, list(map(len, rows))):
             skip = [shared[i] for i in batch]
+            some = [rows[i] for i in batch]
             if any(skip):
-                hidden = net.norm(reader.read([rows[i] for i in batch], skip)[0])
+                hidden = net.norm(reader.read(some, skip)[0])
             else:
-                hidden = net.hidden(pad([rows[i] for i in batch], net.device)[0], adapter,
-                                    len(batch))
-                reader.tokens += sum(len(rows[i]) for i in batch)
-            for at, i in enumerate(batch):
-                states[i] = hidden[at, starts[i] - skip[at]:len(rows[i]) - skip[at]].clone()
+                hidden = net.hidden(pad(some, net.device)[0], adapter, len(some))
+                reader.tokens += sum(map(len, some))
+            for row, i, n in zip(hidden, batch, skip):
+                states[i] = row[starts[i] - n:len(rows[i]) - n].clone()
             shown.update(sum(rests[i] for i in batch))
     return states, reader.tokens - before
 

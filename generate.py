@@ -173,29 +173,43 @@ def parser() -> argparse.ArgumentParser:
         "--prompt or --prompts: an interactive chat. Exit status 0 done, 2 wrong input, "
         "130 interrupted.")
     what = p.add_argument_group("model")
-    what.add_argument("--model", help="model id or folder (default: the adapter's own base, "
+    what.add_argument("--model",
+                      help="model id or folder (default: the adapter's own base, "
                       f"else {DEFAULT_MODEL})")
-    what.add_argument("--adapter", metavar="DIR|ID", help="adapter folder written by train.py, or "
+    what.add_argument("--adapter", metavar="DIR|ID",
+                      help="adapter folder written by train.py, or "
                       "the user/name of one on the hub; PEFT's have no gate and are always on")
     what.add_argument("--gate", choices=("auto", "on", "off"), default="auto",
                       help="auto: the gate decides per query (default); on/off: forced")
-    what.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    what.add_argument("--dtype", default="auto", help="auto (default), bfloat16, float32, float16")
+    what.add_argument("--device", default="auto",
+                      help="auto (default), cpu, cuda, cuda:1, ...")
+    what.add_argument("--dtype", default="auto",
+                      help="auto (default), bfloat16, float32, float16")
     ask = p.add_argument_group("prompts")
-    ask.add_argument("--system", help="system message put before every prompt")
-    ask.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    ask.add_argument("--system",
+                     help="system message put before every prompt")
+    ask.add_argument("--prompt", action="append", default=[],
+                     help="a prompt; may be repeated")
     ask.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
                      help='rows {"prompt": "..."} or {"messages": [{"role", "content"}, ...]}')
-    ask.add_argument("--jsonl", action="store_true", help="print one JSON row per prompt")
-    ask.add_argument("--explain", action="store_true", help="per prompt: the gate, both "
+    ask.add_argument("--jsonl", action="store_true",
+                     help="print one JSON row per prompt")
+    ask.add_argument("--explain", action="store_true",
+                     help="per prompt: the gate, both "
                      "answers, and where the adapter's distribution parts from the base's")
     draw = p.add_argument_group("sampling")
-    draw.add_argument("--max-new-tokens", type=int, default=256, help="default %(default)s")
-    draw.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default 0.7")
-    draw.add_argument("--top-p", type=float, default=1.0, help="nucleus; default 1 (off)")
-    draw.add_argument("--top-k", type=int, default=0, help="default 0 (off)")
-    draw.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    draw.add_argument("--batch-size", type=int, default=16, help="slots; default %(default)s")
+    draw.add_argument("--max-new-tokens", type=int, default=256,
+                      help="default %(default)s")
+    draw.add_argument("--temperature", type=float, default=0.7,
+                      help="0 is greedy; default 0.7")
+    draw.add_argument("--top-p", type=float, default=1.0,
+                      help="nucleus; default 1 (off)")
+    draw.add_argument("--top-k", type=int, default=0,
+                      help="default 0 (off)")
+    draw.add_argument("--seed", type=int, default=0,
+                      help="default %(default)s")
+    draw.add_argument("--batch-size", type=int, default=16,
+                      help="slots; default %(default)s")
     return p
 
 
@@ -304,7 +318,8 @@ def chat(model: Transformer | PRISM, tokenizer: Tokenizer, sampling: Sampling, g
         print(f"\n{route_label(answer)}", flush=True)
         said = answer.text
         if not tokenizer.without_thoughts(said):
-            said = ""  # the template takes thoughts out, but cannot see where unfinished ones begin
+            # The template takes thoughts out, but cannot see where unfinished ones begin.
+            said = ""
         messages.append({"role": "assistant", "content": said})
 
 

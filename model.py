@@ -409,7 +409,8 @@ def load(name: str | Path, device: torch.device | str = "cpu",
     for module in net.modules():
         if isinstance(module, RMSNorm):
             module.weight.data.add_(config.norm_offset)
-    if config.logits_divisor != 1:  # a head that knows nothing of it serves every loss and sampler
+    if config.logits_divisor != 1:
+        # A head that knows nothing of it serves every loss and sampler.
         net.norm.weight.data.div_(config.logits_divisor)
     net.name, net.folder = str(name), folder
     return net.eval()

@@ -20,7 +20,7 @@ from typing import Sequence
 from unicodedata import normalize
 
 from jinja2 import Template
-from support.messages import ROLES, check_messages, merge_system
+from support.messages import ROLES, check_messages, conversation, merge_system
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -100,7 +100,8 @@ class Tokenizer:
         """A text's encoding, without a BOS."""
         try:
             return tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # a bare one, if the vocabulary lacks its own unknown token
+        except Exception as error:
+            # A bare one, if the vocabulary lacks its own unknown token.
             raise InputError(f"{self.folder}: tokenizer.json fails on a text ({error})") from None
 
     def _add_placeholders(self) -> None:
@@ -185,7 +186,7 @@ class Tokenizer:
         """What stands before a text in a short conversation, as text and as ids."""
         if role == "user":
             return self._opened("x" if system else None)
-        before = self._text([{"role": "user", "content": "x"}], True, thinking)
+        before = self._text(conversation("x"), True, thinking)
         return before, self._tokenize(self._rendered, before).ids
 
     def _known(self, ids: list[int]) -> list[int]:
@@ -216,11 +217,13 @@ class Tokenizer:
                                    add_generation_prompt=add_generation_prompt,
                                    **self.names,
                                    **({} if thinking else {"enable_thinking": False}))
-        except Exception as error:  # whatever a template does wrong is the template's fault
+        except Exception as error:
+            # Whatever a template does wrong is the template's fault.
             raise InputError(f"{self.folder}: the chat template fails on this conversation "
                              f"({type(error).__name__}: {error})") from None
-        if not thinking and text.rstrip().endswith(THINK):  # a template without that switch
-            text = f"{text.rstrip()}\n\n{END_THINK}\n\n"  # what Qwen3's switch writes
+        if not thinking and text.rstrip().endswith(THINK):
+            # A template without that switch; this is what Qwen3's writes.
+            text = f"{text.rstrip()}\n\n{END_THINK}\n\n"
         return text
 
     def _plain_talks(self) -> str:
@@ -237,8 +240,7 @@ class Tokenizer:
     def has_system_role(self) -> bool:
         """Whether a system message shows up in the rendering; some templates drop it silently."""
         try:
-            return PROBE in self._text([{"role": "system", "content": PROBE},
-                                        {"role": "user", "content": "x"}], False)
+            return PROBE in self._text(conversation("x", PROBE), False)
         except InputError:
             return False
 
@@ -246,17 +248,17 @@ class Tokenizer:
     def end_of_turn_id(self) -> int | None:
         """The control token that the template puts right after an assistant's text; by some
         templates only before the next message."""
-        talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+        talk = [*conversation("x"), {"role": "assistant", "content": PROBE}]
         found = self._control_after(talk, False)
         if found is None:
-            found = self._control_after([*talk, {"role": "user", "content": "x"}], False)
+            found = self._control_after(talk + conversation("x"), False)
         return found
 
     @cached_property
     def end_of_user_id(self) -> int | None:
         """The one after a user's text, where the assistant's turn begins: mostly the same, but
         Mistral and DeepSeek-R1 go straight on to that turn's header."""
-        return self._control_after([{"role": "user", "content": PROBE}], True)
+        return self._control_after(conversation(PROBE), True)
 
     def _control_after(self, messages: list[dict], add_generation_prompt: bool) -> int | None:
         """The first control token behind the last PROBE, if nothing else stands before it."""
@@ -273,7 +275,7 @@ class Tokenizer:
     @cached_property
     def opens_thinking(self) -> bool:
         """Whether the assistant's header opens a think block, so that answers begin within it."""
-        return self._text([{"role": "user", "content": "x"}], True).rstrip().endswith(THINK)
+        return self._text(conversation("x"), True).rstrip().endswith(THINK)
 
     def without_thoughts(self, text: str) -> str:
         """What an assistant's text says after its think block: all of it if there is no block, ""
@@ -381,9 +383,9 @@ class Tokenizer:
     def render_shared(self, messages: list[dict], thinking: bool = True) -> tuple[list[int], int]:
         """The prompt ids of a conversation, and how many of them come before its first user text:
         conversations with the same system message share these."""
-        system = [m for m in messages[:1] if m["role"] == "system"]
         ids = self.render(messages, thinking=thinking)
-        other = self.render([*system, {"role": "user", "content": "\n"}], thinking=thinking)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        other = self.render(conversation("\n", system), thinking=thinking)
         return ids, common_prefix(ids, other)
 
     def open_user_turn(self, system: str | None) -> list[int]:
