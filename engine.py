@@ -386,7 +386,8 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
                   shared: Sequence[int] | None = None, adapter: nn.ModuleList | None = None,
                   bar: str | None = None,
                   reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
-    """Post-norm hidden states of each row of ids from position starts[i] to its end, [n_i, d].
+    """Post-norm hidden states of each row of ids from position starts[i] to its end, [n_i, d], and
+    the number of tokens that went through the model.
 
     Rows are batched by length under a token budget; the batching depends only on the rows.
 
@@ -396,9 +397,6 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
         adapter: on for all rows (a PRISM's `adapter`); None reads with the base model.
         bar: what a progress bar calls this work, if it takes seconds.
         reader: one of several calls, so that a beginning they share runs through the model once.
-
-    Returns:
-        the states, and the number of tokens that went through the model.
     """
     shared, context = shared or [0] * len(rows), net.config.max_position_embeddings
     longest = max(map(len, rows), default=0)
