@@ -37,12 +37,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from engine import Engine, Output, PrefixReader, Request, Sampling, derive_seed, sample
+from engine import Engine, Output, PrefixReader, Request
 from generate import stop_tokens
 from lora import GatedLoRALinear, LoRA
 from model import RMSNorm, Transformer, allocate, load
 from prism import PRISM, LinearKL, distill_loss
 from support import report
+from sampling import Sampling, derive_seed, sample
 from support.config import Config
 from support.cpu import linear
 from support.device import choose_device, choose_dtype, pad

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-from engine import Sampling, derive_seed
 from generate import sample_answers
 from judge import Comparison, Judge
 from model import Transformer
 from queries import Query
+from sampling import Sampling, derive_seed
 from support.hub import InputError
 from support.messages import conversation
 from support.personas import Persona, texts_by_name

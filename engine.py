@@ -11,7 +11,8 @@ prompt is read whole, not in pieces between decoding steps.
 
 from __future__ import annotations
 
-import hashlib
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, Iterator, Sequence
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from model import KVCache, Positions, Transformer
 from prism import PRISM
+from sampling import Sampling, sample
 from support.config import kept_tokens
 from support.device import batches, pad, upload
 from support.distributed import progress_bar
@@ -27,28 +29,9 @@ from support.hub import InputError
 
 SCORE_TOKENS = 4096  # padded tokens in one scoring batch (on two cores a fifth faster than 8192)
 SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
+# Steps of fixed shapes, rounded up to so many keys. Never run on a GPU yet, so only if asked for.
+STATIC, STATIC_KEYS = os.environ.get("PRISM_STATIC") == "1", 256
 MOST_PADDING = 1.25  # longest of the shared beginnings that are read together, over the shortest
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: temperature 0 is greedy; top_k 0 and top_p 1 leave everything in."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 1 <= self.max_new_tokens <= 10**6:  # each has its random number, drawn beforehand
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}, it must be in [1, 1000000]")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}, it must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}, it must be in (0, 1]")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}, it must be 0 (off) or more")
 
 
 @dataclass
@@ -80,46 +63,6 @@ class Output:
     def text_ids(self) -> list[int]:
         """The ids without the token that ended them."""
         return self.ids[:-1] if self.stop == "eos" else self.ids
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts (run seed, stage, row ...): one row's draws depend on nothing
-    but its own name, so neither batching nor resuming can change them."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Draw one token a row from logits [n, V] with one uniform number [n] each; returns ids [n],
-    V where the logits are not finite.
-
-    Inverse-transform sampling: exp, cumsum and searchsorted cost one pass each over the vocabulary
-    (2.4 ms for 8 x 152k on CPU where torch.multinomial takes 26). The probabilities need no
-    divisor: the number drawn is scaled by their sum instead.
-    """
-    if sampling.temperature < torch.finfo(torch.float32).tiny:  # would be 0 / 0
-        top = logits.max(-1)  # the first maximum, like argmax, at a quarter of its time
-        return torch.where(top.values.isfinite(), top.indices, logits.shape[-1])
-    z = logits.float()
-    top = z.amax(-1, keepdim=True)  # NaN or infinite if any logit is
-    z = (z - top).div_(sampling.temperature)  # max first: T -> 0 cannot overflow
-    ids = None
-    if sampling.top_k and sampling.top_k < z.shape[-1]:
-        z, ids = z.topk(sampling.top_k, dim=-1)
-    elif sampling.top_p < 1:
-        z, ids = z.sort(dim=-1, descending=True)
-    p = z.exp_()
-    cdf = p.cumsum(-1)
-    if sampling.top_p < 1:  # the first token always stays
-        cdf = p.masked_fill_(cdf - p >= sampling.top_p * cdf[:, -1:], 0.0).cumsum(-1)
-    total = cdf[:, -1:]
-    # Strictly below the total, and `right`: the drawn token always has probability above zero.
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniform[:, None] * total, below)
-    drawn = torch.searchsorted(cdf, target, right=True)
-    drawn = drawn.clamp(max=cdf.shape[-1] - 1)  # past the end where the sums are NaN
-    drawn = drawn if ids is None else ids.gather(-1, drawn)
-    return torch.where(top.isfinite(), drawn, logits.shape[-1]).squeeze(-1)
 
 
 def group_by_length(rows: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
@@ -213,6 +156,7 @@ class Engine:
         self.adapter = self.prism.adapter if self.prism else None
         self.sampling, self.stop_ids, self.gate = sampling, stop_ids, gate
         self.slots = slots or self.net.slots
+        self.static = STATIC
         self.reader = PrefixReader(self.net)
         self.new_tokens = 0
         self.on_token: Callable[[int, int], None] | None = None
@@ -246,8 +190,12 @@ class Engine:
         # Neighbours in the queue have like lengths: little padding while reading prompts.
         queue = sorted(range(len(requests)), key=lambda i: (len(requests[i].ids), i))
         sizes = [len(r.ids) + limit for r, limit in zip(requests, self.limits)]
-        capacity = max(sizes, default=0)
-        self.cache = self.net.new_cache(min(self.slots, len(requests)), capacity)
+        self.capacity, slots = max(sizes, default=0), min(self.slots, len(requests))
+        device = self.net.device
+        self.cache, self.graphs = self.net.new_cache(slots, self.capacity), {}
+        # Of each slot: last token, cached tokens, drawn tokens, whether it is busy, and routed.
+        self.state = torch.zeros(slots, 5, dtype=torch.long, device=device)
+        self.draws = torch.zeros(slots, self.sampling.max_new_tokens, device=device)
         with progress_bar(bar, "answer", total=len(requests)) as shown:
             while queue or self.busy:
                 if queue and len(self.busy) < self.slots:
@@ -336,24 +284,56 @@ class Engine:
         """Mirror the slots' state on the device; needed only when their composition changed."""
         if not self.busy:
             return
-        rows = [(slot.out.ids[-1], slot.length, len(slot.out.ids)) for slot in self.busy]
-        state = upload(torch.tensor(rows), self.net.device)
-        self.tokens, self.start, self.steps = state[:, 0], state[:, 1], state[:, 2:]
-        self.draws = torch.stack([slot.draws for slot in self.busy])
+        rows = [(0, 0, 0, 0, 0)] * len(self.state)
+        for at, slot in enumerate(self.busy):
+            count = len(slot.out.ids)
+            rows[at] = slot.out.ids[-1], slot.length, count, 1, int(slot.out.routed)
+            self.draws[at] = slot.draws
+        self.state.copy_(upload(torch.tensor(rows), self.net.device))
 
     def _step(self) -> None:
         """Advance every busy slot by one token; the `tolist` is the step's only wait."""
-        net = self.net
-        keys = max(slot.length for slot in self.busy) + 1
-        at = net.positions((len(self.busy), 1), self.cache, self.start, keys)
-        x, layers = net.embed(self.tokens[:, None]), range(len(net.layers))
-        x = net.run(x, at, layers, self.adapter, self.k)
-        uniform = self.draws.gather(1, self.steps).squeeze(1)
-        self.tokens = sample(net.head(net.norm(x[:, -1])), self.sampling, uniform)
-        self.start, self.steps = self.start + 1, self.steps + 1
-        for slot, token in zip(self.busy, self.tokens.tolist()):
+        rows, keys = len(self.busy), max(slot.length for slot in self.busy) + 1
+        if self.static:
+            self._replay(round_up(rows, len(self.state)),
+                         min(math.ceil(keys / STATIC_KEYS) * STATIC_KEYS, self.capacity))
+        else:
+            self._advance(rows, keys, self.k)
+        for slot, token in zip(self.busy, self.state[:rows, 0].tolist()):
             slot.length += 1
             self._append(slot.out, token)
+
+    def _advance(self, rows: int, keys: int, k: int | None) -> None:
+        """A token more in the leading rows of `state`, each of which sees so many cached keys.
+
+        Args:
+            k: how many leading rows the adapter answers; None: those that `state` says.
+        """
+        net, (tokens, start, steps, live, routed) = self.net, self.state[:rows].unbind(1)
+        if k is None:
+            k = routed.to(net.dtype)[:, None, None]
+        at = net.positions((rows, 1), self.cache, start, keys)
+        x, layers = net.embed(tokens[:, None]), range(len(net.layers))
+        x = net.run(x, at, layers, self.adapter, k)
+        uniform = self.draws[:rows].gather(1, steps[:, None]).squeeze(1)
+        drawn = sample(net.head(net.norm(x[:, -1])), self.sampling, uniform)
+        tokens.copy_(torch.where(live > 0, drawn, tokens))
+        start += live
+        steps += live
+
+    def _replay(self, rows: int, keys: int) -> None:
+        """`_advance` with shapes that come again, on a GPU as a CUDA graph: recorded once, it is
+        launched at once, where the host needs longer for a small model's kernels than the GPU."""
+        if not self.state.is_cuda:
+            return self._advance(rows, keys, None)
+        if (rows, keys) not in self.graphs:
+            before = self.state.clone()
+            self._advance(rows, keys, None)  # makes what is made on first use
+            self.state.copy_(before)
+            self.graphs[rows, keys] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[rows, keys]):
+                self._advance(rows, keys, None)
+        self.graphs[rows, keys].replay()
 
     def _append(self, out: Output, token: int) -> None:
         """Note a newly drawn token and report it."""
@@ -380,6 +360,11 @@ class Engine:
         if finished:
             self._upload()
         return finished
+
+
+def round_up(rows: int, most: int) -> int:
+    """The next power of two, or `most`."""
+    return min(1 << (rows - 1).bit_length(), most)
 
 
 def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Sequence[int],

@@ -36,10 +36,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tqdm import tqdm
 
 from bootstrap import Pair, Query, won_pairs
-from engine import Engine, Request, Sampling, derive_seed, hidden_states
+from engine import Engine, Request, hidden_states
 from generate import gate_inputs, stop_tokens
 from model import Transformer, load
 from prism import PRISM, Gate, distill_loss
+from sampling import Sampling, derive_seed
 from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
 from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
                                 read_mmlu, score_refusal, text)

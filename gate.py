@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from bootstrap import Pair, Verdict
-from engine import Request, derive_seed
+from engine import Request
 from generate import gate_features, message_stops
 from model import Transformer
 from prism import PRISM, Gate, gate_loss
 from queries import write_messages
+from sampling import derive_seed
 from support.distributed import progress_bar
 from support.hub import InputError
 from support.messages import conversation

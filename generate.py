@@ -14,9 +14,10 @@ from typing import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine import Engine, Output, Request, Sampling, derive_seed
+from engine import Engine, Output, Request
 from model import Transformer, load
 from prism import PRISM, Router, load_router
+from sampling import Sampling, derive_seed
 from support.adapter import read_settings
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar

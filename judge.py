@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import Sampling, derive_seed, hidden_states, token_log_probabilities
+from engine import hidden_states, token_log_probabilities
 from generate import sample_answers
 from model import Transformer
+from sampling import Sampling, derive_seed
 from support.hub import InputError
 from support.messages import conversation
 from support.refusals import GRAMMAR

@@ -301,12 +301,12 @@ class Transformer(nn.Module):
         return x * float(torch.tensor(scale, dtype=x.dtype, device="cpu"))
 
     def run(self, x: Tensor, at: Positions, layers: range, adapter: Sequence | None = None,
-            k: int = 0, generator: Generator = None, recompute: bool = False) -> Tensor:
+            k: int | Tensor = 0, generator: Generator = None, recompute: bool = False) -> Tensor:
         """Run x [B, T, d] through the given layers.
 
         Args:
             adapter: one entry a layer, its LoRA modules or None; None altogether is the base model.
-            k: the adapter applies to the leading k rows.
+            k: the adapter applies to the leading k rows, or to those that a column [B, 1, 1] marks.
             generator: source of LoRA dropout masks while training, else None.
             recompute: keep only each adapted layer's input for the backward pass and compute the
                 rest again there (gradient checkpointing, arXiv 1604.06174): the same gradients for
@@ -314,7 +314,7 @@ class Transformer(nn.Module):
         """
         for i in layers:
             lora = None
-            if adapter is not None and k > 0:
+            if adapter is not None and (isinstance(k, Tensor) or k > 0):
                 lora = adapter[i]
             if recompute and lora is not None:
                 x = recomputed(self.layers[i], x, at, lora, k, generator)

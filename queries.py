@@ -23,10 +23,10 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from engine import (Engine, Output, PrefixReader, Request, Sampling, derive_seed,
-                    hidden_states, token_log_probabilities)
+from engine import Engine, Output, PrefixReader, Request, hidden_states, token_log_probabilities
 from generate import message_stops
 from model import Transformer
+from sampling import Sampling, derive_seed
 from support.distributed import main_first
 from support.hub import InputError
 from support.messages import conversation

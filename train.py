@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from bootstrap import (Pair, Verdict, check_order, hold_out, won_pairs, write_answers,
                        write_verdicts)
-from engine import derive_seed, hidden_states
+from engine import hidden_states
 from gate import run_gate
 from judge import judge_of_run
 from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
+from sampling import derive_seed
 from support.card import write_card
 from support.device import batches, choose_device, choose_dtype, memory_of, pad
 from support.distributed import (HEAD_START, exchange, main_first, processes,

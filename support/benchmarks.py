@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 
-from engine import derive_seed
+from sampling import derive_seed
 from support.hub import InputError, unique_keys
 from support.numbers import last_number
 from support.refusals import refuses

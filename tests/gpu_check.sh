@@ -35,8 +35,11 @@ if [ "${2:-}" = profile ]; then
 fi
 nvidia-smi | tee "$out/card.txt"
 step tests 60 python -m pytest -q -m cuda tests/test_cuda.py
-step quick 60 python train.py "${model[@]}" --quick --out "$out/quick"
+step quick 50 python train.py "${model[@]}" --quick --out "$out/quick"
 step plan 20 python train.py --model tests/shapes/qwen2.5-7b.json --dry-run
-shape qwen2.5-0.5b 90 generation,routing,lora,kl,sampler
-shape qwen2.5-7b 120 routing,lora,generation
+shape qwen2.5-0.5b 80 generation,routing,lora,kl,sampler
+# The same decoding in CUDA graphs, which are off unless asked for until they have run once.
+step bench-graphs 40 env PRISM_STATIC=1 python bench.py --shape qwen2.5-0.5b --only generation \
+    --repeats 3 --json "$out/bench-graphs.json"
+shape qwen2.5-7b 100 routing,lora,generation
 step default 190 python train.py "${model[@]}" --out "$out/default"

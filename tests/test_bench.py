@@ -10,13 +10,14 @@ from typing import Iterator
 
 import pytest
 import torch
+from sampling import Sampling
 from tiny import one_thread
 from transformers import AutoConfig
 
 import bench
 import queries
 from bench import Row, Setup, bit_equal, main, medians, peak_bytes, saved_bytes, table
-from engine import Engine, Request, Sampling, hidden_states
+from engine import Engine, Request, hidden_states
 from support.config import Config
 from support.hub import read_json
 

@@ -7,6 +7,7 @@ from typing import Sequence
 from unittest.mock import Mock
 
 import pytest
+from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread
 from tiny_run import CHEMIST, DATA, PIRATE, QUERIES, pair, rows_of
@@ -14,7 +15,7 @@ from tiny_run import CHEMIST, DATA, PIRATE, QUERIES, pair, rows_of
 import bootstrap
 import generate as generate_module
 from bootstrap import check_order, won_pairs, write_answers, write_verdicts
-from engine import Engine, Sampling
+from engine import Engine
 from generate import generate
 from judge import Comparison, LikelihoodJudge
 from model import Transformer

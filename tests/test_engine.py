@@ -9,12 +9,12 @@ from typing import Callable
 
 import pytest
 import torch
+from sampling import Sampling, derive_seed, sample
 from tiny import halve, make_prism, plain_loop
 from torch import Tensor
 from transformers import generation
 
-from engine import (Engine, Output, Request, Sampling, derive_seed, hidden_states,
-                    sample, token_log_probabilities)
+from engine import Engine, Output, Request, hidden_states, token_log_probabilities
 from model import Transformer, load
 from support.device import pad
 from support.hub import InputError
@@ -129,8 +129,10 @@ class WatchedEngine(Engine):
         assert [row.routed for row in rows] == [True] * self.k + [False] * (len(rows) - self.k)
         assert len(rows) <= self.slots and len({row.index for row in rows}) == len(rows)
         if rows:
-            assert self.tokens.tolist() == [row.ids[-1] for row in rows]
-            assert self.start.tolist() == [slot.length for slot in self.busy]
+            tokens, lengths, counts, *_ = self.state[:len(rows)].T.tolist()
+            assert tokens == [row.ids[-1] for row in rows]
+            assert lengths == [slot.length for slot in self.busy]
+            assert counts == [len(row.ids) for row in rows]
 
     def _collect(self) -> list[Output]:
         self.check()
@@ -139,11 +141,12 @@ class WatchedEngine(Engine):
         return finished
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(("gate", "slots", "order"), [
     ("auto", 3, "mixed"), ("auto", 10, "mixed"), ("auto", 4, "gated first"),
     ("auto", 4, "gated last"), ("on", 4, "mixed"), ("off", 4, "mixed")])
-def test_every_row_is_answered_by_its_own_route(gate: str, slots: int, order: str,
+def test_every_row_is_answered_by_its_own_route(gate: str, slots: int, order: str, static: bool,
                                                 sampling: Sampling, net: Transformer) -> None:
     """A row would get the other route or another row's cache or draws, or a forced gate decide."""
     prism = make_prism(net)
@@ -154,6 +157,7 @@ def test_every_row_is_answered_by_its_own_route(gate: str, slots: int, order: st
         gated, prompts = map(list, zip(*ranked))
     assert 0 < sum(gated) < len(gated)
     engine = WatchedEngine(prism, sampling, STOP, slots, gate)
+    engine.static = static
     # A request may name a prefix although a PRISM reads its prompts whole.
     outputs = run(engine, [Request(p, seed=i, prefix=1) for i, p in enumerate(prompts)])
     probability = prism.gate_probability(*pad(prompts, "cpu")).tolist()
@@ -168,6 +172,23 @@ def test_every_row_is_answered_by_its_own_route(gate: str, slots: int, order: st
         unlike += base != adapted
     assert unlike > len(prompts) / 2  # the adapter matters
     assert engine.mixed is (gate == "auto")
+
+
+def test_static_steps_have_few_shapes(net: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph would be recorded for every number of busy slots and of cached tokens."""
+    monkeypatch.setattr("engine.STATIC_KEYS", 8)
+    engine, shapes = Engine(net, GREEDY, set(), 5), []
+    engine.static, advance = True, engine._advance
+
+    def watched(rows: int, keys: int, k: int | None) -> None:
+        shapes.append((rows, keys))
+        advance(rows, keys, k)
+
+    engine._advance = watched
+    prompts = prompts_of([3, 4, 9, 12, 17, 5, 6])
+    outputs = run(engine, list(map(Request, prompts)))
+    assert [out.ids for out in outputs] == [plain_loop(net, p, GREEDY, set()) for p in prompts]
+    assert set(shapes) <= {(rows, keys) for rows in (1, 2, 4, 5) for keys in (8, 16, 24, 32, 33)}
 
 
 # --------------------------------------------------------------------------------------------------

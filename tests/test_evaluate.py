@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import copy_folder
+from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread, randomize_adapter
 from tiny_run import (contents, error_of, pair, rows_of, run_train, verdict, write_files,
                       write_rows)
 
-from engine import Sampling
 from evaluate import (EXPERTS, TASKS, Row, Work, compare, letter_means, letter_tokens, log_softmax,
                       overall, parse_pair, parse_rating, routing)
 from gate import train_gate

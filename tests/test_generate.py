@@ -13,10 +13,11 @@ from typing import Callable
 import pytest
 import torch
 from conftest import copy_folder, edit_json
+from sampling import Sampling, derive_seed
 from support.messages import conversation
 from tiny import halve, make_prism, one_thread, plain_loop
 
-from engine import Engine, Output, Sampling, derive_seed
+from engine import Engine, Output
 from generate import (explain, gate_inputs, generate, main, router, show_explanation,
                       stop_tokens)
 from model import Transformer, load

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import model
-from engine import Engine, Request, Sampling
+from engine import Engine, Request
 from generate import stop_tokens
 from model import Transformer, load
+from sampling import Sampling
 from support.config import FAMILIES, Config
 from support.hub import read_json
 from tokenizer import Tokenizer

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampling import derive_seed
 from support.messages import conversation
 from tiny import one_thread
 from tiny_run import CHEMIST, PIRATE, rows_of
 
 import queries
-from engine import derive_seed, token_log_probabilities
+from engine import token_log_probabilities
 from model import Transformer
 from queries import (CURATOR, FEWEST_OPENINGS, INSTRUCTION, LEAD, MOST_OPENINGS, RIVALS, STYLES,
                      TRIAL, WISHES, Candidate, Draft, Query, QueryWriter, assign_openings,

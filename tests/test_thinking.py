@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import copy_folder, edit_json
+from sampling import Sampling
 from support.messages import conversation
 from tiny import END_LOGIT, one_thread, tiny_llama
 from tiny_run import rows_of, write_files
@@ -23,7 +24,6 @@ import generate
 import judge
 import queries
 from bootstrap import write_answers, write_verdicts
-from engine import Sampling
 from evaluate import letter_tokens
 from generate import sample_answers
 from judge import INVERSE_PROMPTS, Comparison, LetterJudge, LikelihoodJudge

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import copy_folder
 from safetensors.torch import load_file
+from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread, randomize_adapter, tiny_llama
 from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, contents, error_of, rows_of,
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from bench import saved_bytes
 from bootstrap import Pair, hold_out, won_pairs
-from engine import Sampling
 from gate import train_gate
 from generate import gate_features, generate
 from model import Transformer, load

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine import Sampling, sample
 from lora import LoRA
 from model import Transformer
 from prism import PRISM
 from support import hub
+from sampling import Sampling, sample
 from support.device import pad
 
 VOCAB = 2048
