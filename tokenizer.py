@@ -20,13 +20,12 @@ from typing import Sequence
 from unicodedata import normalize
 
 from jinja2 import Template
-from support.messages import ROLES, check_messages, conversation, merge_system
+from support.messages import check_messages, conversation, merge_system
 from tokenizers import AddedToken, Encoding
-from tokenizers import Tokenizer as FastTokenizer
 
 from support.hub import InputError, optional_json
 from support.template import compile_template
-from support.vocabulary import THOUGHTS, read_tokenizer
+from support.vocabulary import THOUGHTS, one_line, read_tokenizer
 
 THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
@@ -50,14 +49,12 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, now: datetime | None = None):
         self.folder, self.now = Path(folder), now or datetime.now()
-        # One for renderings; one for plain text, in which control tokens are plain characters.
-        self._rendered, self.config, self.names = read_tokenizer(self.folder)
-        self._plain = FastTokenizer.from_str(self._rendered.to_str())
-        self._plain.encode_special_tokens = True
+        self._fast, self.config, self.names = read_tokenizer(self.folder)
+        self._fast.encode_special_tokens = True  # as plain characters
         embeddings = optional_json(self.folder / "config.json").get("vocab_size")
         self.embeddings = embeddings if isinstance(embeddings, int) else None
         self.special_ids = self._control_tokens()
-        self._plain.add_special_tokens(list(map(verbatim, self.special_ids)))
+        self._add_marks()
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_ids = set(self.special_ids.values()) - self._stand_ins()
@@ -67,55 +64,63 @@ class Tokenizer:
             self._begins_control |= {first, first.lower(), first.upper()} - {""}
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
-        self._add_placeholders()
 
     def _control_tokens(self) -> dict[str, int]:
         """Control token -> id. DeepSeek-R1 marks turns by tokens that it does not call special, nor
         those of a think block; these stay text: the template has to find them in a history."""
         marks, found = self._plain_talks(), {}
-        for number, token in self._rendered.get_added_tokens_decoder().items():
+        for number, token in self._fast.get_added_tokens_decoder().items():
             text = token.content
-            said = text in (*THOUGHTS, *ROLES, "x")
-            marks_turn = text.strip() and text in marks and not said
+            word = "".join(text.split()).isalnum()  # of a default system text, a role
+            marks_turn = text.strip() and text in marks and not word and text not in THOUGHTS
             if token.special or marks_turn:
                 found[text] = number
         return found
+
+    def _add_marks(self) -> None:
+        """Give each control token two private characters. One is its mark: a text in which the
+        template's own control tokens are replaced by their marks is tokenized as a whole, and a
+        spelled one within it is plain characters. The other stands for a spelled one within a
+        message until the template has done its work: no template can cut it in two."""
+        known, private = self._fast.get_added_tokens_decoder(), LAST_PRIVATE
+        self._marks: dict[str, str] = {}
+        self._mark_ids: dict[int, int] = {}
+        self._forged: dict[str, str] = {}
+        self._spellings: dict[int, str] = {}
+        self._taken: dict[int, str] = {}
+        tokens, marks = [], []
+        for spelled, number in self.special_ids.items():
+            like, self._marks[spelled] = known[number], chr(private)
+            tokens.append(AddedToken(spelled, normalized=False))
+            marks.append(AddedToken(chr(private), normalized=False, lstrip=like.lstrip,
+                                    rstrip=like.rstrip))
+            self._forged[spelled], self._spellings[private - 1] = chr(private - 1), spelled
+            self._taken[private] = self._taken[private - 1] = "\ufffd"
+            private -= 2
+        self._fast.add_special_tokens(tokens)
+        self._fast.add_tokens(marks)
+        for spelled, mark in self._marks.items():
+            self._mark_ids[self._fast.token_to_id(mark)] = self.special_ids[spelled]
 
     def _stand_ins(self) -> set[int]:
         """The ids that stand for a byte, or for a character that the vocabulary lacks. They are no
         control tokens in a text, although some tokenizers call them special, unless they have
         another use as well."""
-        found = set(self._tokenize(self._plain, "\U0010ffff").ids)
+        found = set(self._tokenize("\U0010ffff").ids)
         for text, number in self.special_ids.items():
             if re.fullmatch(BYTE, text):
                 found.add(number)
-        unknown = getattr(self._plain.model, "unk_token", None)
-        found.add(self._plain.token_to_id(unknown or ""))
+        unknown = getattr(self._fast.model, "unk_token", None)
+        found.add(self._fast.token_to_id(unknown or ""))
         for name, text in self.names.items():
             if name not in UNKNOWN_NAMES:
                 found.discard(self.special_ids.get(text))
         return found
 
-    def _tokenize(self, tokenizer: FastTokenizer, text: str) -> Encoding:
-        """A text's encoding, without a BOS."""
-        try:
-            return tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:
-            # A bare one, if the vocabulary lacks its own unknown token.
-            raise InputError(f"{self.folder}: tokenizer.json fails on a text ({error})") from None
-
-    def _add_placeholders(self) -> None:
-        """Forged control tokens pass through the template as placeholders, single characters that
-        no template can cut in two and that are added tokens; `_plain_ids` then swaps their ids for
-        the plain spelling's."""
-        self._forged: dict[str, str] = {}
-        self._forged_ids: dict[int, list[int]] = {}
-        for i, spelled in enumerate(self.special_ids):
-            self._forged[spelled] = chr(LAST_PRIVATE - i)
-        self._rendered.add_special_tokens(list(map(verbatim, self._forged.values())))
-        for spelled, placeholder in self._forged.items():
-            self._forged_ids[self._rendered.token_to_id(placeholder)] = self.encode(spelled)
-        self._taken = dict.fromkeys(map(ord, self._forged.values()), "\ufffd")
+    def _tokenize(self, text: str) -> Encoding:
+        """A text's encoding, without a BOS; control tokens are what has a mark."""
+        with one_line(f"{self.folder}: tokenizer.json fails on a text"):
+            return self._fast.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids, as in the middle of a text: no BOS is added, no control token can come
@@ -132,7 +137,7 @@ class Tokenizer:
 
     def _first_ids(self, text: str) -> list[int]:
         """Text that begins a text -> ids, without a BOS."""
-        return self._tokenize(self._plain, text).ids
+        return self._tokenize(text.translate(self._taken)).ids
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -150,13 +155,14 @@ class Tokenizer:
             if number not in self._control_ids:
                 found.append(number)
                 continue
-            for letter in self._plain.id_to_token(number):
+            for letter in self._fast.id_to_token(number):
                 found += filterfalse(self._control_ids.__contains__, self._inner_ids(letter))
         return found
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
-        word = self._plain.post_process(self._tokenize(self._plain, "x"))
+        with one_line(f"{self.folder}: tokenizer.json fails to begin a text"):
+            word = self._fast.post_process(self._tokenize("x"))
         front = word.ids[:[*word.special_tokens_mask, 0].index(0)]  # an "x" may have no id at all
         return self._known([*front, *self._without_control(self._first_ids(text))])
 
@@ -175,33 +181,30 @@ class Tokenizer:
         if place not in self._places:
             self._places[place] = self._place(*place)
         before, ids = self._places[place]
-        whole = self._tokenize(self._rendered, before + self._defuse(text)).ids
+        whole = self._tokenize(self._marked(before + self._defuse(text))).ids
         said = whole[len(ids):]
-        # The text grows together with what is before it, or a normalizer makes a token out of it.
-        if whole[:len(ids)] != ids or not self._control_ids.isdisjoint(said):
-            return self.encode(text)
-        return self._known(self._plain_ids(said))
+        if whole[:len(ids)] != ids or not self._mark_ids.keys().isdisjoint(said):
+            return self.encode(text)  # it grows together with what is before it
+        return self._known(self._without_control(said))
 
     def _place(self, role: str, system: bool, thinking: bool) -> tuple[str, list[int]]:
         """What stands before a text in a short conversation, as text and as ids."""
         if role == "user":
             return self._opened("x" if system else None)
         before = self._text(conversation("x"), True, thinking)
-        return before, self._tokenize(self._rendered, before).ids
+        return before, self._tokenize(self._marked(before)).ids
 
     def _known(self, ids: list[int]) -> list[int]:
-        """InputError if the model has no embedding for an id; else the ids.
-
-        Not a check of the whole vocabulary: some checkpoints have tokens that they never use.
-        """
-        if self.embeddings is not None and max(ids, default=0) >= self.embeddings:
+        """The ids; InputError if the model has no embedding for one. (A vocabulary may have tokens
+        without, as long as no text makes use of them.)"""
+        if self.embeddings is not None and max(ids, default=-1) >= self.embeddings:
             raise InputError(f"{self.folder}: tokenizer.json makes token {max(ids)}, but the model "
                              f"has {self.embeddings} embeddings; it belongs to another model")
         return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Ids -> text."""
-        return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @cached_property
     def _template(self) -> Template:
@@ -302,7 +305,7 @@ class Tokenizer:
         if return_user_mask:
             return self.render_with_user_mask(messages, add_generation_prompt, thinking)
         _, encoding = self._encode(self._safe(messages), add_generation_prompt, thinking)
-        return self._known(self._plain_ids(encoding.ids))
+        return self._known(self._model_ids(encoding.ids))
 
     def render_with_user_mask(self, messages: list[dict], add_generation_prompt: bool = True,
                               thinking: bool = True) -> tuple[list[int], list[bool]]:
@@ -313,7 +316,7 @@ class Tokenizer:
         start, end = self._last_user_span(safe, text, add_generation_prompt, thinking)
         ids, mask = [], []
         for token, (first, last) in zip(encoding.ids, encoding.offsets):
-            spelled = self._plain_ids([token])
+            spelled = self._model_ids([token])
             ids += spelled
             mask += [first < end and last > start and last > first] * len(spelled)
         return self._known(ids), mask
@@ -327,7 +330,7 @@ class Tokenizer:
         return [{**m, "content": self._defuse(m["content"])} for m in messages]
 
     def _encode(self, messages: list[dict], *how: bool) -> tuple[str, Encoding]:
-        """A safe conversation as rendered text, and as ids with placeholders.
+        """A safe conversation as rendered text, and the encoding of that text with marks.
 
         Raises:
             InputError: more control tokens than the same conversation has with harmless text, or
@@ -335,7 +338,7 @@ class Tokenizer:
                 of a message.
         """
         text = self._text(messages, *how)
-        encoding = self._tokenize(self._rendered, text)
+        encoding = self._tokenize(self._marked(text))
         # A template may skip an empty message, or one that repeats another.
         numbers: dict[str, str] = {}
         harmless, disarmed = [], []
@@ -347,7 +350,7 @@ class Tokenizer:
         shape = *how, *map(str, harmless)
         if shape not in self._control_counts:
             self._control_counts[shape] = len(self._control_of(harmless, *how))
-        control = self._control_among(encoding.ids)
+        control = self._spelled.findall(text)
         forged = len(control) > self._control_counts[shape]
         if disarmed != messages:
             forged |= control != self._control_of(disarmed, *how)
@@ -356,14 +359,9 @@ class Tokenizer:
                              "message's text; take its odd pieces out of the text")
         return text, encoding
 
-    def _control_of(self, messages: list[dict], *how: bool) -> list[int]:
+    def _control_of(self, messages: list[dict], *how: bool) -> list[str]:
         """The control tokens of a conversation's rendering."""
-        return self._control_among(self._tokenize(self._rendered, self._text(messages, *how)).ids)
-
-    def _control_among(self, ids: list[int]) -> list[int]:
-        """The control tokens of a rendering. Ids, not spellings, are what the model reads: a
-        normalizer may make a token out of other characters."""
-        return list(filter(self._control_ids.__contains__, ids))
+        return self._spelled.findall(self._text(messages, *how))
 
     def _disarm(self, text: str) -> str:
         """A text in which no control token can begin; otherwise a template treats it alike."""
@@ -373,11 +371,17 @@ class Tokenizer:
                 table[ord(c)] = "\ue002"
         return text.translate(table)
 
-    def _plain_ids(self, ids: list[int]) -> list[int]:
-        """Ids of a rendering with every placeholder replaced by the plain spelling's ids."""
+    def _marked(self, text: str) -> str:
+        """A rendering with marks for its control tokens, and those that a message spells plain."""
+        text = self._spelled.sub(lambda match: self._marks[match.group()], text)
+        return text.translate(self._spellings)
+
+    def _model_ids(self, ids: list[int]) -> list[int]:
+        """The model's ids for those of a text with marks."""
         found = []
         for token in ids:
-            found += self._forged_ids.get(token, [token])
+            known = self._mark_ids.get(token)
+            found += self._without_control([token]) if known is None else [known]
         return found
 
     def render_shared(self, messages: list[dict], thinking: bool = True) -> tuple[list[int], int]:
@@ -395,10 +399,10 @@ class Tokenizer:
         A model that continues them writes what a user would type (Magpie, arXiv 2406.08464).
         """
         _, ids = self._opened(system)
-        return self._known(self._plain_ids(ids))
+        return self._known(self._model_ids(ids))
 
     def _opened(self, system: str | None) -> tuple[str, list[int]]:
-        """The same, as text and as ids with placeholders."""
+        """The same, as text and as ids with marks."""
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages = self._safe([*messages, {"role": "user", "content": PROBE}])
         text, encoding = self._encode(messages, False)
@@ -408,17 +412,21 @@ class Tokenizer:
         if end < 0:
             raise InputError(f"{self.folder}: the chat template changes what a user says, so "
                              "nothing can be put in its place")
-        kept = [token for token, (_, last) in zip(encoding.ids, encoding.offsets) if last <= end]
-        return text[:end], kept
+        before, kept = text[:end], []
+        size = len(self._marked(before))
+        for token, (_, last) in zip(encoding.ids, encoding.offsets):
+            if last <= size:
+                kept.append(token)
+        return before, kept
 
     def _defuse(self, text: str) -> str:
-        """Replace every spelled-out control token by its placeholder. Where a text has that
-        character itself, it would pass for a spelled token, so it is taken out first."""
+        """Replace every spelled-out control token by what stands for it. Where a text has such a
+        character itself, that would pass for a control token, so it is taken out first."""
         text = text.translate(self._taken)
         return self._spelled.sub(lambda match: self._forged[match.group()], text)
 
     def _last_user_span(self, messages: list[dict], text: str, *how: bool) -> tuple[int, int]:
-        """Character range of the last user message's text within its rendering."""
+        """Character range of the last user message's text within its rendering with marks."""
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
         if last is None:
             raise InputError("a gate that pools over the user's text needs a user message")
@@ -428,14 +436,10 @@ class Tokenizer:
         for found in re.finditer(PROBE, probed):
             before, after = probed[:found.start()], probed[found.end():]
             if text.startswith(before) and text.endswith(after):
-                return len(before), len(text) - len(after)
+                said = text[:len(text) - len(after)]
+                return len(self._marked(before)), len(self._marked(said))
         raise InputError(f"{self.folder}: the chat template hides the user's text; "
                          "use --gate-pool last")
-
-
-def verbatim(text: str) -> AddedToken:
-    """An added token that is found before a normalizer changes the text."""
-    return AddedToken(text, normalized=False)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -26,6 +25,13 @@ class Generation(Extension):
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
+def to_json(value: object, ensure_ascii: bool = False, indent: int | None = None,
+            separators: tuple | None = None, sort_keys: bool = False) -> str:
+    """The filter of that name, which does not escape for HTML as Jinja's own does."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+
 def compile_template(folder: Path, field: object, now: Callable[[], datetime]) -> Template:
     """The chat template of a folder: chat_template.jinja first, as transformers does, else the
     `field` of tokenizer_config.json.
@@ -41,6 +47,8 @@ def compile_template(folder: Path, field: object, now: Callable[[], datetime]) -
     if isinstance(source, list):  # several named templates
         named = (t for t in source if isinstance(t, dict) and t.get("name") == "default")
         source = next(named, {}).get("template")
+    elif isinstance(source, dict):
+        source = source.get("default")
     if not isinstance(source, str):
         raise InputError(f"{folder}: no chat template; PRISM needs an instruction-tuned "
                          "model (chat_template.jinja or tokenizer_config.json)")
@@ -50,10 +58,10 @@ def compile_template(folder: Path, field: object, now: Callable[[], datetime]) -
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[loopcontrols, Generation])
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: now().strftime(form)
     try:
         return environment.from_string(source)
-    except (TemplateError, RecursionError, MemoryError) as error:
+    except Exception as error:  # Python's own SyntaxError, too, for a break outside a loop
         raise InputError(f"{folder}: broken chat template ({error})") from None

@@ -8,7 +8,10 @@ tokenizer.json calls it.
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
@@ -40,12 +43,11 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
         InputError: a broken file, or an added token or a special one that cannot be had.
     """
     path = folder / "tokenizer.json"
-    try:
-        tokenizer = FastTokenizer.from_str(read_text(path))
-    except InputError:
-        raise
-    except Exception as error:  # the Rust library raises bare Exception for a bad file
-        raise InputError(f"{path}: not a tokenizer ({error})") from None
+    text = read_text(path)
+    with one_line(f"{path}: not a tokenizer"):
+        tokenizer = FastTokenizer.from_str(text)
+        if any(one.special for one in map(added_by_text(tokenizer).get, THOUGHTS) if one):
+            tokenizer = FastTokenizer.from_str(with_plain_thoughts(text))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = optional_json(folder / "tokenizer_config.json")
@@ -53,13 +55,37 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     older = {} if added is not None else optional_json(folder / "special_tokens_map.json")
     names = joined(settings, older)
     special = [*named(names).values(), *unnamed(names, folder)]
-    if added is None:
-        ids, texts = optional_json(folder / "added_tokens.json"), list(map(text_of, special))
-        added = {i: {"content": text, "special": text in texts} for text, i in ids.items()}
-    add_tokens(tokenizer, added, folder)
-    found = special_tokens(tokenizer, names, folder)
-    make_special(tokenizer, special)
+    with one_line(f"{folder}: its added tokens cannot be read"):
+        if added is None:
+            ids, texts = optional_json(folder / "added_tokens.json"), list(map(text_of, special))
+            added = {i: {"content": text, "special": text in texts} for text, i in ids.items()}
+        add_tokens(tokenizer, added, folder)
+        found = special_tokens(tokenizer, names, folder)
+        make_special(tokenizer, special)
     return tokenizer, settings, found
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """InputError for whatever happens inside: the tokenizers library raises bare exceptions where
+    a file is broken, and panics, which are no Exceptions."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what} ({error!r})") from None
+        raise
+
+
+def with_plain_thoughts(text: str) -> str:
+    """A tokenizer.json in which the tokens of a think block are no special ones: a template has to
+    find them in a history, and they have to be seen in an answer."""
+    content = json.loads(text)
+    for token in content["added_tokens"]:
+        token["special"] &= token["content"] not in THOUGHTS
+    return json.dumps(content)
 
 
 def joined(settings: dict, older: dict) -> dict:
@@ -72,7 +98,10 @@ def joined(settings: dict, older: dict) -> dict:
     more = older.get(EXTRA)
     if isinstance(more, list):
         older = {**older, EXTRA: [*(names.get(EXTRA) or []), *more]}
-    names = with_names(names | older)
+    # A name that only a model has is taken from the first file.
+    single = {name: names[name] for name in names.keys() & older.keys() - set(SPECIAL_NAMES)
+              if name.endswith("_token")}
+    names = with_names(names | older | single)
     if EXTRA not in names:
         names[EXTRA] = names.get(OLDER)
     return names
@@ -142,22 +171,19 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
     """Give a tokenizer the tokens {id: {"content", "special", ...}} that are no added ones yet, or
     have other flags, in the order of their ids: those of the vocabulary, or that come next."""
     known = added_by_text(tokenizer)
-    try:
-        rows = sorted((int(number), token) for number, token in added.items())
-        for number, token in rows:
-            text = token["content"]
-            old, new = known.get(text), added_token(text, token, bool(token.get("special")))
-            # added_tokens.json has no flags.
-            flags = (*FLAGS, "normalized") if "lstrip" in token else ()
-            if old is None or any(getattr(old, flag) != getattr(new, flag) for flag in flags):
-                special = new.special or (old is not None and old.special)
-                add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
-                add([new])
-            if tokenizer.token_to_id(text) != number:
-                raise InputError(f"{folder}: the added token {text[:40]!r} should be {number}, but "
-                                 f"tokenizer.json makes it {tokenizer.token_to_id(text)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: its added tokens cannot be read ({error!r})") from None
+    for number, token in sorted((int(number), token) for number, token in added.items()):
+        text = token["content"]
+        special = bool(token.get("special")) and text not in THOUGHTS
+        old, new = known.get(text), added_token(text, token, special)
+        # added_tokens.json has no flags.
+        flags = (*FLAGS, "normalized") if "lstrip" in token else ()
+        if old is None or any(getattr(old, flag) != getattr(new, flag) for flag in flags):
+            special |= old is not None and old.special
+            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+            add([new])
+        if tokenizer.token_to_id(text) != number:
+            raise InputError(f"{folder}: the added token {text[:40]!r} should be {number}, but "
+                             f"tokenizer.json makes it {tokenizer.token_to_id(text)}")
 
 
 def special_tokens(tokenizer: FastTokenizer, names: dict, folder: Path) -> dict[str, str]:
@@ -171,7 +197,8 @@ def special_tokens(tokenizer: FastTokenizer, names: dict, folder: Path) -> dict[
         text = text_of(token)
         if not isinstance(text, str):
             raise InputError(f"{folder}: {name} is {str(text)[:60]}, not text")
-        if text and tokenizer.token_to_id(text) is None:
+        # Others get the next id: CodeLlama's config names one that no chat has a use for.
+        if text and name in SPECIAL_NAMES and tokenizer.token_to_id(text) is None:
             raise InputError(f"{folder}: {name} is {text[:60]!r}, which tokenizer.json lacks")
         found[name] = text
     return found

@@ -306,7 +306,8 @@ def test_hostile_tokenizer(change: Callable, place: Path, capfd: Capture) -> Non
     "{{ raise_exception.__globals__['__builtins__'] }}", "{% include '/etc/passwd' %}",
     "{{ open('/etc/passwd').read() }}", "{{ messages.append('x') }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}", "{{ raise_exception() }}", "{{ (( }}",
-    "{% for i in range(10**9) %}{{ i }}{% endfor %}",
+    "{% for i in range(10**9) %}{{ i }}{% endfor %}", "{% break %}",
+    "{% macro f(a, a) %}{% endmacro %}", "{{ " + "1" * 5000 + " }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"], ids=lambda template: template[:50])
 def test_hostile_template(template: str, place: Path, capsys: Capture) -> None:
