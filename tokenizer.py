@@ -17,11 +17,11 @@ from functools import cached_property
 from itertools import filterfalse, product
 from pathlib import Path
 from typing import Sequence
-from unicodedata import normalize
 
 from jinja2 import Template
+from support.marks import Marks, any_of
 from support.messages import check_messages, conversation, merge_system
-from tokenizers import AddedToken, Encoding
+from tokenizers import Encoding
 
 from support.hub import InputError, optional_json
 from support.template import compile_template
@@ -30,8 +30,8 @@ from support.vocabulary import THOUGHTS, one_line, read_tokenizer
 THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
 PROBE = "prism probe text"  # shows whether a template renders what it is given
+LEFT, RIGHT = "\ue003", "\ue004"  # brackets that no template knows
 UNKNOWN_NAMES = ("unk_token", "pad_token")  # what an unknown character's token may be called
-LAST_PRIVATE = 0x10fffd  # from this character on downwards, texts have no use for them
 LEADS = "\n.x"  # what a text may stand behind; the first that it does not grow together with
 
 
@@ -54,53 +54,26 @@ class Tokenizer:
         embeddings = optional_json(self.folder / "config.json").get("vocab_size")
         self.embeddings = embeddings if isinstance(embeddings, int) else None
         self.special_ids = self._control_tokens()
-        self._add_marks()
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._marks = Marks(self._fast, self.special_ids, self.folder)
         self._control_ids = set(self.special_ids.values()) - self._stand_ins()
-        self._begins_control: set[str] = set()
-        for spelled in self.special_ids:
-            first = spelled.strip()[:1]
-            self._begins_control |= {first, first.lower(), first.upper()} - {""}
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
 
     def _control_tokens(self) -> dict[str, int]:
         """Control token -> id. DeepSeek-R1 marks turns by tokens that it does not call special, nor
         those of a think block; these stay text: the template has to find them in a history."""
-        marks, found = self._plain_talks(), {}
-        for number, token in self._fast.get_added_tokens_decoder().items():
+        added, found = self._fast.get_added_tokens_decoder(), {}
+        used = set(any_of(token.content for token in added.values()).findall(self._plain_talks()))
+        ends = self.names.get("bos_token"), self.names.get("eos_token")
+        for number, token in added.items():
             text = token.content
             word = "".join(text.split()).isalnum()  # of a default system text, a role
-            marks_turn = text.strip() and text in marks and not word and text not in THOUGHTS
-            if token.special or marks_turn:
+            marks_turn = text in used and text.strip() and not word
+            # One letter may be called special, such as "!" to pad with.
+            special = token.special and (len(text) > 1 or text in ends)
+            if (special or marks_turn) and text not in THOUGHTS:
                 found[text] = number
         return found
-
-    def _add_marks(self) -> None:
-        """Give each control token two private characters. One is its mark: a text in which the
-        template's own control tokens are replaced by their marks is tokenized as a whole, and a
-        spelled one within it is plain characters. The other stands for a spelled one within a
-        message until the template has done its work: no template can cut it in two."""
-        known, private = self._fast.get_added_tokens_decoder(), LAST_PRIVATE
-        self._marks: dict[str, str] = {}
-        self._mark_ids: dict[int, int] = {}
-        self._forged: dict[str, str] = {}
-        self._spellings: dict[int, str] = {}
-        self._taken: dict[int, str] = {}
-        tokens, marks = [], []
-        for spelled, number in self.special_ids.items():
-            like, self._marks[spelled] = known[number], chr(private)
-            tokens.append(AddedToken(spelled, normalized=False))
-            marks.append(AddedToken(chr(private), normalized=False, lstrip=like.lstrip,
-                                    rstrip=like.rstrip))
-            self._forged[spelled], self._spellings[private - 1] = chr(private - 1), spelled
-            self._taken[private] = self._taken[private - 1] = "\ufffd"
-            private -= 2
-        self._fast.add_special_tokens(tokens)
-        self._fast.add_tokens(marks)
-        for spelled, mark in self._marks.items():
-            self._mark_ids[self._fast.token_to_id(mark)] = self.special_ids[spelled]
 
     def _stand_ins(self) -> set[int]:
         """The ids that stand for a byte, or for a character that the vocabulary lacks. They are no
@@ -137,7 +110,7 @@ class Tokenizer:
 
     def _first_ids(self, text: str) -> list[int]:
         """Text that begins a text -> ids, without a BOS."""
-        return self._tokenize(text.translate(self._taken)).ids
+        return self._tokenize(self._marks.plain(text)).ids
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -181,9 +154,9 @@ class Tokenizer:
         if place not in self._places:
             self._places[place] = self._place(*place)
         before, ids = self._places[place]
-        whole = self._tokenize(self._marked(before + self._defuse(text))).ids
+        whole = self._tokenize(self._marks.mark(before + self._marks.guard(text))).ids
         said = whole[len(ids):]
-        if whole[:len(ids)] != ids or not self._mark_ids.keys().isdisjoint(said):
+        if whole[:len(ids)] != ids or not self._marks.ids.keys().isdisjoint(said):
             return self.encode(text)  # it grows together with what is before it
         return self._known(self._without_control(said))
 
@@ -192,7 +165,7 @@ class Tokenizer:
         if role == "user":
             return self._opened("x" if system else None)
         before = self._text(conversation("x"), True, thinking)
-        return before, self._tokenize(self._marked(before)).ids
+        return before, self._tokenize(self._marks.mark(before)).ids
 
     def _known(self, ids: list[int]) -> list[int]:
         """The ids; InputError if the model has no embedding for one. (A vocabulary may have tokens
@@ -204,6 +177,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Ids -> text."""
+        ids = filterfalse(self._marks.ids.__contains__, ids)  # a model may have ids to spare
         return self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @cached_property
@@ -224,7 +198,7 @@ class Tokenizer:
             # Whatever a template does wrong is the template's fault.
             raise InputError(f"{self.folder}: the chat template fails on this conversation "
                              f"({type(error).__name__}: {error})") from None
-        if not thinking and text.rstrip().endswith(THINK):
+        if add_generation_prompt and not thinking and text.rstrip().endswith(THINK):
             # A template without that switch; this is what Qwen3's writes.
             text = f"{text.rstrip()}\n\n{END_THINK}\n\n"
         return text
@@ -266,7 +240,7 @@ class Tokenizer:
     def _control_after(self, messages: list[dict], add_generation_prompt: bool) -> int | None:
         """The first control token behind the last PROBE, if nothing else stands before it."""
         _, hit, after = self._text(messages, add_generation_prompt).rpartition(PROBE)
-        found = self._spelled.match(after.lstrip()) if hit else None
+        found = self._marks.spelled.match(after.lstrip()) if hit else None
         return self.special_ids[found.group()] if found else None
 
     @cached_property
@@ -311,14 +285,15 @@ class Tokenizer:
                               thinking: bool = True) -> tuple[list[int], list[bool]]:
         """`render`, and for every id whether it belongs to the text of the last user message: what
         a gate that pools by mean reads."""
-        safe = self._safe(messages)
-        text, encoding = self._encode(safe, add_generation_prompt, thinking)
-        start, end = self._last_user_span(safe, text, add_generation_prompt, thinking)
+        text, encoding = self._encode(self._safe(messages), add_generation_prompt, thinking)
+        start, end = self._last_user_span(messages, text, add_generation_prompt, thinking)
         ids, mask = [], []
         for token, (first, last) in zip(encoding.ids, encoding.offsets):
             spelled = self._model_ids([token])
+            inside = first < end and last > start and last > first
             ids += spelled
-            mask += [first < end and last > start and last > first] * len(spelled)
+            # A control token may have taken white space beside it along.
+            mask += [inside and token not in self._marks.ids] * len(spelled)
         return self._known(ids), mask
 
     def _safe(self, messages: list[dict]) -> list[dict]:
@@ -327,7 +302,7 @@ class Tokenizer:
         messages = check_messages(messages)
         if messages[0]["role"] == "system" and not self.has_system_role:
             messages = merge_system(messages)
-        return [{**m, "content": self._defuse(m["content"])} for m in messages]
+        return [{**m, "content": self._marks.guard(m["content"])} for m in messages]
 
     def _encode(self, messages: list[dict], *how: bool) -> tuple[str, Encoding]:
         """A safe conversation as rendered text, and the encoding of that text with marks.
@@ -338,7 +313,7 @@ class Tokenizer:
                 of a message.
         """
         text = self._text(messages, *how)
-        encoding = self._tokenize(self._marked(text))
+        encoding = self._tokenize(self._marks.mark(text))
         # A template may skip an empty message, or one that repeats another.
         numbers: dict[str, str] = {}
         harmless, disarmed = [], []
@@ -346,11 +321,11 @@ class Tokenizer:
             said = m["content"].strip()
             plain = numbers.setdefault(said, f"x{len(numbers)}") if said else m["content"]
             harmless.append({**m, "content": plain})
-            disarmed.append({**m, "content": self._disarm(m["content"])})
+            disarmed.append({**m, "content": self._marks.disarm(m["content"])})
         shape = *how, *map(str, harmless)
         if shape not in self._control_counts:
             self._control_counts[shape] = len(self._control_of(harmless, *how))
-        control = self._spelled.findall(text)
+        control = self._marks.spelled.findall(text)
         forged = len(control) > self._control_counts[shape]
         if disarmed != messages:
             forged |= control != self._control_of(disarmed, *how)
@@ -361,26 +336,13 @@ class Tokenizer:
 
     def _control_of(self, messages: list[dict], *how: bool) -> list[str]:
         """The control tokens of a conversation's rendering."""
-        return self._spelled.findall(self._text(messages, *how))
-
-    def _disarm(self, text: str) -> str:
-        """A text in which no control token can begin; otherwise a template treats it alike."""
-        table = {}
-        for c in set(text):
-            if not self._begins_control.isdisjoint(normalize("NFKC", c)):
-                table[ord(c)] = "\ue002"
-        return text.translate(table)
-
-    def _marked(self, text: str) -> str:
-        """A rendering with marks for its control tokens, and those that a message spells plain."""
-        text = self._spelled.sub(lambda match: self._marks[match.group()], text)
-        return text.translate(self._spellings)
+        return self._marks.spelled.findall(self._text(messages, *how))
 
     def _model_ids(self, ids: list[int]) -> list[int]:
         """The model's ids for those of a text with marks."""
         found = []
         for token in ids:
-            known = self._mark_ids.get(token)
+            known = self._marks.ids.get(token)
             found += self._without_control([token]) if known is None else [known]
         return found
 
@@ -413,31 +375,32 @@ class Tokenizer:
             raise InputError(f"{self.folder}: the chat template changes what a user says, so "
                              "nothing can be put in its place")
         before, kept = text[:end], []
-        size = len(self._marked(before))
+        size = len(self._marks.mark(before))
         for token, (_, last) in zip(encoding.ids, encoding.offsets):
             if last <= size:
                 kept.append(token)
         return before, kept
-
-    def _defuse(self, text: str) -> str:
-        """Replace every spelled-out control token by what stands for it. Where a text has such a
-        character itself, that would pass for a control token, so it is taken out first."""
-        text = text.translate(self._taken)
-        return self._spelled.sub(lambda match: self._forged[match.group()], text)
 
     def _last_user_span(self, messages: list[dict], text: str, *how: bool) -> tuple[int, int]:
         """Character range of the last user message's text within its rendering with marks."""
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
         if last is None:
             raise InputError("a gate that pools over the user's text needs a user message")
-        marked = [*messages]
-        marked[last] = {**messages[last], "content": PROBE}
-        probed = self._text(marked, *how)
-        for found in re.finditer(PROBE, probed):
-            before, after = probed[:found.start()], probed[found.end():]
-            if text.startswith(before) and text.endswith(after):
-                said = text[:len(text) - len(after)]
-                return len(self._marked(before)), len(self._marked(said))
+        said = messages[last]["content"]
+        inner = said.strip()
+        # Another text in its place; or the same, for a template that looks at it, between brackets,
+        # with or without the white space that a template may trim.
+        for other in (PROBE, LEFT + said + RIGHT, said.replace(inner, LEFT + inner + RIGHT, 1)):
+            probed = self._text(self._safe(
+                [*messages[:last], {**messages[last], "content": other}, *messages[last + 1:]]),
+                *how)
+            for found in re.finditer(f"{PROBE}|{LEFT}.*{RIGHT}", probed, re.DOTALL):
+                before, after = probed[:found.start()], probed[found.end():]
+                rest = len(text) - len(after)
+                if len(before) <= rest and text.startswith(before) and text.endswith(after):
+                    return len(self._marks.mark(before)), len(self._marks.mark(text[:rest]))
+        if not inner:
+            return 0, 0
         raise InputError(f"{self.folder}: the chat template hides the user's text; "
                          "use --gate-pool last")
 

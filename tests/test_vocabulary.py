@@ -335,6 +335,24 @@ def test_plain_text_has_no_control_token_that_the_vocabulary_spells(text: str,
     assert [i for i in tok.render(conversation(text)) if i in (1, 2)] == [1, 2]
 
 
+def test_white_space_that_a_control_token_takes_is_not_the_users(tmp_path: Path) -> None:
+    """The gate would read the token, as the mask would reach over it (Phi-3's <|user|>)."""
+    folder = write(tmp_path, LINES, special=["<|user|>", *MARKS])
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][0]["rstrip"] = True
+    path.write_text(json.dumps(content))
+    ids, mask = Tokenizer(folder).render_with_user_mask(conversation("\n Hi"))
+    assert [i for i, m in zip(ids, mask) if m] == [LETTERS.index("Hi")]
+
+
+def test_a_vocabulary_with_holes_is_refused(tmp_path: Path) -> None:
+    """A mark would have the id of a letter, and the letter be a control token."""
+    fast = FastTokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 4, "c": 5}, []))
+    with pytest.raises(InputError, match="leaves out ids"):
+        Tokenizer(write(tmp_path, BARE, fast, special=["<s>", "</s>"]))
+
+
 @pytest.mark.parametrize("normalized", [False, True], ids=["", "normalized"])
 def test_spelled_control_tokens_are_read_as_they_stand(normalized: bool, tmp_path: Path) -> None:
     """A space would stand behind each, where a tokenizer begins every text with one; or the
