@@ -10,17 +10,17 @@ from model import Transformer
 from prism import PRISM
 from support.estimate import expected_flops, written_queries
 
-QUICK = {"personas": ["coding", "math", "safety_monitor", "writing"], "queries": 8,
-         "query_style": "auto", "max_new_tokens": 96, "judge": "auto", "epochs": 6}
+QUICK = {"personas": ["coding", "math", "safety_monitor", "writing"], "queries": 10,
+         "query_style": "auto", "max_new_tokens": 64, "judge": "auto", "epochs": 4}
 
 
 def test_quick_is_estimated_as_it_is_billed(smollm: Transformer) -> None:
     """The time that a newcomer is told would be wrong by more than a half: `--quick` was billed
-    21.9 and 23.5 TFLOP, of these about 6 for stage 1."""
+    22.1 and 23.6 TFLOP, of these 6 for stage 1."""
     prism = PRISM(smollm)
     whole = sum(expected_flops(prism, QUICK).values())
-    assert 22.7e12 / 1.25 < whole < 22.7e12 * 1.25
-    brought = sum(expected_flops(prism, QUICK, 32).values())
+    assert 22.8e12 / 1.25 < whole < 22.8e12 * 1.25
+    brought = sum(expected_flops(prism, QUICK, 40).values())
     assert 3e12 < whole - brought < 8e12
     assert sum(expected_flops(prism, QUICK | {"judge": "none"}).values()) < 0.8 * whole
 
