@@ -80,8 +80,8 @@ class PrefixReader:
     """Reads rows of ids, a beginning that rows share only once; all through the base model, or all
     with an adapter on.
 
-    `tokens` counts what really went through the model; `keep`: tokens held for later calls. Where
-    they would be more, all are dropped; more are held only while a single call asks for more.
+    `tokens` counts what really went through the model; `keep`: tokens of beginnings that are held
+    for later calls. A call that would exceed it drops all of them first.
     """
 
     def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None,
@@ -192,7 +192,9 @@ class Engine:
         sizes = [len(r.ids) + limit for r, limit in zip(requests, self.limits)]
         self.capacity, slots = max(sizes, default=0), min(self.slots, len(requests))
         device = self.net.device
+        self.busy, self.k = [], 0  # an earlier run may have been left in the middle
         self.cache, self.graphs = self.net.new_cache(slots, self.capacity), {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # Of each slot: last token, cached tokens, drawn tokens, whether it is busy, and routed.
         self.state = torch.zeros(slots, 5, dtype=torch.long, device=device)
         self.draws = torch.zeros(slots, self.sampling.max_new_tokens, device=device)
@@ -304,12 +306,14 @@ class Engine:
             self._append(slot.out, token)
 
     def _advance(self, rows: int, keys: int, k: int | None) -> None:
-        """A token more in the leading rows of `state`, each of which sees so many cached keys.
+        """A token more in the leading rows of `state`, each of which sees so many cached keys. Rows
+        that only round the shape up are computed, too, and stay as they are.
 
         Args:
             k: how many leading rows the adapter answers; None: those that `state` says.
         """
-        net, (tokens, start, steps, live, routed) = self.net, self.state[:rows].unbind(1)
+        net = self.net
+        tokens, start, steps, live, routed = self.state[:rows].unbind(1)  # views, written below
         if k is None:
             k = routed.to(net.dtype)[:, None, None]
         at = net.positions((rows, 1), self.cache, start, keys)
@@ -331,7 +335,7 @@ class Engine:
             self._advance(rows, keys, None)  # makes what is made on first use
             self.state.copy_(before)
             self.graphs[rows, keys] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[rows, keys]):
+            with torch.cuda.graph(self.graphs[rows, keys], pool=self.pool):
                 self._advance(rows, keys, None)
         self.graphs[rows, keys].replay()
 
@@ -399,7 +403,7 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
             if any(skip):
                 hidden = net.norm(reader.read(some, skip)[0])
             else:
-                hidden = net.hidden(pad(some, net.device)[0], adapter, len(some))
+                hidden = net.hidden(pad(some, net.device)[0], reader.adapter, len(some))
                 reader.tokens += sum(map(len, some))
             for row, i, n in zip(hidden, batch, skip):
                 states[i] = row[starts[i] - n:len(rows[i]) - n].clone()

@@ -119,7 +119,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(q, config.rms_norm_eps)
             self.k_norm = RMSNorm(kv, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, at: Positions, lora: Modules, k: int,
+    def forward(self, x: Tensor, at: Positions, lora: Modules, k: int | Tensor,
                 generator: Generator) -> Tensor:
         """x [B, T, d] -> [B, T, d]; writes the keys and values to at.cache if there is one."""
         B, T, _ = x.shape
@@ -169,7 +169,7 @@ class MLP(nn.Module):
         self.down_proj = GatedLoRALinear(widths[0], (d,), config.mlp_bias)
         self.f = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor, lora: Modules, k: int,
+    def forward(self, x: Tensor, lora: Modules, k: int | Tensor,
                 generator: Generator) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
         gate_up = self.gate_up_proj(x, lora and lora["gate_up_proj"], k, generator)
@@ -196,7 +196,7 @@ class Block(nn.Module):
                 norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.add_module(place, norm)
 
-    def forward(self, x: Tensor, at: Positions, lora: Modules = None, k: int = 0,
+    def forward(self, x: Tensor, at: Positions, lora: Modules = None, k: int | Tensor = 0,
                 generator: Generator = None) -> Tensor:
         """x [B, T, d] -> [B, T, d]; `lora` holds this layer's adapter, for the leading k rows."""
         y = self.self_attn(self.before_attention(x), at, lora, k, generator)

@@ -1,10 +1,10 @@
 """The method as tensors: a gate after an early layer, one LoRA adapter behind it, and their losses.
 
-PRISM (arXiv 2603.18507) answers a query like this: run the first decoder layer, read the gate at
-the last token of the prompt, and run the remaining layers with the adapter if the gate opens,
-without it otherwise. The adapter was distilled from the model itself reading an expert persona, so
-the persona's gain comes without its prompt; where the gate stays closed the base model answers,
-unchanged. No text in here: prompts come from tokenizer.py, data from bootstrap.py.
+PRISM (arXiv 2603.18507) answers a query like this: run the first layers (the paper: one), read the
+gate there, and run the remaining layers with the adapter if the gate opens, without it otherwise.
+The adapter was distilled from the model itself reading an expert persona, so the persona's gain
+comes without its prompt; where the gate stays closed the base model answers, unchanged. No text in
+here: prompts come from tokenizer.py, data from bootstrap.py.
 """
 
 from __future__ import annotations

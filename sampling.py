@@ -51,7 +51,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
         top = logits.max(-1)  # the first maximum, like argmax, at a quarter of its time
         return torch.where(top.values.isfinite(), top.indices, logits.shape[-1])
     z = logits.float()
-    top = z.amax(-1, keepdim=True)  # NaN or infinite if any logit is
+    top = z.amax(-1, keepdim=True)  # NaN or infinite if a logit is NaN or +inf
     z = (z - top).div_(sampling.temperature)  # max first: T -> 0 cannot overflow
     ids = None
     if sampling.top_k and sampling.top_k < z.shape[-1]:

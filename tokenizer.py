@@ -32,7 +32,7 @@ BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that i
 PROBE = "prism probe text"  # shows whether a template renders what it is given
 LEFT, RIGHT = "\ue003", "\ue004"  # brackets that no template knows
 UNKNOWN_NAMES = ("unk_token", "pad_token")  # what an unknown character's token may be called
-LEADS = "\n.x"  # what a text may stand behind; the first that it does not grow together with
+LEADS = "\n.x"  # what a text is put behind to be in the middle: the first that keeps its own ids
 
 
 class Tokenizer:
@@ -60,8 +60,9 @@ class Tokenizer:
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
 
     def _control_tokens(self) -> dict[str, int]:
-        """Control token -> id. DeepSeek-R1 marks turns by tokens that it does not call special, nor
-        those of a think block; these stay text: the template has to find them in a history."""
+        """Control token -> id: the special tokens, and those that the template writes although they
+        are not called special (DeepSeek-R1's turn marks). The tokens of a think block are left out:
+        a template has to find them, as text, in a history."""
         added, found = self._fast.get_added_tokens_decoder(), {}
         used = set(any_of(token.content for token in added.values()).findall(self._plain_talks()))
         ends = self.names.get("bos_token"), self.names.get("eos_token")
@@ -207,10 +208,13 @@ class Tokenizer:
         """A short conversation as text, in every way that one is rendered; "" where there is no
         template, or none that works."""
         found = []
-        for first, *how in product((0, 1), (True, False), (True, False)):
-            roles = ("system", "user", "assistant", "user", "assistant")[first:5 - how[0]]
+        for system, prompt, thinking in product((True, False), repeat=3):
+            talk = conversation("x", "x" if system else "")
+            talk += [{"role": "assistant", "content": "x"}, *conversation("x")]
+            if not prompt:
+                talk.append({"role": "assistant", "content": "x"})
             with contextlib.suppress(InputError):
-                found.append(self._text([{"role": role, "content": "x"} for role in roles], *how))
+                found.append(self._text(talk, prompt, thinking))
         return "\0".join(found)
 
     @cached_property

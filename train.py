@@ -1,4 +1,4 @@
-"""PRISM on one GPU (or two CPU cores): the five stages, top down.
+"""PRISM's five stages, top down.
 
     python train.py --quick
 

@@ -25,7 +25,7 @@ LAST_PRIVATE = 0x10fffd  # from this character on downwards, texts have no use f
 class Marks:
     """The marks of a tokenizer's control tokens {text: id}; they are added to the tokenizer.
 
-    `ids` has the id of each mark and the control token's own; `spelled` finds control tokens.
+    `ids`: a mark's id -> its control token's; `spelled` finds control tokens in a text.
 
     Raises:
         InputError: there are ids above those that the vocabulary would give to a new token.
@@ -33,23 +33,20 @@ class Marks:
 
     def __init__(self, tokenizer: FastTokenizer, control: dict[str, int], folder: Path):
         self.spelled = any_of(control)
-        known, private = tokenizer.get_added_tokens_decoder(), LAST_PRIVATE
-        self._marks: dict[str, str] = {}
-        self._guards: dict[str, str] = {}
-        self._guarded: dict[int, str] = {}
-        self._taken: dict[int, str] = {}
+        self._marks: dict[str, str] = {}  # control token -> its mark
+        self._guards: dict[str, str] = {}  # control token -> what stands for a spelled one
         self._begins: set[str] = set()
-        tokens, marks = [], []
-        for text, number in control.items():
-            mark, guard, like = chr(private), chr(private - 1), known[number]
+        known, tokens, marks = tokenizer.get_added_tokens_decoder(), [], []
+        for i, (text, number) in enumerate(control.items()):
+            mark, guard = chr(LAST_PRIVATE - 2 * i), chr(LAST_PRIVATE - 2 * i - 1)
+            self._marks[text], self._guards[text] = mark, guard
+            like, first = known[number], text.strip()[:1]
+            self._begins |= {first, first.lower(), first.upper()} - {""}
             tokens.append(AddedToken(text, normalized=False))
             marks.append(AddedToken(mark, normalized=False, lstrip=like.lstrip, rstrip=like.rstrip))
-            self._marks[text], self._guards[text] = mark, guard
-            self._guarded[private - 1] = text
-            self._taken[private] = self._taken[private - 1] = "\ufffd"
-            first = text.strip()[:1]
-            self._begins |= {first, first.lower(), first.upper()} - {""}
-            private -= 2
+        self._guarded = {ord(guard): text for text, guard in self._guards.items()}
+        private = (*self._marks.values(), *self._guards.values())
+        self._taken = dict.fromkeys(map(ord, private), "\ufffd")
         tokenizer.add_special_tokens(tokens)
         size = tokenizer.get_vocab_size()
         if any(map(tokenizer.id_to_token, range(size, size + len(marks)))):
@@ -65,7 +62,8 @@ class Marks:
         return text.translate(self._taken)
 
     def guard(self, text: str) -> str:
-        """A text for the template, a private character in place of each control token."""
+        """A text for the template, a private character in place of each control token. (A template
+        that escapes it, as by tojson(ensure_ascii=True), leaves the escape in the text.)"""
         return self.spelled.sub(lambda found: self._guards[found.group()], self.plain(text))
 
     def mark(self, text: str) -> str:
@@ -74,7 +72,8 @@ class Marks:
         return text.translate(self._guarded)
 
     def disarm(self, text: str) -> str:
-        """A text in which no control token can begin; otherwise a template treats it alike."""
+        """A text without the characters that a control token may begin with, also after a template
+        has changed their case; otherwise a template treats it alike."""
         table = {}
         for c in set(text):
             if not self._begins.isdisjoint(normalize("NFKC", c)):

@@ -46,7 +46,8 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     text = read_text(path)
     with one_line(f"{path}: not a tokenizer"):
         tokenizer = FastTokenizer.from_str(text)
-        if any(one.special for one in map(added_by_text(tokenizer).get, THOUGHTS) if one):
+        known = added_by_text(tokenizer)
+        if any(known[text].special for text in THOUGHTS if text in known):
             tokenizer = FastTokenizer.from_str(with_plain_thoughts(text))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -99,7 +100,7 @@ def joined(settings: dict, older: dict) -> dict:
     if isinstance(more, list):
         older = {**older, EXTRA: [*(names.get(EXTRA) or []), *more]}
     # A name that only a model has is taken from the first file.
-    single = {name: names[name] for name in names.keys() & older.keys() - set(SPECIAL_NAMES)
+    single = {name: names[name] for name in names.keys() & (older.keys() - set(SPECIAL_NAMES))
               if name.endswith("_token")}
     names = with_names(names | older | single)
     if EXTRA not in names:
