@@ -115,12 +115,13 @@ def test_answers_and_prompts_at_the_end_of_the_context(tiny_checkpoint: Callable
 
 def test_a_run_that_was_left_does_not_stay(net: Transformer) -> None:
     """An engine would go on with the answers of an earlier run whose reader went away."""
-    engine, prompts = Engine(net, GREEDY, set(), 4), prompts_of([3, 4, 5, 6, 7, 8])
+    engine, prompts = Engine(net, DRAWN, STOP, 4), prompts_of(PROMPT_LENGTHS)
     left = engine.run(list(map(Request, prompts)))
     next(left)
     left.close()
+    assert engine.busy
     outputs = run(engine, list(map(Request, prompts[:2])))
-    assert [out.ids for out in outputs] == [plain_loop(net, p, GREEDY, set()) for p in prompts[:2]]
+    assert [out.ids for out in outputs] == [plain_loop(net, p, DRAWN, STOP) for p in prompts[:2]]
 
 
 # --------------------------------------------------------------------------------------------------
