@@ -35,13 +35,14 @@ class Marks:
         self.spelled = any_of(control)
         self._marks: dict[str, str] = {}  # control token -> its mark
         self._guards: dict[str, str] = {}  # control token -> what stands for a spelled one
-        self._begins: set[str] = set()
+        self._needed: set[str] = set()  # characters without which there is no control token
         known, tokens, marks = tokenizer.get_added_tokens_decoder(), [], []
         for i, (text, number) in enumerate(control.items()):
             mark, guard = chr(LAST_PRIVATE - 2 * i), chr(LAST_PRIVATE - 2 * i - 1)
             self._marks[text], self._guards[text] = mark, guard
             like, first = known[number], text.strip()[:1]
-            self._begins |= {first, first.lower(), first.upper()} - {""}
+            self._needed |= {first, first.lower(), first.upper()} - {""}
+            self._needed |= {c for c in text if not (c.isalnum() or c.isspace() or c in "/_")}
             tokens.append(AddedToken(text, normalized=False))
             marks.append(AddedToken(mark, normalized=False, lstrip=like.lstrip, rstrip=like.rstrip))
         self._guarded = {ord(guard): text for text, guard in self._guards.items()}
@@ -72,11 +73,12 @@ class Marks:
         return text.translate(self._guarded)
 
     def disarm(self, text: str) -> str:
-        """A text without the characters that a control token may begin with, also after a template
-        has changed their case; otherwise a template treats it alike."""
+        """A text without the characters that control tokens begin with, in any case, and without
+        their punctuation, but for what switches such as /no_think need, so that a template mostly
+        treats it alike."""
         table = {}
         for c in set(text):
-            if not self._begins.isdisjoint(normalize("NFKC", c)):
+            if not self._needed.isdisjoint(normalize("NFKC", c)):
                 table[ord(c)] = "\ue002"
         return text.translate(table)
 
