@@ -49,12 +49,12 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, now: datetime | None = None):
         self.folder, self.now = Path(folder), now or datetime.now()
-        self._fast, self.config, self.names = read_tokenizer(self.folder)
-        self._fast.encode_special_tokens = True  # as plain characters
+        self._plain, self.config, self.names = read_tokenizer(self.folder)
+        self._plain.encode_special_tokens = True  # as plain characters
         embeddings = optional_json(self.folder / "config.json").get("vocab_size")
         self.embeddings = embeddings if isinstance(embeddings, int) else None
         self.special_ids = self._control_tokens()
-        self._marks = Marks(self._fast, self.special_ids, self.folder)
+        self._marks = Marks(self._plain, self.special_ids, self.folder)
         self._control_ids = set(self.special_ids.values()) - self._stand_ins()
         self._control_counts: dict[tuple, int] = {}  # see `_encode`
         self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
@@ -63,7 +63,7 @@ class Tokenizer:
         """Control token -> id: the special tokens, and those that the template writes although they
         are not called special (DeepSeek-R1's turn marks). The tokens of a think block are left out:
         a template has to find them, as text, in a history."""
-        added, found = self._fast.get_added_tokens_decoder(), {}
+        added, found = self._plain.get_added_tokens_decoder(), {}
         used = set(any_of(token.content for token in added.values()).findall(self._plain_talks()))
         ends = self.names.get("bos_token"), self.names.get("eos_token")
         for number, token in added.items():
@@ -84,8 +84,8 @@ class Tokenizer:
         for text, number in self.special_ids.items():
             if re.fullmatch(BYTE, text):
                 found.add(number)
-        unknown = getattr(self._fast.model, "unk_token", None)
-        found.add(self._fast.token_to_id(unknown or ""))
+        unknown = getattr(self._plain.model, "unk_token", None)
+        found.add(self._plain.token_to_id(unknown or ""))
         for name, text in self.names.items():
             if name not in UNKNOWN_NAMES:
                 found.discard(self.special_ids.get(text))
@@ -94,7 +94,7 @@ class Tokenizer:
     def _tokenize(self, text: str) -> Encoding:
         """A text's encoding, without a BOS; control tokens are what has a mark."""
         with one_line(f"{self.folder}: tokenizer.json fails on a text"):
-            return self._fast.encode(text, add_special_tokens=False)
+            return self._plain.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids, as in the middle of a text: no BOS is added, no control token can come
@@ -129,14 +129,14 @@ class Tokenizer:
             if number not in self._control_ids:
                 found.append(number)
                 continue
-            for letter in self._fast.id_to_token(number):
+            for letter in self._plain.id_to_token(number):
                 found += filterfalse(self._control_ids.__contains__, self._inner_ids(letter))
         return found
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
         with one_line(f"{self.folder}: tokenizer.json fails to begin a text"):
-            word = self._fast.post_process(self._tokenize("x"))
+            word = self._plain.post_process(self._tokenize("x"))
         front = word.ids[:[*word.special_tokens_mask, 0].index(0)]  # an "x" may have no id at all
         return self._known([*front, *self._without_control(self._first_ids(text))])
 
@@ -179,7 +179,7 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Ids -> text."""
         ids = filterfalse(self._marks.ids.__contains__, ids)  # a model may have ids to spare
-        return self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @cached_property
     def _template(self) -> Template:
