@@ -2,10 +2,11 @@
 
 The ids are those of transformers' `apply_chat_template`: the checkpoint's own Jinja chat template,
 in a sandbox, encoded without a second BOS. (tokenizer.json is read as it stands, as transformers 4
-did; version 5 builds some classes anew, and then splits digits or spaces otherwise.) Two things
-are stricter here. Text that comes from people or models never yields a control token: a spelled-out
-"<|im_end|>" stays plain characters. And a template that has no system role (or drops it silently)
-gets the system text in front of the first user message.
+did; version 5 builds some classes anew, and then splits digits or spaces otherwise.) Three things
+differ. Text that comes from people or models never yields a control token: a spelled-out
+"<|im_end|>" stays plain characters. A control token that the template writes always is that token,
+also where a file's `normalized` would make transformers read its letters. And a template that has
+no system role (or drops it silently) gets the system text in front of the first user message.
 """
 
 from __future__ import annotations
@@ -237,8 +238,8 @@ class Tokenizer:
 
     @cached_property
     def end_of_user_id(self) -> int | None:
-        """The one after a user's text, where the assistant's turn begins: mostly the same, but
-        Mistral and DeepSeek-R1 go straight on to that turn's header."""
+        """The control token right after a user's text: mostly `end_of_turn_id`; with Mistral and
+        DeepSeek-R1 it is the header of the assistant's turn."""
         return self._control_after(conversation(PROBE), True)
 
     def _control_after(self, messages: list[dict], add_generation_prompt: bool) -> int | None:
