@@ -290,7 +290,8 @@ class Engine:
         for at, slot in enumerate(self.busy):
             count = len(slot.out.ids)
             rows[at] = slot.out.ids[-1], slot.length, count, 1, int(slot.out.routed)
-            self.draws[at] = slot.draws
+        draws = [slot.draws for slot in self.busy]
+        torch.stack(draws, out=self.draws[:len(draws)])
         self.state.copy_(upload(torch.tensor(rows), self.net.device))
 
     def _step(self) -> None:

@@ -299,8 +299,8 @@ class KnownPairs:
         for p in pairs:
             if count_words(p.base) >= FEWEST_WORDS and not degenerate(p.query, p.base):
                 self.pairs.append(p)
-        self.pairs.sort(key=lambda p: derive_seed(seed, "known", p.persona, p.index))
-        self.pairs.sort(key=lambda p: p.base_stop != "eos")
+        self.pairs.sort(key=lambda p: (
+            p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
         self.costs: list[dict] = []  # of what had to be sampled
 
     def of_kind(self, kind: str) -> Iterator[Comparison]:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Sequence
 
 from jinja2 import Template
-from support.marks import Marks, any_of
-from support.messages import check_messages, conversation, merge_system
 from tokenizers import Encoding
 
 from support.hub import InputError, optional_json
+from support.marks import Marks, any_of
+from support.messages import check_messages, conversation, merge_system
 from support.template import compile_template
 from support.vocabulary import THOUGHTS, one_line, read_tokenizer
 

@@ -46,9 +46,6 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     text = read_text(path)
     with one_line(f"{path}: not a tokenizer"):
         tokenizer = FastTokenizer.from_str(text)
-        known = added_by_text(tokenizer)
-        if any(known[text].special for text in THOUGHTS if text in known):
-            tokenizer = FastTokenizer.from_str(with_plain_thoughts(text))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = optional_json(folder / "tokenizer_config.json")
@@ -63,7 +60,7 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
         add_tokens(tokenizer, added, folder)
         found = special_tokens(tokenizer, names, folder)
         make_special(tokenizer, special)
-    return tokenizer, settings, found
+        return with_plain_thoughts(tokenizer), settings, found
 
 
 @contextmanager
@@ -80,13 +77,16 @@ def one_line(what: str) -> Iterator[None]:
         raise
 
 
-def with_plain_thoughts(text: str) -> str:
-    """A tokenizer.json in which the tokens of a think block are no special ones: a template has to
-    find them in a history, and they have to be seen in an answer."""
-    content = json.loads(text)
+def with_plain_thoughts(tokenizer: FastTokenizer) -> FastTokenizer:
+    """The tokenizer, the tokens of a think block being no special ones, whatever a file says: a
+    template has to find them in a history, and they have to be seen in an answer."""
+    known = added_by_text(tokenizer)
+    if not any(known[text].special for text in THOUGHTS if text in known):
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] &= token["content"] not in THOUGHTS
-    return json.dumps(content)
+    return FastTokenizer.from_str(json.dumps(content))
 
 
 def joined(settings: dict, older: dict) -> dict:
@@ -143,12 +143,10 @@ def unnamed(names: dict, folder: Path) -> list[object]:
 
 def make_special(tokenizer: FastTokenizer, tokens: list[object]) -> None:
     """Make control tokens of what tokenizer.json has as text or not at all; the latter get the ids
-    that come next. Those of a think block stay text: a template has to find them in a history."""
+    that come next."""
     known, special = added_by_text(tokenizer), []
     for token in tokens:
         text = text_of(token)
-        if text in known and text in THOUGHTS:
-            continue
         one = known.get(text) or added_token(text, token, True)
         one.special = True
         special.append(one)
@@ -174,7 +172,7 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
     known = added_by_text(tokenizer)
     for number, token in sorted((int(number), token) for number, token in added.items()):
         text = token["content"]
-        special = bool(token.get("special")) and text not in THOUGHTS
+        special = bool(token.get("special"))
         old, new = known.get(text), added_token(text, token, special)
         # added_tokens.json has no flags.
         flags = (*FLAGS, "normalized") if "lstrip" in token else ()
