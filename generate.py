@@ -344,40 +344,35 @@ def _main(args: argparse.Namespace) -> int:
     if not conversations:
         return chat(model, tokenizer, sampling, args.gate, args.system)
     if args.explain:
-        pages = explained(model, tokenizer, conversations, sampling, args.jsonl)
+        pages = explained(model, tokenizer, conversations, sampling)
     else:
         progress = len(conversations) > 1 and sys.stderr.isatty()
         answers = generate(model, tokenizer, conversations, sampling, args.gate, args.batch_size,
                            progress=progress)
-        pages = completed(answers, args.jsonl)
-    for i, page in enumerate(pages):
-        if i and not args.jsonl:
-            print()
-        print(page)
+        pages = completed(answers)
+    for i, (row, text) in enumerate(pages):
+        if args.jsonl:
+            print(json.dumps({"index": i} | row, ensure_ascii=False))
+        else:
+            print(text if i == 0 else f"\n{text}")
     return 0
 
 
 def explained(prism: PRISM, tokenizer: Tokenizer, conversations: Sequence[list[dict]],
-              sampling: Sampling, jsonl: bool) -> Iterator[str]:
-    """Explanations as the command prints them, one by one."""
+              sampling: Sampling) -> Iterator[tuple[dict, str]]:
+    """Explanations, one by one, as rows and as text."""
     for number, messages in enumerate(conversations):
         row = explain(prism, tokenizer, messages, sampling, number)
-        if jsonl:
-            yield json.dumps({"index": number} | row, ensure_ascii=False)
-        else:
-            yield show_explanation(row, prism.threshold)
+        yield row, show_explanation(row, prism.threshold)
 
 
-def completed(answers: Sequence[Completion], jsonl: bool) -> Iterator[str]:
-    """Answers as the command prints them."""
-    for number, answer in enumerate(answers):
-        row = {"index": number, "text": answer.text, "gate": answer.gate, "routed": answer.routed,
+def completed(answers: Sequence[Completion]) -> Iterator[tuple[dict, str]]:
+    """Answers as rows and as text."""
+    for answer in answers:
+        row = {"text": answer.text, "gate": answer.gate, "routed": answer.routed,
                "prompt_tokens": answer.prompt_tokens, "tokens": len(answer.ids),
                "stop": answer.stop}
-        if jsonl:
-            yield json.dumps(row, ensure_ascii=False)
-        else:
-            yield f"{route_label(answer)} {answer.text}"
+        yield row, f"{route_label(answer)} {answer.text}"
 
 
 if __name__ == "__main__":
