@@ -213,8 +213,8 @@ def only_peft(folder: Path) -> bool:
 
 
 def read_peft_settings(folder: Path) -> dict:
-    """adapter_config.json of PEFT's own folder, checked for presence, type and range, its regular
-    expressions compiled, with PEFT's defaults for what is missing.
+    """What adapter_config.json of PEFT's own folder says beside its tensors, checked for type and
+    range, with PEFT's defaults for what is missing.
 
     Raises:
         InputError: a value that makes no sense, or makes the adapter more than a LoRA, by name.
@@ -228,73 +228,12 @@ def read_peft_settings(folder: Path) -> dict:
             neutral = (None, False)
         if neutral is not None and value not in neutral:
             fields.refuse(name, "is not supported")
-    if not fields.values.get("target_modules"):
-        fields.refuse("target_modules", "names no module")
-    by_expression = isinstance(fields.values["target_modules"], str)
-    if by_expression and fields.values.get("layers_to_transform") is not None:
-        fields.refuse("layers_to_transform", "means nothing beside an expression as target_modules")
-    following = fields.texts("layers_pattern") or "[^.]*"
-    following = [following] if isinstance(following, str) else following
-    alphas = fields.numbers("alpha_pattern", -LARGEST_ALPHA, LARGEST_ALPHA)
     return {
         "base_model_name_or_path": fields.text("base_model_name_or_path", None),
         "r": fields.integer("r", 1, LARGEST_RANK, default=8),
         "lora_alpha": fields.number("lora_alpha", -LARGEST_ALPHA, LARGEST_ALPHA, default=8),
         "use_rslora": fields.flag("use_rslora"),
-        "ranks": by_end(fields, "rank_pattern", fields.numbers("rank_pattern", 1, LARGEST_RANK,
-                                                               int)),
-        "alphas": by_end(fields, "alpha_pattern", alphas),
-        "targets": modules(fields, "target_modules"),
-        "excluded": modules(fields, "exclude_modules"),
-        "layers": fields.integers("layers_to_transform", 0, 2**10),
-        "layer_after": [compiled(fields, "layers_pattern", rf"(?:^|.*?\.){p}\.(?P<n>\d+)\.")
-                        for p in following]}
-
-
-def compiled(fields: Fields, name: str, expression: str) -> re.Pattern:
-    """A regular expression that stands in a setting; InputError if it is none."""
-    try:
-        return re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        fields.refuse(name, f"holds a broken regular expression ({error})")
-
-
-def by_end(fields: Fields, name: str, values: dict[str, float]) -> dict[re.Pattern, float]:
-    """A setting by module: an expression fits the end of a name, from a dot on, or all of it, and
-    may be anchored (^model...)."""
-    return {compiled(fields, name, rf"(.*\.)?({p})$"): value for p, value in values.items()}
-
-
-def modules(fields: Fields, name: str) -> re.Pattern | list[str]:
-    """A setting that chooses modules: an expression for the whole name, or names."""
-    found = fields.texts(name)
-    if isinstance(found, str):
-        everything = name == "target_modules" and found.lower() == "all-linear"
-        return compiled(fields, name, ".*" if everything else found)
-    return found
-
-
-def chosen(which: re.Pattern | list[str], key: str) -> bool:
-    """Whether `modules` chose a module: in a list, the name's end from a dot on is enough."""
-    if isinstance(which, re.Pattern):
-        return which.fullmatch(key) is not None
-    return any(f".{key}".endswith(f".{name}") for name in which)
-
-
-def is_targeted(settings: dict, key: str) -> bool:
-    """Whether PEFT puts a LoRA on the base's projection `key` (model.layers.0.mlp.up_proj)."""
-    targets = settings["targets"]
-    if chosen(settings["excluded"], key) or not chosen(targets, key):
-        return False
-    if not settings["layers"] or key in targets:  # a full name holds whatever the layers are
-        return True
-    found = [match for after in settings["layer_after"] if (match := after.match(key))]
-    return bool(found) and found[0]["n"] is not None and int(found[0]["n"]) in settings["layers"]
-
-
-def first_match(settings: dict[re.Pattern, float], key: str, default: float) -> float:
-    """The value of the first expression that fits a module's name."""
-    return next((value for p, value in settings.items() if p.match(key)), default)
+        "alpha_pattern": fields.numbers("alpha_pattern", -LARGEST_ALPHA, LARGEST_ALPHA)}
 
 
 def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
@@ -325,28 +264,28 @@ def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
 
 
 def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """PEFT's module name -> A [r, d], B [o, r] and the scale of their product. Like PEFT, it leaves
-    out tensors of modules that the settings do not target."""
+    """PEFT's module name -> A [r, d], B [o, r] and the scale of their product. Which modules have a
+    LoRA, and of which rank, is what the tensors say."""
     settings, path = read_peft_settings(folder), folder / ADAPTER_FILE
     widths, tensors, found = module_widths(config), read_tensors(path), {}
     for name in tensors:
         module, _, half = name.rpartition(".lora_")
         if module not in widths or half not in ("A.weight", "B.weight"):
             raise InputError(f"{path}: {name} is not a LoRA of one of the base's projections")
-        key = module.removeprefix("base_model.model.")
-        if not is_targeted(settings, key):
-            continue
         A = tensors.get(f"{module}.lora_A.weight")
         B = tensors.get(f"{module}.lora_B.weight")
-        (d, o), r = widths[module], first_match(settings["ranks"], key, settings["r"])
-        if A is None or B is None or A.shape != (r, d) or B.shape != (o, r):
+        d, o = widths[module]
+        if A is None or B is None or A.shape[1:] != (d,) or B.shape != (o, len(A)):
             shapes = [None if t is None else list(t.shape) for t in (A, B)]
             raise InputError(f"{path}: the A and B of {module} are {shapes[0]} and {shapes[1]}, "
-                             f"expected [{r}, {d}] and [{o}, {r}]")
-        alpha = first_match(settings["alphas"], key, settings["lora_alpha"])
+                             f"expected [r, {d}] and [{o}, r]")
+        key, r, alpha = module.removeprefix("base_model.model."), len(A), settings["lora_alpha"]
+        for end, value in reversed(settings["alpha_pattern"].items()):  # the first that fits wins
+            if re.match(rf"(.*\.)?({end})$", key):
+                alpha = value
         found[module] = A, B, alpha / (r**0.5 if settings["use_rslora"] else r)
     if not found:
-        raise InputError(f"{path}: no LoRA in it that {PEFT_FILE} targets")
+        raise InputError(f"{path}: no LoRA in it")
     return found
 
 

@@ -49,10 +49,10 @@ class Fields:
             self.refuse(name, f"is not a list of integers in [{low:g}, {high:g}]")
         return found
 
-    def numbers(self, name: str, low: float, high: float, kind: type = float) -> dict[str, float]:
+    def numbers(self, name: str, low: float, high: float) -> dict[str, float]:
         """An object whose values are numbers in [low, high]; empty if missing."""
         found = self.object(name)
-        if not all(is_number(value, low, high, kind) for value in found.values()):
+        if not all(is_number(value, low, high) for value in found.values()):
             self.refuse(name, f"holds something but numbers in [{low:g}, {high:g}]")
         return found
 
@@ -71,13 +71,6 @@ class Fields:
         if not isinstance(value, str):
             self.refuse(name, "is not a text")
         return value
-
-    def texts(self, name: str) -> str | list[str]:
-        """A text or a list of them; an empty list if missing."""
-        value = self.values.get(name)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-        return self.text(name, [])
 
     def object(self, name: str) -> dict:
         """An object of its own; empty if missing."""
