@@ -53,7 +53,7 @@ class Rule:
         try:
             exec(compile(path.read_bytes(), str(path), "exec"), scope)
         except (Exception, SystemExit) as error:
-            raise InputError(f"{path}: {described(error)}") from None
+            raise InputError(f"{path}: {type(error).__name__}: {error}") from None
         self.judge: Callable = scope.get("judge")
         if not callable(self.judge):
             raise InputError(f"{path}: no function judge(query, persona, expert, base) in it")
@@ -63,17 +63,12 @@ class Rule:
         try:
             winner = self.judge(query, persona, expert, base)
         except (Exception, SystemExit) as error:
-            raise InputError(f"{self.path}: judge() raised {described(error)} on the query "
-                             f"{query!r}") from None
-        if not (isinstance(winner, str) and winner in WINNERS):
+            raise InputError(f"{self.path}: judge() raised {type(error).__name__}: {error} on the "
+                             f"query {query!r}") from None
+        if winner not in WINNERS:
             raise InputError(f'{self.path}: judge() returned {winner!r:.60}, not "expert", "base" '
                              f'or "tie", on the query {query!r}')
         return winner
-
-
-def described(error: BaseException) -> str:
-    """An exception in words; the command prints them as one line."""
-    return f"{type(error).__name__}: {error}"
 
 
 class RuleJudge:
