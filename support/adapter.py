@@ -17,7 +17,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from support.checkpoint import fingerprint, part_widths, parts
+from support.checkpoint import fingerprint, parts
 from support.config import Config
 from support.fields import Fields
 from support.hub import ADAPTER_FILES, InputError, base_source, check_file, read_json, write_file
@@ -46,16 +46,6 @@ def module_names(config: Config, layer: int) -> dict[str, list[str]]:
     """Our stacked projections of a layer -> the names of their parts in PEFT's files."""
     at = f"base_model.model.model.layers.{layer}"
     return {stack: [f"{at}.{name}" for name in names] for stack, names in parts(config).items()}
-
-
-def module_widths(config: Config) -> dict[str, tuple[int, int]]:
-    """PEFT's name of every module that can have a LoRA -> its input and output width."""
-    found = {}
-    for layer in range(config.num_layers):
-        for stack, names in module_names(config, layer).items():
-            width, outputs = config.projections[stack][0], part_widths(config, stack)
-            found |= {name: (width, output) for name, output in zip(names, outputs)}
-    return found
 
 
 def zero_weights(config: Config, rank: int, first_layer: int,
@@ -257,14 +247,15 @@ def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor
     """PEFT's module name -> A [r, d], B [o, r] and the scale of their product. Which modules have a
     LoRA, and of which rank, is what the tensors say."""
     settings, path = read_peft_settings(folder), folder / ADAPTER_FILE
-    widths, tensors, found = module_widths(config), read_tensors(path), {}
+    possible, tensors, found = to_peft(zero_weights(config, 1, 0), config), read_tensors(path), {}
     for name in tensors:
-        module, _, half = name.rpartition(".lora_")
-        if module not in widths or half not in ("A.weight", "B.weight"):
+        if name not in possible:
             raise InputError(f"{path}: {name} is not a LoRA of one of the base's projections")
+        module = name.rpartition(".lora_")[0]
         A = tensors.get(f"{module}.lora_A.weight")
         B = tensors.get(f"{module}.lora_B.weight")
-        d, o = widths[module]
+        d = possible[f"{module}.lora_A.weight"].shape[1]
+        o = len(possible[f"{module}.lora_B.weight"])
         if A is None or B is None or A.shape[1:] != (d,) or B.shape != (o, len(A)):
             shapes = [None if t is None else list(t.shape) for t in (A, B)]
             raise InputError(f"{path}: the A and B of {module} are {shapes[0]} and {shapes[1]}, "
