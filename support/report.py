@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Sequence
@@ -323,10 +322,9 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> list[Section]:
 
 
 def details(run: RunFolder) -> str:
-    """What report.md has beyond the summary: samples to read, and the loss curve."""
-    queries, metrics = run.read("queries.jsonl", Query), run.metrics()
+    """What report.md has beyond the summary: samples to read."""
     by_persona: dict[str, list[str]] = {}
-    for q in queries:
+    for q in run.read("queries.jsonl", Query):
         by_persona.setdefault(q.persona, []).append(q.query)
     parts = ["## Samples", *(f"**{name}**: " + " / ".join(some[:3])
                              for name, some in by_persona.items())]
@@ -339,13 +337,6 @@ def details(run: RunFolder) -> str:
             parts += [f"### Verdict: {winner}", f"{shown.persona}: {pair.query}",
                       f"*base:* {quoted(pair.base)}", f"*expert:* {quoted(pair.expert)}",
                       f"evidence: `{json.dumps(shown.evidence)}`"]
-    losses = [m["loss"] for m in metrics if m["stage"] == "lora"]
-    if losses:
-        tenth = max(1, len(losses) // 10)
-        curve = [statistics.fmean(losses[i:i + tenth]) for i in range(0, len(losses), tenth)]
-        parts += ["## Loss while training",
-                  f"mean of every {tenth} of {len(losses)} steps: "
-                  + ", ".join(number(loss, 4) for loss in curve)]
     return "\n\n".join(parts)
 
 

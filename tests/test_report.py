@@ -30,12 +30,10 @@ def last(finished: Path) -> dict[str, dict]:
 
 def test_report_of_a_run(finished: Path, last: dict[str, dict]) -> None:
     """report.md would lack kept queries, verdicts per persona, gate, KL, the cost of a stage,
-    samples, or the loss."""
+    or samples."""
     report, n = (finished / "report.md").read_text(), QUERIES
     judged, kl, tried = rows_of(finished, "verdicts.jsonl"), last["kl"], last["style"]
     won = sum(v["target"] for v in judged)
-    losses = [m["loss"] for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "lora"]
-    tenth = max(1, len(losses) // 10)
     query = rows_of(finished, "queries.jsonl")[0]["query"]
     for text in (f"queries: {2 * n} (wanted {n} for each of 2 personas)",
                  f"distill / retain: {won} / {2 * n - won}", "AUC",
@@ -43,9 +41,7 @@ def test_report_of_a_run(finished: Path, last: dict[str, dict]) -> None:
                  "WARNING: this judge was forced with --judge",
                  "WARNING: the likelihood judge fails its own test",
                  f"Written in the style {tried['chosen']}: ", "(chance 0.50)",
-                 f"**chemist**: {query} / ", "### Verdict: expert",
-                 f"mean of every {tenth} of {len(losses)} steps: "
-                 f"{sum(losses[:tenth]) / tenth:.4f}, "):
+                 f"**chemist**: {query} / ", "### Verdict: expert"):
         assert text in report
     for name, counts in tried["styles"].items():
         assert f"| {name} | {counts['candidates']} | " in report
