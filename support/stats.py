@@ -1,4 +1,4 @@
-"""Every statistic of the project in one place: intervals, tests, ROC curves.
+"""Every statistic of the project in one place: intervals, tests, thresholds.
 
 Plain functions of numbers, each with its source and a worked example (run as doctests).
 """
@@ -87,18 +87,6 @@ def by_class(scores: Sequence[float], labels: Sequence[int]) -> tuple[list[float
             [s for s, label in zip(scores, labels) if not label])
 
 
-def roc(scores: Sequence[float], labels: Sequence[int]) -> list[list[float]]:
-    """[threshold, false-positive rate, true-positive rate] at every distinct score, from the top.
-
-    >>> roc([0.9, 0.5, 0.1], [1, 0, 1])
-    [[0.9, 0.0, 0.5], [0.5, 1.0, 0.5], [0.1, 1.0, 1.0]]
-    """
-    positive, negative = by_class(scores, labels)
-    return [[t, sum(s >= t for s in negative) / max(len(negative), 1),
-             sum(s >= t for s in positive) / max(len(positive), 1)]
-            for t in sorted(set(scores), reverse=True)]
-
-
 def youden_threshold(scores: Sequence[float], labels: Sequence[int]) -> float:
     """The threshold whose true-positive rate exceeds its false-positive rate most (Youden 1950),
     halfway to the next lower score; 0.5 where the AUC cannot be told from chance.
@@ -106,13 +94,19 @@ def youden_threshold(scores: Sequence[float], labels: Sequence[int]) -> float:
     >>> youden_threshold([0.9] * 20 + [0.1] * 20, [1] * 20 + [0] * 20)
     0.5
     """
-    _, low, _ = auc(*by_class(scores, labels))
+    positive, negative = by_class(scores, labels)
+    _, low, _ = auc(positive, negative)
     if low is None or low <= 0.5:
         return 0.5
-    points = roc(scores, labels)
-    best = max(range(len(points)), key=lambda i: points[i][2] - points[i][1])
-    below = points[best + 1][0] if best + 1 < len(points) else 0.0
-    return (points[best][0] + below) / 2
+
+    def excess(threshold: float) -> float:
+        """True-positive less false-positive rate."""
+        hits = sum(s >= threshold for s in positive) / len(positive)
+        return hits - sum(s >= threshold for s in negative) / len(negative)
+
+    best = max(sorted(set(scores), reverse=True), key=excess)
+    below = max((s for s in scores if s < best), default=0.0)
+    return (best + below) / 2
 
 
 def fold_thresholds(scores: Sequence[float], labels: Sequence[int],
