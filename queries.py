@@ -32,7 +32,6 @@ from support.hub import InputError
 from support.messages import conversation
 from support.personas import Persona, is_contrast, texts_by_name
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
-from support.stats import interval
 from support.words import (ECHO_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, clean_query,
                            near_duplicates, word_list, words_of)
 from tokenizer import Tokenizer, common_prefix
@@ -230,7 +229,7 @@ class QueryWriter:
         suited, scored = self.find_suited(list(asked.values()))
         for at, name in zip(asked, suited):
             candidates[at] = replace(candidates[at], suits=name)
-        return candidates, add_costs([written, scored]) | {"scoring_flops": scored["flops"]}
+        return candidates, add_costs([written, scored])
 
     def sample(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
         """Sample each draft's message; and what it cost. A chunk is of one style."""
@@ -322,8 +321,7 @@ class QueryWriter:
             for name, chosen in zip(names, assign_openings(likelihoods)):
                 self.openings[name] = [OPENINGS[o] for o in chosen]
         if "personas" not in self.run.latest():  # once in a run, however often it is continued
-            cost = add_costs(costs)
-            self.run.record("personas", 0, **cost, scoring_flops=cost["flops"],
+            self.run.record("personas", 0, **add_costs(costs),
                             seconds=round(time.perf_counter() - begun, 3))
 
 
@@ -415,7 +413,7 @@ def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                 table["identifiable"] = sum(hits[:table["distinct"]])
                 del hits[:table["distinct"]]
             run.record("style", 0, chosen=max(tables, key=lambda s: tables[s]["identifiable"]),
-                       styles=tables, chance=1 / len(tried), **cost, scoring_flops=cost["flops"],
+                       styles=tables, chance=1 / len(tried), **cost,
                        seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
         return run.latest()["style"]["chosen"]
 
@@ -439,11 +437,9 @@ def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[P
     begun = time.perf_counter()
     some = queries[::math.ceil(len(queries) / MEASURED)]
     right, cost = identify(net, tokenizer, personas, some)
-    hits = sum(right)
     return {"candidates": len(candidates), "complete": sum(c.complete for c in candidates),
             "well_formed": sum(c.suits is not None for c in candidates),
             "fits_its_persona": sum(c.suits == c.persona for c in candidates),
-            "kept": len(queries), "measured": len(some), "identifiable": hits,
-            "interval": interval(hits, len(some)), "chance": 1 / len(personas), **cost,
-            "scoring_flops": cost["flops"], "seconds": round(time.perf_counter() - begun, 3),
-            "peak_memory": peak_memory()}
+            "kept": len(queries), "measured": len(some), "identifiable": sum(right),
+            "chance": 1 / len(personas), **cost,
+            "seconds": round(time.perf_counter() - begun, 3), "peak_memory": peak_memory()}
