@@ -275,14 +275,13 @@ def gate_section(g: dict) -> Section:
         found.append("WARNING: this AUC cannot be told from chance (0.5): the gate learned nothing "
                      "that holds on queries it has not seen; more --queries, or verdicts with less "
                      "noise")
-    c, added = g["confusion"], g["n"] - g["queries"]
-    beside = f" and {added} messages of ordinary traffic" if added else ""
+    c = g["confusion"]
     losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in g["log_losses"].items())
     return Section("Gate", found, [
         f"Log loss of held-out verdicts, calibrated, at most 0.693, by what the gate learned: "
         f"{losses}.",
-        f"{g['folds']}-fold out of fold on {g['queries']} queries{beside}, threshold "
-        f"{g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
+        f"{g['folds']}-fold out of fold on {g['n']} messages, {g['queries']} of them queries, "
+        f"threshold {g['threshold']:.3f}: accuracy {number(g['accuracy'])} (majority "
         f"{number(g['majority'])}).",
         table(("", "gate open", "gate closed"), [["persona won", c["true_open"],
               c["false_closed"]], ["it did not", c["false_open"], c["true_closed"]]])])
