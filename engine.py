@@ -84,10 +84,9 @@ class PrefixReader:
     for later calls. A call that would exceed it drops all of them first.
     """
 
-    def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None,
-                 keep: int | None = None):
+    def __init__(self, net: Transformer, adapter: nn.ModuleList | None = None):
         self.net, self.adapter, self.tokens = net, adapter, 0
-        self.keep = kept_tokens(net.config, net.dtype) if keep is None else keep
+        self.keep = kept_tokens(net.config, net.dtype)
         # shared ids -> the cache that holds them, and its row
         self.prefixes: dict[tuple[int, ...], tuple[KVCache, int]] = {}
 

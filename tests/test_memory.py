@@ -84,7 +84,8 @@ def test_planned_activations_are_an_upper_bound(family: str, dtype: torch.dtype,
 def test_more_shared_beginnings_are_held_than_planned(net: Transformer) -> None:
     """Rows whose beginnings all differ, as a judge's answers do: the caches that wait for later
     calls outgrow what the plan has for them, or a beginning is read anew though it is held."""
-    reader = PrefixReader(net, keep=200)
+    reader = PrefixReader(net)
+    reader.keep = 200
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
         rows = torch.randint(5, 200, (4, 40), generator=generator).tolist()
