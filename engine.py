@@ -158,12 +158,6 @@ class Engine:
         self.static = STATIC
         self.reader = PrefixReader(self.net)
         self.new_tokens = 0
-        self.on_token: Callable[[int, int], None] | None = None
-        self.limits: list[int] = []  # most new tokens of each request
-        # The busy slots, without gaps, and the adapter's before the base's: a step runs the leading
-        # rows of the cache, its adapter the first k of these. `_insert` and `_remove` keep it so.
-        self.busy: list[Slot] = []
-        self.k = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -181,6 +175,7 @@ class Engine:
             bar: what a progress bar calls this work, if it takes seconds.
         """
         context, self.on_token = self.net.config.max_position_embeddings, on_token
+        # Most new tokens of each request.
         self.limits = [min(self.sampling.max_new_tokens, context - len(r.ids)) for r in requests]
         for i, limit in enumerate(self.limits):
             if limit < 1 or not requests[i].ids:
@@ -191,7 +186,10 @@ class Engine:
         sizes = [len(r.ids) + limit for r, limit in zip(requests, self.limits)]
         self.capacity, slots = max(sizes, default=0), min(self.slots, len(requests))
         device = self.net.device
-        self.busy, self.k = [], 0  # an earlier run may have been left in the middle
+        # The busy slots, without gaps, and the adapter's before the base's: a step runs the leading
+        # rows of the cache, its adapter the first k of these. `_insert` and `_remove` keep it so.
+        self.busy: list[Slot] = []
+        self.k = 0
         self.cache, self.graphs = self.net.new_cache(slots, self.capacity), {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # Of each slot: last token, cached tokens, drawn tokens, whether it is busy, and routed.
