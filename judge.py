@@ -260,11 +260,11 @@ def mean(values: Tensor) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def score_winner(pairs: Sequence[Sequence[float]], margin: float = MARGIN) -> str:
-    """The verdict of [expert, base] scores: a side wins only by `margin` under every wording."""
+def score_winner(pairs: Sequence[Sequence[float]]) -> str:
+    """The verdict of [expert, base] scores: a side wins only by MARGIN under every wording."""
     ahead = set()
     for expert, base in pairs:
-        if abs(expert - base) <= margin:
+        if abs(expert - base) <= MARGIN:
             ahead.add("tie")
         else:
             ahead.add("expert" if expert > base else "base")
