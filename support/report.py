@@ -190,7 +190,7 @@ def swap_lines(verdicts: Sequence[Verdict]) -> list[str]:
     """The same-prompt control of a rule, which is asked about both orders of two answers: two
     answers to ONE prompt would stand in either place equally often, so the places have to win
     equally often over all orders."""
-    asked = [v.evidence for v in verdicts if v.judge == RuleJudge.name and len(v.evidence) == 2]
+    asked = [v.evidence for v in verdicts if v.judge == RuleJudge.name]
     if not asked:
         return []
     places = Counter(side for both in asked for side in both)
