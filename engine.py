@@ -295,7 +295,8 @@ class Engine:
         """Advance every busy slot by one token; the `tolist` is the step's only wait."""
         rows, keys = len(self.busy), max(slot.length for slot in self.busy) + 1
         if self.static:
-            self._replay(round_up(rows, len(self.state)),
+            # Few shapes: the next power of two of rows, the next multiple of STATIC_KEYS of keys.
+            self._replay(min(1 << (rows - 1).bit_length(), len(self.state)),
                          min(math.ceil(keys / STATIC_KEYS) * STATIC_KEYS, self.capacity))
         else:
             self._advance(rows, keys, self.k)
@@ -362,11 +363,6 @@ class Engine:
         if finished:
             self._upload()
         return finished
-
-
-def round_up(rows: int, most: int) -> int:
-    """The next power of two, or `most`."""
-    return min(1 << (rows - 1).bit_length(), most)
 
 
 def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Sequence[int],
