@@ -21,8 +21,6 @@ from support.runs import STAGES, WITHIN, RunFolder
 from support.stats import interval
 
 GATE_WORDS = {"verdict": "the verdicts", "intent": "the win rate of each query's persona (intent)"}
-# What a rule says of two answers and of the same two swapped, if it compares the answers.
-TURNED = (("expert", "base"), ("base", "expert"), ("tie", "tie"))
 
 
 @dataclass(frozen=True)
@@ -195,10 +193,8 @@ def swap_lines(verdicts: Sequence[Verdict]) -> list[str]:
         return []
     places = Counter(side for both in asked for side in both)
     expert, base = places["expert"], places["base"]
-    turned = sum(tuple(both) in TURNED for both in asked)
-    lines = [f"same-prompt control: asked again with the two answers swapped, the rule turned "
-             f"round on {turned} of {len(asked)} pairs; over both orders the expert's place won "
-             f"{expert} times and the base's {base} times"]
+    lines = [f"same-prompt control: over both orders of the {len(asked)} pairs the expert's place "
+             f"won {expert} times and the base's {base} times"]
     low, high = interval(expert, expert + base)
     if not low <= 0.5 <= high:
         lines.append("WARNING: this rule prefers a place, whatever answer stands there, so two "

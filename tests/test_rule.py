@@ -111,7 +111,7 @@ def test_a_run_judged_by_a_rule(command: list[str], judged: Path, finished: Path
         assert (v["winner"], v["target"], v["judge"]) == (winner, int(more > 0), "rule")
     report = (judged / "report.md").read_text()
     assert "judged by a rule" in report and "WARNING: this judge" not in report
-    assert f"the rule turned round on {len(answers)} of {len(answers)} pairs" in report
+    assert f"over both orders of the {len(answers)} pairs the expert's place won" in report
     rows = [m for m in rows_of(judged, "metrics.jsonl") if m["stage"] in ("judge", "verdicts")]
     assert len(rows) == 3 and all(m.get("flops", 0) == 0 for m in rows)
     settings = json.loads((judged / "run.json").read_text())["settings"]
@@ -164,11 +164,10 @@ def test_same_prompt_control_of_a_rule() -> None:
     """A rule that prefers the expert's place, whoever stands there, would pass as one that compares
     the answers; or one that compares them would be warned about; or a model's verdicts be asked."""
     [line] = swap_lines(said_of("expert", "base", 30) + said_of("tie", "tie", 3))
-    assert "turned round on 33 of 33 pairs" in line
     assert "expert's place won 30 times and the base's 30 times" in line
     for place in ("expert", "base"):
         line, warning = swap_lines(said_of(place, place, 30))
-        assert "turned round on 0 of 30" in line and warning.startswith("WARNING")
+        assert " 60 times" in line and " 0 times" in line and warning.startswith("WARNING")
     assert swap_lines([verdict(0, "expert")]) == []
 
 
