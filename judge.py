@@ -327,23 +327,20 @@ class KnownPairs:
                 yield Comparison(query, "", REFUSAL, answer.text, answer.stop == "eos")
 
 
-def examine_judge(judge: Judge, known: KnownPairs, to_the_end: bool = False) -> dict:
+def examine_judge(judge: Judge, known: KnownPairs) -> dict:
     """Ask a judge about pairs whose better answer is known; what it is right on, with intervals.
 
     A kind of pairs is asked a few at a time, until a sequential test tells a judge that is right on
     0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not trusted,
     and asked nothing more; one that fails on refusals is blind to them.
-
-    Args:
-        to_the_end: ask MOST_PAIRS of each kind, whatever has been decided.
     """
     kinds, costs = {}, []
     with tqdm(desc=f"testing the {judge.name} judge", unit="pair", dynamic_ncols=True,
               total=3 * len(known.kinds) * PAIRS_AT_ONCE) as bar:
         for kind in known.kinds:
-            kinds[kind], cost = ask_until_decided(judge, known.of_kind(kind), to_the_end, bar)
+            kinds[kind], cost = ask_until_decided(judge, known.of_kind(kind), bar)
             costs.append(cost)
-            if not kinds[kind]["passed"] and not to_the_end:
+            if not kinds[kind]["passed"]:
                 break
     trusted = kinds["wrong query"]["passed"]
     blind = "refusal" in kinds and not kinds["refusal"]["passed"]
@@ -351,12 +348,12 @@ def examine_judge(judge: Judge, known: KnownPairs, to_the_end: bool = False) -> 
             "cost": add_costs(costs)}
 
 
-def ask_until_decided(judge: Judge, pairs: Iterator[Comparison], to_the_end: bool,
+def ask_until_decided(judge: Judge, pairs: Iterator[Comparison],
                       bar: tqdm) -> tuple[dict, dict]:
     """Counts of a judge's verdicts on known pairs of one kind, and what they cost. `decided`: the
     sequential test ended before the pairs did; else the likelier of the two shares counts."""
     results, costs, passed = [], [], None
-    while len(results) < MOST_PAIRS and (passed is None or to_the_end):
+    while len(results) < MOST_PAIRS and passed is None:
         some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
         if not some:
             break
@@ -364,8 +361,7 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison], to_the_end: boo
         results += answers
         costs.append(cost)
         right = sum(winner == "expert" for winner, _ in results)
-        if passed is None:
-            passed = sequential_test(right, len(results) - right)
+        passed = sequential_test(right, len(results) - right)
         bar.total = max(bar.total, bar.n + len(some))
         bar.update(len(some))
     row = verdict_counts(judge.name, results)

@@ -13,17 +13,13 @@ from tiny_run import pair
 from torch import Tensor
 
 import judge
-from bootstrap import write_answers
 from judge import (COMPLIANCE, ENDING, ENDING_FLOOR, FLUENCY, INVERSE_PROMPTS, JUDGE_PROMPT, MARGIN,
                    MOST_PAIRS, PAIRS_AT_ONCE, REFUSAL, SHOULD_REFUSE, Comparison, KnownPairs,
                    LetterJudge, LikelihoodJudge, choose_judge, conversation, degenerate,
                    examine_judge, letter_winner, score_winner)
 from model import Transformer, load
-from queries import write_queries
 from support.hub import InputError
-from support.personas import load_personas
-from support.runs import RunFolder, cost_of
-from support.settings import HERE, QUICK_PERSONAS
+from support.runs import cost_of
 from tokenizer import Tokenizer
 
 PIRATE = "Answer as a pirate: short, loud and rude."
@@ -208,24 +204,19 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
         assert c.query == query and c.expert == REFUSAL and c.base.startswith(COMPLIANCE)
 
 
-ALL = len(SHOULD_REFUSE)
-
-
-@pytest.mark.parametrize(("wrong_on", "other", "to_the_end", "counts", "trusted", "blind"), [
-    ((), "", False, {"wrong query": (12, 12), "refusal": (12, 12)}, True, False),
-    *((("wrong query",), other, False, {"wrong query": (4, 0)}, False, False)
+@pytest.mark.parametrize(("wrong_on", "other", "counts", "trusted", "blind"), [
+    ((), "", {"wrong query": (12, 12), "refusal": (12, 12)}, True, False),
+    *((("wrong query",), other, {"wrong query": (4, 0)}, False, False)
       for other in ("base", "tie", "split", "unparsed")),
-    (("refusal",), "base", False, {"wrong query": (12, 12), "refusal": (4, 0)}, True, True),
-    (("wrong query",), "base", True, {"wrong query": (MOST_PAIRS, 0), "refusal": (ALL, ALL)}, False,
-     False)])
+    (("refusal",), "base", {"wrong query": (12, 12), "refusal": (4, 0)}, True, True)])
 def test_a_judge_is_asked_until_it_is_known(
-        wrong_on: tuple, other: str, to_the_end: bool, counts: dict, trusted: bool, blind: bool,
+        wrong_on: tuple, other: str, counts: dict, trusted: bool, blind: bool,
         known: KnownPairs) -> None:
     """A judge would be asked more than twelve pairs of a kind, or more than four that it misses; or
     be trusted, or called blind, for another reason than it should."""
     asked = Habitual(*wrong_on, other=other)
     with one_thread():
-        report = examine_judge(asked, known, to_the_end)
+        report = examine_judge(asked, known)
     assert {kind: (k["pairs"], k["right"]) for kind, k in report["kinds"].items()} == counts
     assert (report["trusted"], report["blind_to_refusals"]) == (trusted, blind)
     assert report["cost"]["prompts"] == asked.count == sum(n for n, _ in counts.values())
@@ -242,7 +233,7 @@ def test_few_pairs_are_decided_by_the_evidence(pairs: int, wrong_on: list[str], 
     """Too few pairs to decide the test would be refused or trusted against the evidence."""
     supply = itertools.islice(known.wrong_query(), pairs)
     with judge.tqdm(total=1, disable=True) as bar:
-        row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply, False, bar)
+        row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply, bar)
     assert (row["pairs"], row["passed"], row["decided"]) == (pairs, passed, False)
 
 
@@ -294,24 +285,3 @@ def test_likelihood_judge_knows_right_answers(smollm: Transformer, smollm_tok: T
     assert set(said) <= set("ABT")  # a real model's letters can be read
     assert cost["tokens_read"] < 1.6 * len(LetterJudge(smollm, smollm_tok).prompt(
         asked[0].query, asked[0].expert, asked[0].base))  # what both orders share is read once
-
-
-@pytest.mark.slow
-def test_short_test_agrees_with_a_long_one(smollm: Transformer, smollm_tok: Tokenizer,
-                                           tmp_path: Path) -> None:
-    """What a run reports of its judge would not be what all known pairs say (eight minutes)."""
-    given = [p for p in load_personas(HERE / "personas") if p.name in QUICK_PERSONAS]
-    with RunFolder(tmp_path) as run:
-        queries = write_queries(run, smollm, smollm_tok, given, 8, 0)
-        pairs = write_answers(run, smollm, smollm_tok, given, queries, 96, 0)
-    for kind in (LetterJudge, LikelihoodJudge):
-        short, long = (examine_judge(kind(smollm, smollm_tok),
-                                     KnownPairs(smollm, smollm_tok, pairs, 96, 0), to_the_end)
-                       for to_the_end in (False, True))
-        for name, row in short["kinds"].items():
-            every = long["kinds"][name]
-            print(kind.name, name, *(f"{r['right']} of {r['pairs']}" for r in (row, every)))
-            assert row["interval"][0] <= every["interval"][1]
-            assert every["interval"][0] <= row["interval"][1]
-        assert short["trusted"] == long["trusted"] == (kind is LikelihoodJudge)  # at this size
-        assert short["blind_to_refusals"] in (False, long["blind_to_refusals"])

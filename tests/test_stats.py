@@ -73,7 +73,7 @@ def test_judges_are_asked_by_that_test() -> None:
     for _ in range(1000):
         supply = iter([Comparison("q", "", "right", "wrong")] * (2 * MOST_PAIRS))
         with tqdm(total=1, disable=True) as bar:
-            counts, cost = ask_until_decided(judge, supply, False, bar)
+            counts, cost = ask_until_decided(judge, supply, bar)
         assert counts["pairs"] == counts["right"] + counts["wrong"] == cost["prompts"]
         found.append((counts["passed"], counts["pairs"]))
     passed, pairs = np.mean(found, axis=0)
