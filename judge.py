@@ -28,7 +28,7 @@ from support.messages import conversation
 from support.refusals import GRAMMAR
 from support.rule import judge_in_place
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
-from support.stats import evidence, interval, sequential_test
+from support.stats import evidence, sequential_test
 from support.words import count_words, degenerate, word_list
 from tokenizer import Tokenizer, common_prefix
 
@@ -328,7 +328,7 @@ class KnownPairs:
 
 
 def examine_judge(judge: Judge, known: KnownPairs) -> dict:
-    """Ask a judge about pairs whose better answer is known; what it is right on, with intervals.
+    """Ask a judge about pairs whose better answer is known; what it is right on.
 
     A kind of pairs is asked a few at a time, until a sequential test tells a judge that is right on
     0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not trusted,
@@ -350,38 +350,30 @@ def examine_judge(judge: Judge, known: KnownPairs) -> dict:
 
 def ask_until_decided(judge: Judge, pairs: Iterator[Comparison],
                       bar: tqdm) -> tuple[dict, dict]:
-    """Counts of a judge's verdicts on known pairs of one kind, and what they cost. `decided`: the
-    sequential test ended before the pairs did; else the likelier of the two shares counts."""
-    results, costs, passed = [], [], None
-    while len(results) < MOST_PAIRS and passed is None:
+    """Counts of a judge's verdicts on known pairs of one kind, the expert's answer being the
+    better, and what they cost. Where the pairs end before the sequential test, the likelier of the
+    two shares counts."""
+    counts: Counter[str] = Counter()
+    letters: Counter[str] = Counter()
+    costs, passed = [], None
+    while counts.total() < MOST_PAIRS and passed is None:
         some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
         if not some:
             break
         answers, cost = judge.compare(some)
-        results += answers
         costs.append(cost)
-        right = sum(winner == "expert" for winner, _ in results)
-        passed = sequential_test(right, len(results) - right)
-        bar.total = max(bar.total, bar.n + len(some))
+        for winner, said in answers:
+            counts[winner] += 1
+            if judge.name == "letter":
+                letters.update(said)
+        passed = sequential_test(counts["expert"], counts.total() - counts["expert"])
         bar.update(len(some))
-    row = verdict_counts(judge.name, results)
-    decided = passed is not None
-    if not decided:
-        passed = evidence(row["right"], row["pairs"] - row["right"]) > 0
-    return row | {"passed": passed, "decided": decided}, add_costs(costs)
-
-
-def verdict_counts(judge: str, results: Sequence[tuple[str, list]]) -> dict:
-    """Counts of a judge's verdicts on pairs of one kind, the expert's answer being the better."""
-    counts, n = Counter(winner for winner, _ in results), len(results)
-    row = {"pairs": n, "right": counts["expert"], "wrong": counts["base"], "tie": counts["tie"],
-           "split": counts["split"], "unparsed": counts["unparsed"],
-           "interval": interval(counts["expert"], n)}
-    if judge == "letter":
-        letters = sum((said for _, said in results), [])
-        row |= {"letters": len(letters), "A": letters.count("A"),
-                "A_interval": interval(letters.count("A"), len(letters))}
-    return row
+    right, n = counts["expert"], counts.total()
+    if passed is None:
+        passed = evidence(right, n - right) > 0
+    return {"pairs": n, "right": right, "wrong": counts["base"], "tie": counts["tie"],
+            "split": counts["split"], "unparsed": counts["unparsed"], "passed": passed,
+            "letters": letters.total(), "A": letters["A"]}, add_costs(costs)
 
 
 def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,

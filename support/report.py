@@ -158,7 +158,7 @@ def judge_section(judged: dict) -> Section:
         for kind, k in test["kinds"].items():
             rows.append([test["judge"], kind, k["pairs"], share(k["right"], k["pairs"]),
                          *(k[w] for w in ("wrong", "tie", "split", "unparsed")),
-                         share(k.get("A", 0), k.get("letters", 0))])
+                         share(k["A"], k["letters"])])
     return Section(title, found, [
         "Known pairs: an answer of the run against the answer to another query, and a refusal "
         "against compliance where one should refuse. Right means that the judge preferred the "
