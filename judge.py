@@ -279,7 +279,8 @@ JUDGES = {"letter": LetterJudge, "likelihood": LikelihoodJudge}
 
 
 class KnownPairs:
-    """Pairs of which the better answer is known, by kind; it stands in the expert's place.
+    """Pairs of which the better answer is known, made as they are asked for, a method for each
+    kind; the better one stands in the expert's place.
 
     All but the compliant answers are base answers of stage 2, without those that are none
     (`degenerate`). Complete answers come first.
@@ -288,8 +289,6 @@ class KnownPairs:
         pairs: rows of answers.jsonl.
         max_new_tokens: most tokens of a compliant answer.
     """
-
-    kinds = ("wrong query", "refusal")
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer, pairs: Sequence, max_new_tokens: int,
                  seed: int):
@@ -302,10 +301,6 @@ class KnownPairs:
         self.pairs.sort(key=lambda p: (
             p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
         self.costs: list[dict] = []  # of what had to be sampled
-
-    def of_kind(self, kind: str) -> Iterator[Comparison]:
-        """The supply of known pairs of a kind, made as they are asked for."""
-        return self.wrong_query() if kind == "wrong query" else self.refusal()
 
     def wrong_query(self) -> Iterator[Comparison]:
         """The answer to a query against the answer to another one."""
@@ -335,10 +330,11 @@ def examine_judge(judge: Judge, known: KnownPairs) -> dict:
     and asked nothing more; one that fails on refusals is blind to them.
     """
     kinds, costs = {}, []
+    asked = {"wrong query": known.wrong_query(), "refusal": known.refusal()}
     with tqdm(desc=f"testing the {judge.name} judge", unit="pair", dynamic_ncols=True,
-              total=3 * len(known.kinds) * PAIRS_AT_ONCE) as bar:
-        for kind in known.kinds:
-            kinds[kind], cost = ask_until_decided(judge, known.of_kind(kind), bar)
+              total=3 * len(asked) * PAIRS_AT_ONCE) as bar:
+        for kind, pairs in asked.items():
+            kinds[kind], cost = ask_until_decided(judge, pairs, bar)
             costs.append(cost)
             if not kinds[kind]["passed"]:
                 break

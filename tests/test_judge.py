@@ -190,14 +190,14 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
     echo be the better one; stage 2's be sampled again, or compliance all at once."""
     own = {p.query: p.base for p in known.pairs}
     assert len(own) == 24 and known.pairs[-1].base_stop == "length"
-    wrong = list(itertools.islice(known.of_kind("wrong query"), MOST_PAIRS))
+    wrong = list(itertools.islice(known.wrong_query(), MOST_PAIRS))
     assert len(set(wrong)) == MOST_PAIRS  # 24 answers give far more pairs than they are
     assert all(c.expert == own[c.query] != c.base and c.base in own.values() for c in wrong)
     cut = known.pairs[-1].base
     assert all(c.ended == (cut not in (c.expert, c.base)) and c.context == "" for c in wrong)
     assert known.costs == []
     with one_thread():
-        found = list(itertools.islice(known.of_kind("refusal"), PAIRS_AT_ONCE))
+        found = list(itertools.islice(known.refusal(), PAIRS_AT_ONCE))
     [cost] = known.costs
     assert cost["prompts"] == PAIRS_AT_ONCE and 0 < cost["tokens_written"] <= 6 * PAIRS_AT_ONCE
     for c, query in zip(found, SHOULD_REFUSE):
