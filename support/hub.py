@@ -185,9 +185,6 @@ def resolve(name: str | Path, files: list[str] | None = None) -> Path:
             raise InputError(f"{folder}: no config.json in this folder")
         return folder
     name = str(name)
-    # A hub id is `name` or `owner/name`; anything else can only have been meant as a folder.
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise InputError(f"{name!r}: no such folder")
     cached = _snapshot(name, True, files)
     if isinstance(cached, Path):
         return cached
