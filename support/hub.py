@@ -237,8 +237,6 @@ def _snapshot(name: str, local_files_only: bool,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
@@ -259,11 +257,9 @@ def _snapshot(name: str, local_files_only: bool,
         return "no such folder, and nothing of this name on the hub"
     except HFValidationError as error:
         return f"no such folder, and not a name on the hub ({error})"
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        return "unreachable: no such folder, not in the cache, and the hub cannot be reached"
     except HfHubHTTPError as error:
         return f"the hub answered with an error ({str(error).splitlines()[0]})"
-    except OSError as error:  # includes refused connections and time-outs
+    except OSError as error:  # nothing in the cache, a refused connection or a time-out
         return f"unreachable: no such folder, and the hub cannot be reached ({error})"
     return f"incomplete: {missing[0]} is not there" if missing else folder
 
