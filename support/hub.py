@@ -102,7 +102,7 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text file that came with a checkpoint or an adapter; InputError if it is none."""
+    """A text file that somebody else wrote; InputError if it is none."""
     check_file(path)
     if path.stat().st_size > MOST_BYTES:
         raise InputError(f"{path}: larger than {MOST_BYTES >> 20} MB, which such a file never is")
@@ -124,10 +124,9 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
 def read_json(path: Path) -> dict:
     """Read a JSON object from a file; InputError (with the path) if it is anything else, or if it
     has a key twice."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path), object_pairs_hook=unique_keys)
-    except InputError:
-        raise
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):

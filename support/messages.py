@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support.hub import InputError, check_file, unique_keys
+from support.hub import InputError, read_text, unique_keys
 
 ROLES = ("system", "user", "assistant")
 
@@ -65,12 +65,7 @@ def read_prompts(path: Path) -> list[list[dict]]:
         InputError: a line that is not such an object, by its number.
     """
     conversations = []
-    check_file(path)  # a pipe would be waited for
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
