@@ -53,10 +53,6 @@ class LoRA(nn.Module):
             for b in self.B:
                 b.zero_()
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """(A, B_0, B_1, ...) in the base model's dtype, to train with."""
-        return tuple(p.detach().to(dtype) for p in (self.A, *self.B))
-
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A, and all scale * B_i in one block-diagonal matrix [sum o_i, p * r], to answer with.
 
@@ -84,10 +80,10 @@ class GatedLoRAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, given, weight, bias, inner, mask, k, scale, casts, *masters):
-        """x [B, T, d] -> y [B, T, sum o_i]; `casts` are (A, *Bs) in x's dtype, `masters` fp32."""
-        A, *Bs = casts
+    def forward(ctx, given, weight, bias, inner, mask, k, scale, *masters):
+        """x [B, T, d] -> y [B, T, sum o_i]; `masters` are (A, *Bs) in fp32."""
         x = given if inner is None else inner(given)
+        A, *Bs = (master.to(x.dtype) for master in masters)
         y = linear(x, weight, bias)
         h = x[:k].flatten(0, -2) @ A.t()  # [k * T, p * r]
         if mask is not None:
@@ -95,7 +91,7 @@ class GatedLoRAFunction(torch.autograd.Function):
         y_rows = y[:k].view(-1, y.shape[-1])
         for B, columns, ranks in projections(Bs):
             y_rows[:, columns].addmm_(h[:, ranks], B.t(), alpha=scale)
-        ctx.save_for_backward(given, h, weight, mask, *casts)
+        ctx.save_for_backward(given, h, weight, mask, A, *Bs)
         ctx.k, ctx.scale, ctx.inner = k, scale, inner
         return y
 
@@ -124,7 +120,7 @@ class GatedLoRAFunction(torch.autograd.Function):
             dx[:k].view(-1, dx.shape[-1]).addmm_(dh, A)
             if ctx.inner is not None:
                 (dx,) = torch.autograd.grad(x, given, dx)
-        return dx, None, None, None, None, None, None, None, dA, *dBs
+        return dx, None, None, None, None, None, None, dA, *dBs
 
 
 def projections(Bs: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice, slice]]:
@@ -168,10 +164,9 @@ class GatedLoRALinear(nn.Module):
         by_column = isinstance(k, Tensor)
         adapted = lora is not None and (by_column or k > 0)
         if adapted and (generator is not None or torch.is_grad_enabled()):
-            casts = lora.cast(x.dtype)
             mask = self.dropout_mask(x, lora, k, generator)
             return GatedLoRAFunction.apply(x, self.weight, self.bias, inner, mask, k, lora.scale,
-                                           casts, lora.A, *lora.B)
+                                           lora.A, *lora.B)
         x = x if inner is None else inner(x)
         y = linear(x, self.weight, self.bias)
         if adapted:

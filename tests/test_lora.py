@@ -170,8 +170,6 @@ def test_cast_follows_in_place_updates(foreach: bool) -> None:
     optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1, foreach=foreach)
     before.float().square().sum().backward()
     optimizer.step()
-    for cast, master in zip(lora.cast(torch.bfloat16), lora.parameters()):
-        assert torch.equal(cast, master.detach().bfloat16())
     A, block = lora.stacked(torch.bfloat16)
     B = lora.B[0].detach() * lora.scale
     assert torch.equal(A, lora.A.detach().bfloat16())
