@@ -422,12 +422,11 @@ def allocate(net: Transformer, device: torch.device | str) -> None:
     Gemma's norms stay in fp32: in bf16 a small weight would be lost beside the 1 it is added to.
     (`Module.to_empty` would do, but its first call imports 480 modules: 34 MB, half a second.)
     """
-    config, empty, wide = net.config, {}, set()
-    if config.norm_offset:
-        wide = {id(module.weight) for module in net.modules() if isinstance(module, RMSNorm)}
-    for name, parameter in net.named_parameters():
-        dtype = torch.float32 if id(parameter) in wide else config.dtype
-        empty[name] = torch.empty(parameter.shape, device=device, dtype=dtype)
-    net.load_state_dict(empty, strict=False, assign=True)  # a tied head is not among them
-    if config.tie_word_embeddings:
+    for module in net.modules():
+        wide = isinstance(module, RMSNorm) and net.config.norm_offset != 0
+        dtype = torch.float32 if wide else net.config.dtype
+        for name, parameter in module.named_parameters(recurse=False):  # no tied head
+            empty = torch.empty(parameter.shape, device=device, dtype=dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    if net.config.tie_word_embeddings:
         net.lm_head = net.embed_tokens
