@@ -35,6 +35,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import train
 from engine import Engine, Output, PrefixReader, Request
@@ -249,19 +250,24 @@ def generation(s: Setup) -> list[Row]:
     def theirs(batch: int) -> Callable[[], None]:
         def run() -> None:
             torch.manual_seed(0)
-            counts[f"batch {batch}"] = sum(
+            counts[f"at batch {batch}"] = sum(
                 len(ids) for some in by_length(prompts, batch)
                 for ids in peer_generate(s, [prompts[i] for i in some], NEW_TOKENS, stop, 0.7))
         return run
 
+    def continuous() -> None:
+        counts["by continuous batching"] = sum(map(len, peer_continuous(
+            s, prompts, NEW_TOKENS, stop, 0.7)))
+
     functions: dict[str, Callable] = {"ours": ours}
     if s.has_peer:
         peer_generate(s, prompts[:2], 4, stop, 0.7)  # loads it
-        functions |= {f"batch {b}": theirs(b) for b in (8, 32)}
+        functions |= {f"at batch {b}": theirs(b) for b in (8, 32)}
+        functions["by continuous batching"] = continuous
     seconds = medians(functions, max(1, s.repeats // 3), warmup=0)
     speed = {name: counts[name] / t for name, t in seconds.items()}
     for name in list(speed)[1:] or [None]:
-        rows.append(Row("generation, stage-2 workload" + (f"; peer at {name}" if name else ""),
+        rows.append(Row("generation, stage-2 workload" + (f"; peer {name}" if name else ""),
                         "tokens/s", speed["ours"], speed.get(name)))
     rows += decode_step(s, 8)
     if s.net.device.type == "cuda":
@@ -293,6 +299,18 @@ def peer_generate(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop:
                           min_new_tokens=None if stop else new_tokens, pad_token_id=0,
                           eos_token_id=sorted(stop) or None, **how)[:, longest:].tolist()
     return [row[:next((i + 1 for i, t in enumerate(row) if t in stop), len(row))] for row in out]
+
+
+def peer_continuous(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop: set[int],
+                    temperature: float) -> list[list[int]]:
+    """transformers' continuous batching, its closest relative of our engine. It sizes its cache by
+    a GPU's memory; on a CPU it has to be told."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=True, top_k=0, pad_token_id=0,
+                                temperature=temperature, eos_token_id=sorted(stop) or None)
+    size = {} if s.net.device.type == "cuda" else {"num_blocks": 128, "max_batch_tokens": 512}
+    done = s.peer.generate_batch(list(prompts), settings, ContinuousBatchingConfig(**size))
+    return [answer.generated_tokens for answer in done.values()]
 
 
 @torch.inference_mode()
@@ -588,17 +606,31 @@ def kl(s: Setup) -> list[Row]:
         naive_kl(student @ weight.T, target).backward()
         return student.grad
 
+    def part(some: Tensor, targets: Tensor) -> Tensor:
+        return naive_kl(some @ weight.T, targets @ weight.T)
+
+    def chunked() -> Tensor:  # as TRL's trainers do: each chunk's logits are made twice
+        student.grad = None
+        sum(checkpoint(part, *both, use_reentrant=False)
+            for both in zip(student.split(64), teacher.split(64))).backward()
+        return student.grad
+
     def floor() -> None:
         with torch.no_grad():
             teacher @ weight.T
             z = student @ weight.T
             z @ weight
 
-    t = medians({"ours": ours, "peer": naive, "floor": floor}, s.repeats)
-    rows = [Row("exact KL, 256 tokens x 151,936, forward + backward (peer: naive)", "ms",
-                *columns(t, 1e3))]
-    rows.append(Row("exact KL, peak memory beside its inputs", "MiB",
-                    *(peak_bytes(f, s.net.device) / 2**20 for f in (ours, naive))))
+    t = medians({"ours": ours, "naive": naive, "chunked": chunked, "floor": floor}, s.repeats)
+    peak = {f: peak_bytes(f, s.net.device) / 2**20 for f in (ours, naive, chunked)}
+    rows = []
+    for peer in (naive, chunked):
+        name = peer.__name__
+        times = {"ours": t["ours"], "peer": t[name], "floor": t["floor"]}
+        rows += [Row(f"exact KL, 256 tokens x 151,936, forward + backward (peer: {name})", "ms",
+                     *columns(times, 1e3)),
+                 Row(f"exact KL, peak memory beside its inputs (peer: {name})", "MiB", peak[ours],
+                     peak[peer])]
     return rows
 
 
