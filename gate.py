@@ -99,11 +99,13 @@ def fit_gate(gate: Gate, queries: Tensor, labels: Tensor, personas: list[str], o
     targets = gate_targets(labels, personas, target)
     loss = train_gate(gate, features, targets)
     probability, fold = scored[target]
-    thresholds = choose_thresholds(gate, ordinary, probability, targets, fold, threshold, rate)
+    # Where the gate learned from the traffic, too, only one that did not can say how it takes it.
+    traffic = probability[len(queries):] or probabilities(gate, ordinary)
+    thresholds = choose_thresholds(probability, targets, fold, traffic, threshold, rate)
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
     return {"threshold": thresholds[None], "target": target, "loss": loss,
             "log_losses": {kind: float(values.mean()) for kind, values in losses.items()},
-            "traffic_opened": open_share(gate, ordinary, thresholds[None]),
+            "traffic_opened": open_share(traffic, thresholds[None]),
             **decision_scores(probability, opened, labels.tolist())}
 
 
@@ -205,8 +207,8 @@ def out_of_fold(features: Tensor, labels: Tensor, personas: Sequence[str], kind:
     return probability.tolist(), fold.tolist()
 
 
-def choose_thresholds(gate: Gate, ordinary: Tensor, probability: Sequence[float],
-                      targets: Tensor, fold: Sequence[int], fixed: float | None,
+def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Sequence[int],
+                      traffic: Sequence[float], fixed: float | None,
                       rate: float) -> dict[int | None, float]:
     """The threshold for the queries of each fold, and under None that of the run.
 
@@ -215,21 +217,26 @@ def choose_thresholds(gate: Gate, ordinary: Tensor, probability: Sequence[float]
     But it is never so low that more than `rate` of the traffic opens the gate.
 
     Args:
-        ordinary: [m, d] features of the traffic.
         probability, fold: what `out_of_fold` gives.
         targets: [n], what the gate learned.
+        traffic: the probabilities of ordinary traffic.
     """
     wanted = (targets > targets.mean()).tolist()
     thresholds = fold_thresholds(probability, wanted, fold)
     if fixed is not None:
         return dict.fromkeys(thresholds, fixed)
-    with torch.no_grad():
-        lowest = upper_quantile(gate(ordinary).sigmoid().tolist(), rate)
+    lowest = upper_quantile(traffic, rate)
     return {key: max(value, lowest) for key, value in thresholds.items()}
 
 
-def open_share(gate: Gate, features: Tensor, threshold: float) -> float | None:
-    """For which share of the features [n, d] a gate opens."""
-    with torch.no_grad():
-        opened = gate(features).sigmoid() >= threshold
-    return float(opened.float().mean()) if len(opened) else None
+@torch.no_grad()
+def probabilities(gate: Gate, features: Tensor) -> list[float]:
+    """A gate's probability of each of the features [n, d]."""
+    return gate(features).sigmoid().tolist()
+
+
+def open_share(probability: Sequence[float], threshold: float) -> float | None:
+    """For which share of some texts, by their probabilities, a gate opens."""
+    if not probability:
+        return None
+    return sum(p >= threshold for p in probability) / len(probability)

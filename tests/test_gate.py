@@ -13,8 +13,8 @@ from tiny_run import rows_of, run_train, write_rows
 from torch import Tensor
 
 import gate
-from gate import (choose_target, choose_thresholds, gate_targets, open_share, out_of_fold,
-                  read_traffic, train_gate, with_traffic)
+from gate import (choose_target, choose_thresholds, fit_gate, gate_targets, open_share, out_of_fold,
+                  probabilities, read_traffic, train_gate, with_traffic)
 from generate import gate_features
 from model import Transformer
 from prism import PRISM, Gate
@@ -110,7 +110,8 @@ def test_traffic_stands_in_for_losses() -> None:
     features, labels, names = with_traffic(won, torch.ones(60), ["a"] * 60, ordinary)
     assert labels.tolist() == [1.0] * 60 + [0.0] * 60 and len(names) == len(features) == 120
     made = fitted(features, gate_targets(labels, names, "intent"))
-    assert open_share(made, won, 0.5) > 0.95 and open_share(made, ordinary, 0.5) < 0.05
+    assert open_share(probabilities(made, won), 0.5) > 0.95
+    assert open_share(probabilities(made, ordinary), 0.5) < 0.05
     assert with_traffic(x, targets, ["a"] * 120, ordinary)[0] is x
     assert len(with_traffic(x, targets, ["a"] * 60 + ["contrast_b"] * 60, ordinary)[0]) == 180
 
@@ -176,16 +177,30 @@ def test_a_threshold_spares_ordinary_traffic() -> None:
     made, names = fitted(x, targets), [""] * 200
     with one_thread():
         p, fold = out_of_fold(x, targets, names, "verdict", 0)
-    ordinary, _ = planted(100, 30, 5.0, 1)  # three in ten of it look like wins
-    chosen = {rate: choose_thresholds(made, ordinary, p, targets, fold, None, rate)
+    # Three in ten of it look like wins.
+    ordinary = probabilities(made, planted(100, 30, 5.0, 1)[0])
+    chosen = {rate: choose_thresholds(p, targets, fold, ordinary, None, rate)
               for rate in (0.01, 0.1, 1.0)}
-    shares = {rate: open_share(made, ordinary, t[None]) for rate, t in chosen.items()}
+    shares = {rate: open_share(ordinary, t[None]) for rate, t in chosen.items()}
     assert shares[0.01] < 0.02 and shares[0.1] < 0.11 and shares[1.0] > 0.25
     assert set(chosen[0.1]) == {*range(5), None}
-    fixed = choose_thresholds(made, ordinary, p, targets, fold, 0.3, 0.01)
+    fixed = choose_thresholds(p, targets, fold, ordinary, 0.3, 0.01)
     assert set(fixed.values()) == {0.3}
-    few = choose_thresholds(made, ordinary[:9], p, targets, fold, None, 0.1)
-    assert few == chosen[1.0] and open_share(made, ordinary[:0], 0.5) is None
+    few = choose_thresholds(p, targets, fold, ordinary[:9], None, 0.1)
+    assert few == chosen[1.0] and open_share([], 0.5) is None
+
+
+def test_traffic_that_was_learned_counts_out_of_fold() -> None:
+    """A gate would be held to the rate on traffic that it knows by heart, and opens for none of."""
+    x = torch.randn(240, 32, generator=torch.Generator().manual_seed(0))  # nothing tells them apart
+    labels, names = (torch.arange(160) < 80).float(), ["a"] * 80 + ["contrast_b"] * 80
+    learned = Gate(32)
+    with one_thread():
+        loose, strict = (fit_gate(gate, x[:160], labels, names, x[160:], "verdict", None, rate, 0)
+                         for gate, rate in ((learned, 1.0), (Gate(32), 0.1)))
+    by_heart = open_share(probabilities(learned, x[160:]), loose["threshold"])
+    assert by_heart < 0.1 < loose["traffic_opened"]
+    assert 0 < strict["traffic_opened"] < 0.12 and strict["threshold"] > loose["threshold"]
 
 
 def test_a_gate_goes_by_the_traffic_that_is_brought(finished: Path, command: list[str],
@@ -224,9 +239,10 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
         train_gate(again.gate, features, targets)
     for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
         torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
-    thresholds = choose_thresholds(prism.gate, traffic, probability, targets, fold, None, 0.05)
+    ordinary = probabilities(prism.gate, traffic)
+    thresholds = choose_thresholds(probability, targets, fold, ordinary, None, 0.05)
     assert row["threshold"] == pytest.approx(thresholds[None])
-    lowest, opened = upper_quantile(prism.gate(traffic).sigmoid().tolist(), 0.05), []
+    lowest, opened = upper_quantile(ordinary, 0.05), []
     for i, f in enumerate(fold):  # no query has a part in its own threshold
         others = [j for j, g in enumerate(fold) if g != f]
         own = youden_threshold([probability[j] for j in others],
