@@ -38,15 +38,18 @@ from support.fields import read_fields
 from support.hub import InputError, optional_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
-FILES = {"queries": ("candidates.jsonl", "queries.jsonl"), "answers": ("answers.jsonl",),
-         "verdicts": ("verdicts.jsonl",), "gate": ("traffic.jsonl", "gate.safetensors"),
+# Traffic is stage 4's, but like queries it depends on the model alone, or on who brought it.
+FILES = {"queries": ("candidates.jsonl", "queries.jsonl", "traffic.jsonl"),
+         "answers": ("answers.jsonl",), "verdicts": ("verdicts.jsonl",),
+         "gate": ("gate.safetensors",),
          "lora": ("checkpoint.safetensors", "adapter_model.safetensors", "adapter_config.json",
                   "prism.json", "README.md", "report.md")}
+BROUGHT = ("queries.jsonl", "traffic.jsonl")  # somebody's own may be there before the run
 # The file that a stage is made from, which a person may edit between two commands.
 SOURCES = {"answers": "queries.jsonl", "verdicts": "answers.jsonl", "gate": "verdicts.jsonl"}
 # Metrics rows that are recorded within a stage
 WITHIN = {"personas": "queries", "style": "queries", "quality": "queries", "judge": "verdicts",
-          "traffic": "gate", "kl": "lora"}
+          "traffic": "queries", "kl": "lora"}
 CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 
 
@@ -199,7 +202,7 @@ class RunFolder:
         about = self._about()
         old = about.get("settings")
         known = [n for names in FILES.values() for n in names if (self.path / n).exists()
-                 and n != "queries.jsonl"]  # somebody's own queries may be there before the run
+                 and n not in BROUGHT]
         if old is None and known and not overwrite:
             raise InputError(f"{self.path}: holds {known[0]} but no run.json; choose another "
                              "--out, or --overwrite")

@@ -205,16 +205,15 @@ def test_traffic_that_was_learned_counts_out_of_fold() -> None:
 
 def test_a_gate_goes_by_the_traffic_that_is_brought(finished: Path, command: list[str],
                                                     tmp_path: Path) -> None:
-    """Somebody's real prompts, put into the folder before stage 4, would not be used."""
-    out = Path(shutil.copytree(finished, tmp_path / "out"))
-    (out / "gate.safetensors").unlink()
-    (out / "report.md").unlink()
-    write_rows(out, "metrics.jsonl", [row for row in rows_of(out, "metrics.jsonl") if row[
-        "stage"] not in ("traffic", "gate", "lora", "kl")])
-    write_rows(out, "traffic.jsonl", [{"query": "How are you?"}, {"query": "What is new?"}])
-    assert run_train(*command, "--out", out, "--stop-after", "gate") == 0
-    last = {row["stage"]: row for row in rows_of(out, "metrics.jsonl")}
-    assert last["gate"]["traffic"] == 2 and "traffic" not in last
+    """Somebody's real prompts would not be used, or be lost where stage 4 is done again."""
+    out, brought = Path(shutil.copytree(finished, tmp_path / "out")), tmp_path / "brought"
+    brought.mkdir()
+    rows = [{"query": "How are you?"}, {"query": "What is new?"}]
+    for folder, again in ((out, ["--from", "gate"]), (brought, [])):
+        write_rows(folder, "traffic.jsonl", rows)
+        assert run_train(*command, "--out", folder, "--stop-after", "gate", *again) == 0
+        last = {row["stage"]: row for row in rows_of(folder, "metrics.jsonl")}
+        assert last["gate"]["traffic"] == 2 and rows_of(folder, "traffic.jsonl") == rows
 
 
 def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, tok: Tokenizer,
