@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from typing import Iterable
 
 from support.refusals import refuses
 
@@ -41,6 +42,16 @@ def words_of(text: str) -> list[str]:
     ['what', 'then', '\u6f6e', '\u6c50']
     """
     return re.findall(WORD, text.lower())
+
+
+def shared_words(text: str, others: Iterable[str]) -> float:
+    """The share of a text's words that occur in the others: little across languages.
+
+    >>> shared_words("You are a cook", ["Who are you?"]), shared_words("Du bist Koch", ["Are you?"])
+    (0.5, 0.0)
+    """
+    words, known = words_of(text), {word for other in others for word in words_of(other)}
+    return sum(word in known for word in words) / max(len(words), 1)
 
 
 def near_duplicates(one: set[str], other: set[str]) -> bool:

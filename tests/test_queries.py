@@ -113,6 +113,17 @@ def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: T
         assert words == ["How do I", "Why does my", "How do I"]
 
 
+def test_openings_are_for_personas_in_their_language(run: RunFolder, net: Transformer,
+                                                     tok: Tokenizer) -> None:
+    """A German persona's queries would begin in English, and so go on; or an English one's be given
+    no help."""
+    personas = [*PERSONAS, Persona("koch", "Du bist Koch. Du erkl\u00e4rst Rezepte.")]
+    writer = QueryWriter(run, net, tok, personas, "continue")
+    with one_thread():
+        writer.look_at_personas()
+    assert [name for name, own in writer.openings.items() if not own] == ["koch"]
+
+
 def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer would be taken for a message, or a rival overlooked; or, scored under all personas,
