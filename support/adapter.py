@@ -178,7 +178,8 @@ def read_settings(folder: Path) -> dict:
     if any(fields.values[name] is not None for name in GATE_FIELDS):
         fields.integer("gate_layer", 0, 2**10)
         fields.number("threshold", 0, 1)
-        fields.text("gate_pool")
+        if fields.text("gate_pool") not in ("last", "mean"):
+            fields.refuse("gate_pool", "is neither last nor mean")
     return fields.values
 
 

@@ -254,7 +254,7 @@ CONFIG = [
     ("owned", {"model_type": "\x1b]0;owned\x07\u202e"})]  # would drive the terminal
 PRISM_JSON = [
     *wrong({"rank": ("2", None, True, 0, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
-            "gate_layer": (0.5,), "gate_pool": (1,), "base_model": (7,)}),
+            "gate_layer": (0.5,), "gate_pool": ("first",), "base_model": (7,)}),
     ("trained on", {"base_fingerprint": "0" * 64})]
 TOKENIZER_CONFIG = [
     *(("chat template", {"chat_template": value}) for value in (
