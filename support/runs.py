@@ -29,13 +29,15 @@ from pathlib import Path
 from typing import Iterable, Iterator, Sequence, get_args, get_origin, get_type_hints
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as to_safetensors
 from torch import nn
 from tqdm import tqdm
 
-from support.adapter import read_tensors, write_tensors
 from support.distributed import exchange, main_first, rank, world
 from support.fields import read_fields
-from support.hub import InputError, optional_json, write_file
+from support.hub import InputError, check_file, optional_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
 # Traffic is stage 4's, but like queries it depends on the model alone, or on who brought it.
@@ -357,7 +359,8 @@ def save_training_state(folder: Path, parameters: Sequence[nn.Parameter],
         state = optimizer.state[p]
         tensors |= {f"{i}.value": p, f"{i}.mean": state["exp_avg"],
                     f"{i}.square": state["exp_avg_sq"]}
-    write_tensors(folder / "checkpoint.safetensors", tensors)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_file(folder / "checkpoint.safetensors", to_safetensors(tensors))
 
 
 def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
@@ -366,8 +369,19 @@ def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
-    tensors = read_tensors(path)
-    step = int(tensors["step"])
+    check_file(path)
+    try:
+        tensors = parse_safetensors(path.read_bytes())
+        step = int(tensors["step"])
+        for i, p in enumerate(parameters):
+            for name in (f"{i}.value", f"{i}.mean", f"{i}.square"):
+                if tensors[name].shape != p.shape or not bool(tensors[name].isfinite().all()):
+                    raise ValueError(f"{name} is of another shape, or not finite")
+        if step < 1:
+            raise ValueError(f"step {step}")
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: not a checkpoint of this run ({error}); delete it and stage 5 "
+                         "starts again") from None
     with torch.no_grad():
         for i, p in enumerate(parameters):
             p.copy_(tensors[f"{i}.value"])

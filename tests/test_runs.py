@@ -9,13 +9,12 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import pytest
 import torch
 from conftest import copy_folder
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import load_file, save_file
 from tiny_run import (DATA, contents, error_of, figures, file_size_limit, forked, pair, rows_of,
                       run_train, timeless, verdict)
 
@@ -296,15 +295,18 @@ def trained(steps: int) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
     return parameters, optimizer
 
 
-def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    """A checkpoint that was cut, or holds a NaN, would not be named, or be trained from."""
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda t: t.pop("1.mean"), "1.mean"), (lambda t: t.update(step=torch.tensor(-4)), "step -4"),
+    (lambda t: t.update({"1.mean": torch.ones(1)}), "another shape"),
+    (lambda t: t["1.square"].fill_(float("nan")), "not finite")])
+def test_damaged_checkpoint_is_named(change: Callable, reason: str, tmp_path: Path) -> None:
+    """A checkpoint that is not this run's would not be named, or be trained from by half."""
     path = tmp_path / "checkpoint.safetensors"
     save_training_state(tmp_path, *trained(3), 3)
-    whole, tensors = path.read_bytes(), load_file(path)
-    tensors["1.square"].fill_(float("nan"))
-    for damaged in (whole[:-1], to_safetensors(tensors)):
-        path.write_bytes(damaged)
-        parameters, optimizer = trained(0)
-        with pytest.raises(InputError, match=r"checkpoint\.safetensors"):
-            load_training_state(tmp_path, parameters, optimizer)
-        assert all(bool((p == 1).all()) for p in parameters) and not optimizer.state
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    parameters, optimizer = trained(0)
+    with pytest.raises(InputError, match=rf"checkpoint\.safetensors.*{reason}.*delete it"):
+        load_training_state(tmp_path, parameters, optimizer)
+    assert all(bool((p == 1).all()) for p in parameters) and not optimizer.state
