@@ -34,6 +34,7 @@ PEFT_NEUTRAL = {"peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save
                                  "target_parameters", "arrow_config", "velora_config",
                                  "monteclora_config"), (None, False, [], {}))}
 LARGEST_RANK, LARGEST_ALPHA = 10**4, 1e9
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BASE_FIELDS = ("base_model", "base_source", "base_fingerprint")
 GATE_FIELDS = ("gate_layer", "gate_pool", "threshold")  # all null where there is no gate
 
@@ -129,7 +130,15 @@ def read_adapter(folder: Path, config: Config) -> tuple[int, float, Weights]:
         return read_peft(folder, config)
     path, settings = folder / ADAPTER_FILE, read_settings(folder)
     rank, layer = settings["rank"], settings["gate_layer"]
+    if layer is not None and layer >= config.num_layers - 1:
+        raise InputError(f"{folder / PRISM_FILE}: gate_layer is {layer}, but the base has "
+                         f"{config.num_layers} layers")
     found = read_tensors(path)
+    # Before anything of its size is made; of a fused projection, A has the rank of all its parts.
+    ranks = {len(t) for n, t in found.items() if n.endswith("lora_A.weight") and t.ndim}
+    if ranks and rank not in ranks:
+        raise InputError(f"{folder / PRISM_FILE}: rank is {rank}, but {ADAPTER_FILE} has rank "
+                         f"{', '.join(map(str, sorted(ranks)))}")
     shaped = zero_weights(config, rank, 0 if layer is None else layer + 1, "meta")
     check_tensors(found, to_peft(shaped, config), path)
     return rank, settings["alpha"], from_peft(found, shaped, config, path)
@@ -282,16 +291,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file; InputError if it is not a readable one, or holds NaN
-    or infinity."""
+    """All tensors of a small safetensors file; InputError if it is not a readable one, or holds
+    anything but finite floating-point numbers."""
     check_file(path)
     try:
         found = parse_safetensors(path.read_bytes())
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     for name, tensor in found.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{path}: {name} holds NaN or infinity")
+        if tensor.dtype not in FLOATING or not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: {name} is not of 16 to 64 bits floating point, or holds NaN "
+                             "or infinity")
     return found
 
 
@@ -299,6 +309,9 @@ def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state of a gate from its file, which must be that of one like `targets`."""
     found = read_tensors(path)
     check_tensors(found, targets, path)
+    if not bool((found["deviation"] > 0).all()):
+        raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
+                         "ever trained")
     return found
 
 

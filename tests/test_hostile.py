@@ -144,11 +144,13 @@ def test_hostile_weights(file: str, what: str, place: Path, capsys: Capture) -> 
 @pytest.mark.parametrize(("file", "name", "change"), [
     (MODEL, "0.self_attn.q_proj.weight", lambda t: torch.where(t == t.max(), NAN, t)),
     (MODEL, "0.self_attn.q_proj.weight", lambda t: t * 1e6),  # more than fp16 can hold
-    (ADAPTER, "lora_A.weight", lambda t: t * NAN),
-    (GATE, "mean", lambda t: t.fill_(INFINITY)), (GATE, "mean", lambda t: torch.zeros(64))])
+    (ADAPTER, "lora_A.weight", lambda t: t * NAN), (ADAPTER, "lora_A.weight", torch.Tensor.long),
+    (ADAPTER, "lora_A.weight", lambda t: t.to(torch.float8_e4m3fn)),
+    (GATE, "mean", lambda t: t.fill_(INFINITY)), (GATE, "mean", lambda t: torch.zeros(64)),
+    (GATE, "deviation", torch.zeros_like)])  # every probability NaN, and every gate closed
 def test_tensors_that_make_no_sense(file: str, name: str, change: Callable, place: Path,
                                     capsys: Capture) -> None:
-    """One NaN would make every answer nonsense; other shapes, too."""
+    """One NaN would make every answer nonsense; other types, shapes and a division by zero, too."""
     tensors = load_file(place / file)
     found = next(n for n in tensors if n.endswith(name))
     save_file(tensors | {found: change(tensors[found])}, place / file, {"format": "pt"})
@@ -176,7 +178,7 @@ def test_logits_that_are_not_finite(value: float, more: list[str], place: Path, 
 
 @pytest.mark.parametrize("name", [
     "../outside.safetensors", "{place}/outside.safetensors", "..", "",
-    "sub/one.safetensors", "one.safetensors\0", "\ud800", 7],
+    "sub/one.safetensors", "one.safetensors\0", "\ud800", "a" * 5000, 7],
     ids=lambda n: repr(n)[:24])
 def test_hostile_index(name: object, place: Path, capsys: Capture) -> None:
     """A shard would be read from outside the checkpoint's own folder, however it is written."""
@@ -253,8 +255,8 @@ CONFIG = [
         {"num_hidden_layers": 200})),
     ("owned", {"model_type": "\x1b]0;owned\x07\u202e"})]  # would drive the terminal
 PRISM_JSON = [
-    *wrong({"rank": ("2", None, True, 0, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
-            "gate_layer": (0.5,), "gate_pool": ("first",), "base_model": (7,)}),
+    *wrong({"rank": ("2", None, True, 0, 3, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
+            "gate_layer": (2, 0.5), "gate_pool": ("first",), "base_model": (7,)}),
     ("trained on", {"base_fingerprint": "0" * 64})]
 TOKENIZER_CONFIG = [
     *(("chat template", {"chat_template": value}) for value in (
