@@ -33,8 +33,8 @@ from support.hub import InputError
 from support.messages import conversation
 from support.personas import Persona, is_contrast, texts_by_name
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
-from support.words import (ECHO_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, clean_query,
-                           near_duplicates, shared_words, word_list, words_of)
+from support.words import (ECHO_WORDS, FEWEST_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, SHARED,
+                           clean_query, near_duplicates, shares_language, word_list, words_of)
 from tokenizer import Tokenizer, common_prefix
 
 # What --query-style may say, and the styles that are then tried; of equals the first is taken.
@@ -53,7 +53,6 @@ TRIAL, TRIAL_PERSONAS = 3, 4  # candidates of each style for each of so many per
 CHUNK_SLOTS = 3  # candidates for each of the engine's slots are done, and committed, together
 OVERSAMPLE, FEWEST, ROUNDS = 2, 6, 6  # candidates per lacking query, and at least; rounds
 MOST_OPENINGS, FEWEST_OPENINGS = 8, 2  # for each persona
-SHARED = 0.2  # of a persona's words the openings have at least, if it is in their language
 RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its own must lead
 MEASURED = 36  # kept queries whose persona is guessed in `measure_queries`
 IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
@@ -64,8 +63,8 @@ OPENINGS = word_list("openings")
 # Everything above that decides a query: a run notices when it is changed.
 QUERY_RULES = (STYLES, CURATOR, INSTRUCTION, WISHES, sorted(TEMPERATURE.items()), QUERY_TOKENS,
                TRIAL, TRIAL_PERSONAS, NO_MESSAGE, CHUNK_SLOTS, OVERSAMPLE, FEWEST, ROUNDS,
-               MOST_OPENINGS, FEWEST_OPENINGS, SHARED, RIVALS, LEAD, IDENTIFY_PROMPT, OPENINGS,
-               MIN_WORDS, MAX_WORDS, ECHO_WORDS, NEAR_DUPLICATE)
+               MOST_OPENINGS, FEWEST_OPENINGS, RIVALS, LEAD, IDENTIFY_PROMPT, OPENINGS, MIN_WORDS,
+               MAX_WORDS, ECHO_WORDS, NEAR_DUPLICATE, SHARED, FEWEST_WORDS)
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,7 @@ class QueryWriter:
             likelihoods, cost = opening_likelihoods(self.net, self.tokenizer, turns, self.reader)
             costs.append(cost)
             for name, chosen in zip(names, assign_openings(likelihoods)):
-                known = shared_words(self.texts[name], OPENINGS) >= SHARED
+                known = shares_language(self.texts[name], OPENINGS)
                 self.openings[name] = [OPENINGS[o] for o in chosen] if known else []
         if "personas" not in self.run.latest():  # once in a run, however often it is continued
             self.run.record("personas", 0, **add_costs(costs),

@@ -223,7 +223,17 @@ def read_peft_settings(folder: Path) -> dict:
         "r": fields.integer("r", 1, LARGEST_RANK, default=8),
         "lora_alpha": fields.number("lora_alpha", -LARGEST_ALPHA, LARGEST_ALPHA, default=8),
         "use_rslora": fields.flag("use_rslora"),
-        "alpha_pattern": fields.numbers("alpha_pattern", -LARGEST_ALPHA, LARGEST_ALPHA)}
+        "alphas": by_end(fields, "alpha_pattern", -LARGEST_ALPHA, LARGEST_ALPHA)}
+
+
+def by_end(fields: Fields, name: str, low: float, high: float) -> dict[re.Pattern, float]:
+    """A setting by module: an expression fits the end of a name, from a dot on, or all of it, and
+    may be anchored (^model...)."""
+    try:
+        return {re.compile(rf"(.*\.)?({end})$"): value
+                for end, value in fields.numbers(name, low, high).items()}
+    except (re.error, RecursionError, OverflowError) as error:
+        fields.refuse(name, f"holds a broken regular expression ({error})")
 
 
 def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
@@ -266,13 +276,13 @@ def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor
         B = tensors.get(f"{module}.lora_B.weight")
         d = possible[f"{module}.lora_A.weight"].shape[1]
         o = len(possible[f"{module}.lora_B.weight"])
-        if A is None or B is None or A.shape[1:] != (d,) or B.shape != (o, len(A)):
+        if A is None or B is None or not len(A) or A.shape[1:] != (d,) or B.shape != (o, len(A)):
             shapes = [None if t is None else list(t.shape) for t in (A, B)]
             raise InputError(f"{path}: the A and B of {module} are {shapes[0]} and {shapes[1]}, "
                              f"expected [r, {d}] and [{o}, r]")
         key, r, alpha = module.removeprefix("base_model.model."), len(A), settings["lora_alpha"]
-        for end, value in reversed(settings["alpha_pattern"].items()):  # the first that fits wins
-            if re.match(rf"(.*\.)?({end})$", key):
+        for end, value in reversed(settings["alphas"].items()):  # the first that fits wins
+            if end.match(key):
                 alpha = value
         found[module] = A, B, alpha / (r**0.5 if settings["use_rslora"] else r)
     if not found:

@@ -93,8 +93,9 @@ def bill_section(metrics: Sequence[dict]) -> Section:
 
 
 WAYS = {"instruct": "the model was asked for a message to each expert, as in the paper",
-        "continue": "the model went on as the user; half of the candidates were begun with its "
-                    f"choice of {len(OPENINGS)} hand-written openings"}
+        "continue": "the model went on as the user; where a context is in their language, half of "
+                    f"the candidates were begun with its choice of {len(OPENINGS)} hand-written "
+                    "openings"}
 
 
 def queries_section(last: dict[str, dict], wanted: int, kept: Counter) -> Section:

@@ -65,7 +65,7 @@ class Rule:
         except (Exception, SystemExit) as error:
             raise InputError(f"{self.path}: judge() raised {type(error).__name__}: {error} on the "
                              f"query {query!r}") from None
-        if winner not in WINNERS:
+        if not (isinstance(winner, str) and winner in WINNERS):
             raise InputError(f'{self.path}: judge() returned {winner!r:.60}, not "expert", "base" '
                              f'or "tie", on the query {query!r}')
         return winner

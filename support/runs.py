@@ -51,7 +51,7 @@ BROUGHT = ("queries.jsonl", "traffic.jsonl")  # somebody's own may be there befo
 SOURCES = {"answers": "queries.jsonl", "verdicts": "answers.jsonl", "gate": "verdicts.jsonl"}
 # Metrics rows that are recorded within a stage
 WITHIN = {"personas": "queries", "style": "queries", "quality": "queries", "judge": "verdicts",
-          "traffic": "queries", "kl": "lora"}
+          "traffic": "gate", "kl": "lora"}
 CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 
 

@@ -11,6 +11,7 @@ from support.refusals import refuses
 
 MIN_WORDS, MAX_WORDS = 5, 60  # of a query
 ECHO_WORDS = 5  # a text that repeats so many words of another in a row is an echo
+SHARED, FEWEST_WORDS = 0.1, 12  # see `shares_language`
 NEAR_DUPLICATE = 0.7  # Jaccard similarity of word sets from which two queries count as one
 UNSPACED = "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, Japanese and Chinese characters
 WORD = rf"{UNSPACED}|(?:(?!{UNSPACED})\w)+"
@@ -44,14 +45,19 @@ def words_of(text: str) -> list[str]:
     return re.findall(WORD, text.lower())
 
 
-def shared_words(text: str, others: Iterable[str]) -> float:
-    """The share of a text's words that occur in the others: little across languages.
+def shares_language(text: str, others: Iterable[str]) -> bool:
+    """Whether a text has at least SHARED of its words in common with others; one of fewer than
+    FEWEST_WORDS is too short to tell, and passes.
 
-    >>> shared_words("You are a cook", ["Who are you?"]), shared_words("Du bist Koch", ["Are you?"])
-    (0.5, 0.0)
+    >>> english = ["Who are you, and what is your name?"]
+    >>> shares_language("You are the cook who is proud of what you do and eat.", english)
+    True
+    >>> shares_language("Du bist Koch und sagst mir heute Abend zwei oder drei Rezepte.", english)
+    False
     """
-    words, known = words_of(text), {word for other in others for word in words_of(other)}
-    return sum(word in known for word in words) / max(len(words), 1)
+    known = {word for other in others for word in words_of(other)}
+    words = [word for word in words_of(text) if len(word) > 1 or not word.isascii()]
+    return len(words) < FEWEST_WORDS or sum(w in known for w in words) >= SHARED * len(words)
 
 
 def near_duplicates(one: set[str], other: set[str]) -> bool:

@@ -178,7 +178,7 @@ def elsewhere(peft_folder: Path, tmp_path: Path) -> Path:
 
 PEFT_VALUES = {
     "r": [0, "4", 10**9], "lora_alpha": ["8", float("nan")], "use_rslora": ["true"],
-    "alpha_pattern": [["q_proj"], {"q_proj": "3"}],
+    "alpha_pattern": [["q_proj"], {"q_proj(": 3}, {"q_proj": "3"}, {"a{99999999999}": 3}],
     "base_model_name_or_path": [3], "peft_type": ["IA3", None], "use_dora": [True],
     "use_future_variant": [True], "bias": ["all"], "modules_to_save": [["lm_head"]],
     "init_lora_weights": ["pissa"]}

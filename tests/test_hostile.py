@@ -178,7 +178,7 @@ def test_logits_that_are_not_finite(value: float, more: list[str], place: Path, 
 
 @pytest.mark.parametrize("name", [
     "../outside.safetensors", "{place}/outside.safetensors", "..", "",
-    "sub/one.safetensors", "one.safetensors\0", "\ud800", "a" * 5000, 7],
+    "sub/one.safetensors", "one.safetensors\0", "\ud800", 7],
     ids=lambda n: repr(n)[:24])
 def test_hostile_index(name: object, place: Path, capsys: Capture) -> None:
     """A shard would be read from outside the checkpoint's own folder, however it is written."""

@@ -117,7 +117,8 @@ def test_openings_are_for_personas_in_their_language(run: RunFolder, net: Transf
                                                      tok: Tokenizer) -> None:
     """A German persona's queries would begin in English, and so go on; or an English one's be given
     no help."""
-    personas = [*PERSONAS, Persona("koch", "Du bist Koch. Du erkl\u00e4rst Rezepte.")]
+    personas = [*PERSONAS, Persona("koch", "Du bist Koch und erkl\u00e4rst Rezepte. Du sagst mir, "
+                                             "wann ein Gericht gelungen ist.")]
     writer = QueryWriter(run, net, tok, personas, "continue")
     with one_thread():
         writer.look_at_personas()
