@@ -192,7 +192,7 @@ def test_a_setting_of_peft_that_cannot_be_computed(field: str, value: object, ne
     """A value of another type, out of range, or that makes it more than a LoRA (DoRA, trained
     biases) would be ignored, or end in a traceback as in PEFT."""
     edit_json(elsewhere / "adapter_config.json", lambda c: c.update({field: value}))
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match=rf"\b{field}\b"):
         PRISM.load(elsewhere, net)
 
 
@@ -209,8 +209,10 @@ def test_an_adapter_of_mlx(net: Transformer, elsewhere: Path) -> None:
 @pytest.mark.parametrize("change", [
     lambda t, at: t.pop(f"{at}.lora_B.weight"),
     lambda t, at: t.update({f"{at}.lora_A.weight": torch.ones(3, 9)}),
+    lambda t, at: t.update({f"{at}.lora_A.weight": t[f"{at}.lora_A.weight"][:0],
+                            f"{at}.lora_B.weight": t[f"{at}.lora_B.weight"][:, :0].contiguous()}),
     lambda t, at: t.update({f"{at}.lora_magnitude_vector.weight": torch.ones(4)}),
-    lambda t, at: t.clear()], ids=["no-B", "misshapen-A", "unknown", "empty"])
+    lambda t, at: t.clear()], ids=["no-B", "misshapen-A", "rank-0", "unknown", "empty"])
 def test_a_tensor_that_does_not_fit(change: Callable, theirs: bool, net: Transformer,
                                     saved: Path) -> None:
     """A tensor that is missing, misshapen or unknown would not be named; or an empty file would be
