@@ -267,7 +267,8 @@ def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor
     """PEFT's module name -> A [r, d], B [o, r] and the scale of their product. Which modules have a
     LoRA, and of which rank, is what the tensors say."""
     settings, path = read_peft_settings(folder), folder / ADAPTER_FILE
-    possible, tensors, found = to_peft(zero_weights(config, 1, 0), config), read_tensors(path), {}
+    possible = to_peft(zero_weights(config, 1, 0, "meta"), config)
+    tensors, found = read_tensors(path), {}
     for name in tensors:
         if name not in possible:
             raise InputError(f"{path}: {name} is not a LoRA of one of the base's projections")
@@ -280,10 +281,9 @@ def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor
             shapes = [None if t is None else list(t.shape) for t in (A, B)]
             raise InputError(f"{path}: the A and B of {module} are {shapes[0]} and {shapes[1]}, "
                              f"expected [r, {d}] and [{o}, r]")
-        key, r, alpha = module.removeprefix("base_model.model."), len(A), settings["lora_alpha"]
-        for end, value in reversed(settings["alphas"].items()):  # the first that fits wins
-            if end.match(key):
-                alpha = value
+        key, r = module.removeprefix("base_model.model."), len(A)
+        fitting = (alpha for end, alpha in settings["alphas"].items() if end.match(key))
+        alpha = next(fitting, settings["lora_alpha"])
         found[module] = A, B, alpha / (r**0.5 if settings["use_rslora"] else r)
     if not found:
         raise InputError(f"{path}: no LoRA in it")
