@@ -101,10 +101,11 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: not a regular file")
 
 
-def read_text(path: Path) -> str:
-    """A text file that somebody else wrote; InputError if it is none."""
+def read_text(path: Path, any_size: bool = False) -> str:
+    """A text file that somebody else wrote; InputError if it is none, or is larger than what comes
+    with a checkpoint or an adapter."""
     check_file(path)
-    if path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > MOST_BYTES and not any_size:
         raise InputError(f"{path}: larger than {MOST_BYTES >> 20} MB, which such a file never is")
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows may write a mark first

@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[list[dict]]:
         InputError: a line that is not such an object, by its number.
     """
     conversations = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, any_size=True).split("\n"), 1):
         if not line.strip():
             continue
         try:

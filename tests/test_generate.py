@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import copy_folder, edit_json
 from sampling import Sampling, derive_seed
-from support.messages import conversation
+from support.messages import conversation, read_prompts
 from tiny import halve, make_prism, one_thread, plain_loop
 
 from engine import Engine, Output
@@ -22,6 +22,7 @@ from generate import (explain, gate_inputs, generate, main, router, show_explana
                       stop_tokens)
 from model import Transformer, load
 from prism import PRISM, load_router
+from support import hub
 from support.hub import InputError
 from tokenizer import Tokenizer
 
@@ -165,6 +166,13 @@ def test_broken_prompts_line_is_named(line: str, folder: Path, tmp_path: Path,
     assert command("--model", folder, "--prompts", path, "--system", "Be brief.") == 2
     out, error = capsys.readouterr()
     assert out == "" and error.startswith(f"error: {path}, line 3: ") and error.count("\n") == 1
+
+
+def test_a_file_of_prompts_may_be_large(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The limit on a checkpoint's files would refuse somebody's hundred thousand prompts."""
+    monkeypatch.setattr(hub, "MOST_BYTES", 9)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi!"}\n')
+    assert read_prompts(tmp_path / "prompts.jsonl") == [conversation("Hi!")]
 
 
 @pytest.mark.slow
