@@ -45,23 +45,22 @@ from model import RMSNorm, Transformer, allocate, load
 from prism import PRISM, LinearKL, distill_loss
 from support import report
 from sampling import Sampling, derive_seed, sample
-from support.config import Config
+from support.config import Config, cache_bytes
 from support.cpu import linear
-from support.device import choose_device, choose_dtype, pad
+from support.device import choose_device, choose_dtype, memory_of, pad
 from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve,
                          write_file)
-from support.memory import training_flops
+from support.memory import choose_sizes, count_parameters, training_flops
 from support.personas import load_personas
 from support.runs import split_chunks
 from tokenizer import Tokenizer
 
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
-NEW_TOKENS, PROMPTS = 128, 96  # the stage-2 workload
+NEW_TOKENS = 128  # of an answer in the stage-2 workload
 SHAPES = Path(__file__).parent / "tests" / "shapes"  # config.json of public models, by name
 QUICK = ["--quick"]  # the pipeline's settings
 STAGES = ("personas", "queries", "style", "quality", "answers", "judge", "verdicts", "gate", "lora")
-TRAINED = (16, 512)  # rows and tokens of a training step; half of each row is answer
 
 
 @dataclass
@@ -116,6 +115,19 @@ def naive_kl(student: Tensor, teacher: Tensor) -> Tensor:
                     log_target=True, reduction="sum")
 
 
+@dataclass(frozen=True)
+class Workload:
+    """How much a part does: a GPU needs more to be busy."""
+
+    prompts: int = 96  # of the stage-2 workload
+    peer_batches: tuple[int, ...] = (8, 32)
+    routed: int = 90  # tokens of the prompt whose first token is waited for
+    trained: tuple[int, int] = (16, 512)  # rows and tokens of a step; half of each row is answer
+
+
+ON_CPU, ON_GPU = Workload(), Workload(512, (64, 256), 512, (16, 1024))
+
+
 class Setup:
     """What the parts share: our model, its adapter with random B, and the peer's, if installed.
 
@@ -133,7 +145,11 @@ class Setup:
         else:
             self.net, self.stop = random_net(shape, where, choose_dtype(dtype, where)), set()
             self.tokenizer = Tokenizer(resolve(DEFAULT_MODEL))
+        self.work = ON_GPU if where.type == "cuda" else ON_CPU
         self.prism = PRISM(self.net, gate_layer=len(self.net.layers) // train.GATE_DEPTH)
+        defaults = train.parser().parse_args(["--max-new-tokens", str(NEW_TOKENS)])
+        self.net.sizes = choose_sizes(self.net.config, count_parameters(
+            self.net, self.prism.adapter), defaults, memory_of(where))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for module in self.prism.adapter.modules():
@@ -239,11 +255,11 @@ print(*times)"""
 
 def generation(s: Setup) -> list[Row]:
     """The stage-2 workload end to end, a decode step against its floor, and a single stream."""
-    rows, prompts, stop = [], s.prompts(PROMPTS), s.stop
+    rows, prompts, stop = [], s.prompts(s.work.prompts), s.stop
     counts: dict[str, int] = {}
 
     def ours() -> None:
-        engine = Engine(s.net, Sampling(NEW_TOKENS, 0.7), stop, 32)
+        engine = Engine(s.net, Sampling(NEW_TOKENS, 0.7), stop)
         counts["ours"] = sum(len(o.ids) for o in engine.run(
             [Request(p, derive_seed("bench", i)) for i, p in enumerate(prompts)]))
 
@@ -262,7 +278,7 @@ def generation(s: Setup) -> list[Row]:
     functions: dict[str, Callable] = {"ours": ours}
     if s.has_peer:
         peer_generate(s, prompts[:2], 4, stop, 0.7)  # loads it
-        functions |= {f"at batch {b}": theirs(b) for b in (8, 32)}
+        functions |= {f"at batch {b}": theirs(b) for b in s.work.peer_batches}
         functions["by continuous batching"] = continuous
     seconds = medians(functions, max(1, s.repeats // 3), warmup=0)
     speed = {name: counts[name] / t for name, t in seconds.items()}
@@ -316,14 +332,28 @@ def peer_continuous(s: Setup, prompts: Sequence[list[int]], new_tokens: int, sto
 @torch.inference_mode()
 def decode_step(s: Setup, batch: int, keys: int = 200) -> list[Row]:
     """One decoding step of `batch` rows at `keys` cached tokens, against transformers' own and
-    against the bare products with every weight matrix."""
-    functions = {"ours": our_step(s, batch, 0, keys), "floor": floor_step(s.net, batch)}
+    against the bare products with every weight matrix (on a GPU, also against its memory)."""
+    net = s.net
+    functions = {"ours": our_step(s, batch, 0, keys), "floor": floor_step(net, batch)}
     if s.has_peer:
         functions["peer"] = peer_step(s.peer, s, batch, keys)
     t = {name: 1e3 * seconds for name, seconds in
          medians(functions, 4 * s.repeats, warmup=2).items()}
-    return [Row(f"decode step, batch {batch}, {keys} keys (floor: the products alone)", "ms",
-                t["ours"], t.get("peer"), t["floor"])]
+    name = f"decode step, batch {batch}, {keys} keys (floor: "
+    rows = [Row(name + "the products alone)", "ms", t["ours"], t.get("peer"), t["floor"])]
+    if net.device.type == "cuda":
+        read = sum(p.numel() * p.element_size() for p in net.parameters())
+        read += batch * keys * cache_bytes(net.config, net.dtype)
+        rows.append(Row(name + "weights and cache at the rate of a copy)", "ms", t["ours"],
+                        t.get("peer"), 1e3 * read / copy_rate(net.device)))
+    return rows
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s that a plain copy of a gigabyte reads and writes."""
+    source = torch.zeros(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * len(source) / medians({"copy": lambda: target.copy_(source)}, 3)["copy"]
 
 
 def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
@@ -375,7 +405,7 @@ def peer_step(model: torch.nn.Module, s: Setup, batch: int, keys: int,
 
 def routing(s: Setup) -> list[Row]:
     """Time to the first token with the gate in the way, and decoding with adapted rows."""
-    rows, prompt = [], s.prompts(96)[40]
+    rows, prompt = [], sum(s.prompts(40), [])[:s.work.routed]
     ids, lengths = pad([prompt], s.net.device)
 
     @torch.inference_mode()
@@ -518,27 +548,31 @@ def saved_bytes(forward: Callable[[], object], model: torch.nn.Module) -> int:
 
 
 def our_training_step(s: Setup) -> Callable[[], None]:
-    """A function that does a whole distillation step, micro-batches of half the rows, half of each
-    row is answer."""
+    """A function that does a whole distillation step, half of each row is answer."""
     ids, teacher = training_rows(s)
+    part_rows = max(1, s.net.sizes.train_tokens // ids.shape[1])
     optimizer = torch.optim.AdamW(s.prism.adapter.parameters(), lr=1e-9)
     dropout = torch.Generator(s.net.device).manual_seed(0)
+    answer_tokens = teacher.shape[:2].numel()
 
     def step() -> None:
-        for part in ids.split(len(ids) // 2):
-            hidden = s.net.hidden(part, s.prism.adapter, len(part), dropout)
-            loss = distill_loss(hidden[:, answer_of(ids)].flatten(0, 1), teacher, s.net)
-            (loss / len(teacher)).backward()
+        for part, taught in zip(ids.split(part_rows), teacher.split(part_rows)):
+            hidden = s.net.hidden(part, s.prism.adapter, len(part), dropout,
+                                  s.net.sizes.recompute)
+            loss = distill_loss(hidden[:, answer_of(ids)].flatten(0, 1), taught.flatten(0, 1),
+                                s.net)
+            (loss / answer_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
     return step
 
 
 def training_rows(s: Setup) -> tuple[Tensor, Tensor]:
-    """Random ids of a training step, and states of a teacher for half of its answer tokens."""
+    """Random ids [B, T] of a training step, and a teacher's states [B, T / 2, d]."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 1000, TRAINED, generator=generator).to(s.net.device)
-    teacher = torch.randn(ids.numel() // 4, s.net.config.hidden_size, generator=generator)
+    (rows, tokens), d = s.work.trained, s.net.config.hidden_size
+    ids = torch.randint(5, 1000, (rows, tokens), generator=generator).to(s.net.device)
+    teacher = torch.randn(rows, tokens // 2, d, generator=generator)
     return ids, teacher.to(s.net.device, s.net.dtype)
 
 
@@ -556,18 +590,18 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def training_step(s: Setup) -> list[Row]:
     """A whole distillation step beside peft's."""
-    (rows, tokens), (ids, teacher) = TRAINED, training_rows(s)
+    (rows, tokens), (ids, teacher) = s.work.trained, training_rows(s)
     functions = {"ours": our_training_step(s)}
     if s.has_peer:
         model = s.peer_lora.train()
         theirs = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
 
         def peer() -> None:
-            for part in ids.split(rows // 2):
+            for part, taught in zip(ids.split(rows // 2), teacher.split(rows // 2)):
                 logits = model(input_ids=part).logits[:, answer_of(ids)].flatten(0, 1)
                 with torch.no_grad():
-                    target = s.net.head(teacher)
-                (naive_kl(logits, target) / len(teacher)).backward()
+                    target = s.net.head(taught.flatten(0, 1))
+                (naive_kl(logits, target) / (rows * tokens // 2)).backward()
             theirs.step()
             theirs.zero_grad()
         functions["peer"] = peer

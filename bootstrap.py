@@ -73,7 +73,7 @@ def write_answers(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     texts = texts_by_name(personas)
     sampling = Sampling(max_new_tokens, ANSWER_TEMPERATURE)
     check_order(run.rows("answers.jsonl", Pair), queries, run.path / "answers.jsonl")
-    for chunk in run.todo("answers", "answers.jsonl", Pair, split_chunks(queries, net.slots)):
+    for chunk in run.todo("answers", "answers.jsonl", Pair, split_chunks(queries, net.sizes.slots)):
         asked, seeds = [], []
         for q in chunk:
             for kind, context in (("base", ""), ("expert", texts[q.persona])):

@@ -27,7 +27,6 @@ from support.device import batches, pad, upload
 from support.distributed import progress_bar
 from support.hub import InputError
 
-SCORE_TOKENS = 4096  # padded tokens in one scoring batch (on two cores a fifth faster than 8192)
 SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
 # Steps of fixed shapes, rounded up to so many keys. Never run on a GPU yet, so only if asked for.
 STATIC, STATIC_KEYS = os.environ.get("PRISM_STATIC") == "1", 256
@@ -143,7 +142,7 @@ class Engine:
         model: a base Transformer, or a PRISM that routes each prompt.
         sampling: shared by all requests; draws come from each request's own seed.
         stop_ids: token ids that end an answer.
-        slots: rows decoded together; None is the model's own number (`net.slots`). A setting of a
+        slots: rows decoded together; None is the model's own number (`net.sizes`). A setting of a
             run, because results may differ in the last bits between batch shapes.
         gate: "auto", "on" or "off" (see PRISM.prefill); a bare Transformer ignores it.
     """
@@ -154,7 +153,7 @@ class Engine:
         self.net: Transformer = model.net if isinstance(model, PRISM) else model
         self.adapter = self.prism.adapter if self.prism else None
         self.sampling, self.stop_ids, self.gate = sampling, stop_ids, gate
-        self.slots = slots or self.net.slots
+        self.slots = slots or self.net.sizes.slots
         self.static = STATIC
         self.reader = PrefixReader(self.net)
         self.new_tokens = 0
@@ -391,7 +390,7 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     reader = reader or PrefixReader(net, adapter)
     before = reader.tokens
     with torch.inference_mode(), progress_bar(bar, "token", total=sum(rests)) as shown:
-        for batch in batches(rests, SCORE_TOKENS, list(map(len, rows))):
+        for batch in batches(rests, net.sizes.score_tokens, list(map(len, rows))):
             skip = [shared[i] for i in batch]
             some = [rows[i] for i in batch]
             if any(skip):

@@ -31,10 +31,22 @@ from support.cpu import linear, rms_norm
 from support.hub import read_json, resolve
 from support.rope import rope_frequencies
 
-SLOTS = 32  # rows that an engine decodes together; results depend on it in the last bits
 Generator = torch.Generator | None  # of LoRA dropout masks, while training
 Modules = nn.ModuleDict | None  # the LoRA modules of one layer, by projection
 ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much runs at once: what CPUs want. A GPU takes more (`support.memory.choose_sizes`).
+
+    Results depend on the numbers in their last bits, so that a run never changes them.
+    """
+
+    slots: int = 32  # rows that an engine decodes together
+    score_tokens: int = 4096  # padded tokens in a scoring batch
+    train_tokens: int = 4096  # padded tokens in a micro-batch of training
+    recompute: bool = False  # training computes layers twice, to keep less; no result depends on it
 
 
 class KVCache:
@@ -219,7 +231,7 @@ class Transformer(nn.Module):
         self.config = config
         self.name: str | None = None  # what load() was asked for, and
         self.folder: Path | None = None  # where it was found; kept so that adapters can name it
-        self.slots = SLOTS  # a run may set another number (--slots)
+        self.sizes = Sizes()  # a run may choose others
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.lm_head = self.embed_tokens

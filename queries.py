@@ -124,7 +124,7 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
             counts = {p.name: TRIAL for p in trial_personas(personas)}
         for tried in styles:
             chunks += split_chunks(new_drafts(counts, tried, drafted, seed),
-                                   CHUNK_SLOTS * net.slots)
+                                   CHUNK_SLOTS * net.sizes.slots)
         for chunk in run.todo("queries", "candidates.jsonl", Candidate, chunks):
             run.commit(*writer.write(chunk))
         # A continued run may find later rounds on disk already; a round is judged by its own past.

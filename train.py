@@ -37,14 +37,13 @@ from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
-from support.memory import (choose_slots, count_parameters, dry_run, recomputes,
-                            training_flops)
+from support.memory import choose_sizes, count_parameters, dry_run, training_flops
 from support.messages import conversation
 from support.personas import Persona, texts_by_name
 from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
                           run_date, save_training_state, split_chunks)
-from support.settings import (CLIP, FIRST_STAGE, GATE_DEPTH, TRAIN_TOKENS, WARMUP, WEIGHT_DECAY,
+from support.settings import (CLIP, FIRST_STAGE, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
                               check, check_judge, choose_personas, parser, run_settings)
 from tokenizer import Tokenizer
 
@@ -179,8 +178,7 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
     PRISM's; "sft" is the cross-entropy of the won answers, the paper's baseline."""
     net = prism.net
     ids, _ = pad([s.ids for s in samples], net.device)
-    recompute = recomputes(net.config, prism.rank)
-    hidden = net.hidden(ids, prism.adapter, len(samples), generator, recompute)
+    hidden = net.hidden(ids, prism.adapter, len(samples), generator, net.sizes.recompute)
     states, teachers, answers = [], [], []
     for row, s in zip(hidden, samples):
         states.append(row[s.start - 1:len(s.ids) - 1])  # those that predict the answer's tokens
@@ -201,7 +199,7 @@ def count_tokens(samples: Sequence[Sample]) -> tuple[int, int]:
     return both, answers
 
 
-def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list[list[Sample]]:
+def micro_batches(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
     """Split samples, by length, into groups of at most `tokens` padded tokens."""
     samples = sorted(samples, key=lambda s: s.name)
     groups = batches([len(s.ids) for s in samples], tokens)
@@ -212,7 +210,8 @@ def micro_batches(samples: Sequence[Sample], tokens: int = TRAIN_TOKENS) -> list
 def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
     (_, tokens), summed = count_tokens(samples), 0.0
-    for group in progress_bar("held-out KL", "batch", micro_batches(samples)[rank()::world()]):
+    groups = micro_batches(samples, prism.net.sizes.train_tokens)
+    for group in progress_bar("held-out KL", "batch", groups[rank()::world()]):
         summed += float(sample_loss(prism, group, 1.0))
     summed = sum(exchange(summed))
     return summed / tokens if tokens else None
@@ -224,7 +223,7 @@ def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
     of the whole batch, however it is split into micro-batches and processes. Returns that loss."""
     (_, tokens), summed = count_tokens(batch), 0.0
     mine = sorted(batch, key=lambda s: (len(s.ids), s.name))[rank()::world()]
-    for number, group in enumerate(micro_batches(mine)):
+    for number, group in enumerate(micro_batches(mine, prism.net.sizes.train_tokens)):
         seed = derive_seed(args.seed, "dropout", step, number * world() + rank())
         generator = torch.Generator(prism.net.device).manual_seed(seed)
         loss = sample_loss(prism, group, args.kd_temperature, generator, args.loss)
@@ -366,7 +365,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
     counts = count_parameters(net, prism.adapter)
-    net.slots = choose_slots(net.config, counts, args, memory_of(device))
+    net.sizes = choose_sizes(net.config, counts, args, memory_of(device))
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
     with RunFolder(args.out) as run:
         with main_first():

@@ -14,7 +14,7 @@ import torch
 from prism import PRISM
 from queries import MEASURED, OVERSAMPLE, RIVALS, STYLES, TRIAL, TRIAL_PERSONAS
 from support.distributed import world
-from support.memory import recomputes, training_flops
+from support.memory import training_flops
 from support.rule import asks_no_model
 
 # What SmolLM2-135M-Instruct does; other models differ by some tens of per cent.
@@ -71,9 +71,9 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
     net = prism.net
     ids = torch.randint(net.config.vocab_size, (4, 64), device=net.device,
                         generator=torch.Generator(net.device).manual_seed(0))
-    cache, recompute = net.new_cache(net.slots, 128), recomputes(net.config, prism.rank)
-    start = torch.full((net.slots,), 100, device=net.device)
-    token = torch.zeros(net.slots, 1, dtype=torch.long, device=net.device)
+    cache, recompute = net.new_cache(net.sizes.slots, 128), net.sizes.recompute
+    start = torch.full((net.sizes.slots,), 100, device=net.device)
+    token = torch.zeros(net.sizes.slots, 1, dtype=torch.long, device=net.device)
 
     def write() -> None:
         at = net.positions(token.shape, cache, start, 128)
@@ -85,7 +85,7 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
         prism.adapter.zero_grad()
 
     with torch.no_grad():
-        return {"writing": net.flops(net.slots, net.slots) / seconds(write, net.device),
+        return {"writing": net.flops(net.sizes.slots, net.sizes.slots) / seconds(write, net.device),
                 "reading": net.flops(ids.numel(), 0) / seconds(lambda: net.hidden(ids), net.device),
                 "training": training_flops(prism, ids.numel(), 0) / seconds(train, net.device)}
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from engine import SCORE_LOGITS, SCORE_TOKENS
-from model import SLOTS, Transformer
+from engine import SCORE_LOGITS
+from model import Sizes, Transformer
 from prism import KL_CHUNK_ELEMENTS, PRISM
 from support.config import Config, cache_bytes, kept_tokens
 from support.device import choose_dtype
 from support.hub import read_json, resolve
 from support.report import table
 from support.runs import CHUNK
-from support.settings import GATE_DEPTH, TRAIN_TOKENS
+from support.settings import GATE_DEPTH
 
 PLAN_PROMPT = 512  # tokens of persona and query that --dry-run plans for
 PLAN_ROW = 1024  # tokens of a training row it plans for: the default --max-len
-MORE_SLOTS = (256, 128, 64)  # what a GPU's engine may have, if there is room
+# What a GPU may do at once, if there is room: the best first. Sixteen rows of training, all of a
+# step's, are 16,384 tokens; more would be for nothing.
+ON_GPU = {"recompute": (False,), "slots": (256, 128, 64), "score_tokens": (16384, 8192),
+          "train_tokens": (16384, 8192)}
 DRIVER = 2**30  # bytes that are left to a GPU's driver
-RECOMPUTE_ABOVE = 4 * 2**30  # bytes of activations from which layers are computed twice instead
+USED = 0.9  # share of the rest that may be planned for more than CPUs do at once
+RECOMPUTE_ABOVE = 4 * 2**30  # bytes of activations from which a CPU computes layers twice instead
 
 
 def activation_bytes(config: Config, tokens: int, rank: int) -> int:
@@ -46,16 +51,11 @@ def activation_bytes(config: Config, tokens: int, rank: int) -> int:
     return tokens * config.num_layers * per_layer
 
 
-def recomputes(config: Config, rank: int) -> bool:
-    """Whether the adapted layers run twice in training, so that their activations fit."""
-    return activation_bytes(config, TRAIN_TOKENS, rank) > RECOMPUTE_ABOVE
-
-
 def training_flops(prism: PRISM, tokens: int, answer_tokens: int) -> int:
     """FLOPs of training on `tokens`, of which `answer_tokens` are predicted: forward through all
     layers, back to the input of the adapted ones (frozen weights get no gradient), these perhaps
     once more forward, and three products with the head."""
-    adapted = len(prism.late) * (2 if recomputes(prism.net.config, prism.rank) else 1)
+    adapted = len(prism.late) * (2 if prism.net.sizes.recompute else 1)
     layers = len(prism.net.layers)
     return prism.net.flops(tokens * (layers + adapted) // layers, 3 * answer_tokens)
 
@@ -75,28 +75,29 @@ def count_parameters(*parts: nn.Module) -> tuple[int, ...]:
 
 
 def memory_plan(config: Config, counts: tuple[int, int], rank: int,
-                new_tokens: int, slots: int = SLOTS) -> dict[str, dict[str, int]]:
+                new_tokens: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
     weights, trained = counts[0] * size, counts[1]
     token = cache_bytes(config, config.dtype)
-    shared = token * max(kept_tokens(config, config.dtype), SCORE_TOKENS)  # one call may need more
+    held = max(kept_tokens(config, config.dtype), sizes.score_tokens)  # one call may need more
     reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
     if config.attention_cap is not None:  # its scores, three times in fp32
         reading += config.num_heads * PLAN_PROMPT * 12
-    activations = activation_bytes(config, TRAIN_TOKENS, rank)
-    if recomputes(config, rank):  # every layer's input, and all of one layer
-        activations = (config.num_layers * TRAIN_TOKENS * d * size
+    activations = activation_bytes(config, sizes.train_tokens, rank)
+    if sizes.recompute:  # every layer's input, and all of one layer
+        activations = (config.num_layers * sizes.train_tokens * d * size
                        + activations // config.num_layers)
     logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
     return {
         "1-2 answers": {"weights": weights,
-                        "KV slots": slots * (PLAN_PROMPT + new_tokens) * token,
-                        "reading prompts": slots * PLAN_PROMPT * (reading + token),
-                        "shared beginnings": shared,
-                        "sampling": slots * logits},
-        "3 verdicts": {"weights": weights, "scoring batch": SCORE_TOKENS * (reading + 3 * token),
-                       "shared beginnings": shared, "logits": 3 * 4 * SCORE_LOGITS},
+                        "KV slots": sizes.slots * (PLAN_PROMPT + new_tokens) * token,
+                        "reading prompts": sizes.slots * PLAN_PROMPT * (reading + token),
+                        "shared beginnings": held * token,
+                        "sampling": sizes.slots * logits},
+        "3 verdicts": {"weights": weights,
+                       "scoring batch": sizes.score_tokens * (reading + 3 * token),
+                       "shared beginnings": held * token, "logits": 3 * 4 * SCORE_LOGITS},
         "4 gate": {"weights": weights, "reading prompts": CHUNK * PLAN_PROMPT * reading},
         # fp32 master, gradient and two moments, and the cast copy
         "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
@@ -109,14 +110,22 @@ def fits(plan: dict[str, dict[str, int]], size: float) -> bool:
     return all(sum(stage.values()) <= size - DRIVER for stage in plan.values())
 
 
-def choose_slots(config: Config, counts: tuple[int, int], args: argparse.Namespace,
-                 size: float | None) -> int:
-    """--slots, or what "auto" means on a GPU of `size` bytes (None: a CPU)."""
-    if args.slots or size is None:
-        return args.slots or SLOTS
-    return next((slots for slots in MORE_SLOTS
-                 if fits(memory_plan(config, counts, args.rank, args.max_new_tokens, slots), size)),
-                SLOTS)
+def choose_sizes(config: Config, counts: tuple[int, int], args: argparse.Namespace,
+                 size: float | None) -> Sizes:
+    """What runs at once: one set for CPUs (`size` is None); on a GPU of `size` bytes, or of
+    --gpu-memory, of each the most that its plan has room for. --slots is heeded."""
+    activations = activation_bytes(config, Sizes.train_tokens, args.rank)
+    sizes = Sizes(recompute=activations > RECOMPUTE_ABOVE)
+    if size is not None:
+        size = args.gpu_memory * 2**30 if args.gpu_memory else size
+        for name, values in ON_GPU.items():
+            for value in values:
+                larger = replace(sizes, **{name: value})
+                plan = memory_plan(config, counts, args.rank, args.max_new_tokens, larger)
+                if fits(plan, USED * size):
+                    sizes = larger
+                    break
+    return replace(sizes, slots=args.slots or sizes.slots)
 
 
 def dry_run(args: argparse.Namespace) -> int:
@@ -128,18 +137,19 @@ def dry_run(args: argparse.Namespace) -> int:
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
     counts = parameter_counts(config, args)
-    sizes = [args.gpu_memory] if args.gpu_memory else [24, 40, 80]
-    slots = [choose_slots(config, counts, args, size * 2**30) for size in sizes]
-    plans = [memory_plan(config, counts, args.rank, args.max_new_tokens, n) for n in slots]
-    parts = list(dict.fromkeys(part for stage in plans[0].values() for part in stage))
-    for n in dict.fromkeys(slots):
-        print(f"{path}: {n} slots, {TRAIN_TOKENS} training tokens a micro-batch, GiB:\n")
+    cards = [args.gpu_memory] if args.gpu_memory else [24, 40, 80]
+    chosen = [choose_sizes(config, counts, args, card * 2**30) for card in cards]
+    plans = [memory_plan(config, counts, args.rank, args.max_new_tokens, c) for c in chosen]
+    for card, plan in zip(cards, plans):
+        parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
+        print(f"{path}, a GPU of {card:g} GB, GiB:\n")
         print(table(("stage", *parts, "sum"), [
             [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
-             f"{sum(stage.values()) / 2**30:.2f}"]
-            for name, stage in plans[slots.index(n)].items()]) + "\n")
+             f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]) + "\n")
     print("With 1 GiB left to the driver:\n")
-    print(table(("GPU", "all five stages fit", "slots"), [
-        [f"{size:g} GB", "yes" if fits(plan, size * 2**30) else "no", n]
-        for size, plan, n in zip(sizes, plans, slots)]))
+    print(table(("GPU", "all five stages fit", "slots", "scoring tokens", "training tokens",
+                 "layers computed twice"), [
+        [f"{card:g} GB", "yes" if fits(plan, card * 2**30) else "no", c.slots, c.score_tokens,
+         c.train_tokens, "yes" if c.recompute else "no"]
+        for card, c, plan in zip(cards, chosen, plans)]))
     return 0

@@ -10,7 +10,7 @@ from typing import Sequence
 
 from bootstrap import ANSWER_TEMPERATURE, HELD_OUT
 from judge import JUDGES, VERDICT_RULES
-from model import SLOTS, Transformer
+from model import Sizes, Transformer
 from queries import QUERY_RULES, STYLES
 from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
@@ -27,7 +27,8 @@ FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
                "gate_pool": "gate", "gate_target": "gate", "gate_threshold": "gate",
                "gate_rate": "gate", "gate_rules": "gate", "rank": "lora", "alpha": "lora",
                "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
-               "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora"}
+               "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora",
+               "train_tokens": "lora"}
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
 QUICK = {"queries": 10, "max_new_tokens": 64, "epochs": 4, "batch_size": 4}
 JUDGE_NAMES = ("auto", *JUDGES, NOBODY)
@@ -40,8 +41,7 @@ MOST_TRAFFIC = 200  # messages of ordinary traffic; no more than there are queri
 GATE_RULES = (GATE_FOLDS, GATE_STEPS, GATE_OPTIMIZER, MOST_TRAFFIC)
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 WEIGHT_DECAY, CLIP = 0.01, 1.0
-TRAIN_TOKENS = 4096  # padded tokens in one micro-batch
-LORA_RULES = (HELD_OUT, WARMUP, WEIGHT_DECAY, CLIP, TRAIN_TOKENS)
+LORA_RULES = (HELD_OUT, WARMUP, WEIGHT_DECAY, CLIP)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,10 +77,11 @@ def parser() -> argparse.ArgumentParser:
                      help="do this stage and those after it again")
     run.add_argument("--dry-run", action="store_true",
                      help="print the memory plan of --model (or of a config.json) and end")
-    run.add_argument("--gpu-memory", type=float, metavar="GB", help="plan for a GPU of this size")
+    run.add_argument("--gpu-memory", type=float, metavar="GB", help="plan for a GPU of this size, "
+                     "instead of the one there")
     run.add_argument("--slots", type=whole_or_auto, metavar="auto|N",
-                     help=f"answers decoded together (default: auto, {SLOTS} on a CPU; on a GPU "
-                     "the most that the memory plan allows, up to 256)")
+                     help=f"answers decoded together (default: auto, {Sizes.slots} on a CPU; on a "
+                     "GPU the most that the memory plan allows, up to 256)")
     run.add_argument("--overwrite", action="store_true",
                      help="drop the results that other settings or edited files make invalid (all "
                      "of a complete run, if none do)")
@@ -194,7 +195,8 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
                  "base_source": base_source(folder, args.model),
                  "base_fingerprint": fingerprint(folder),
                  "text_fingerprint": text_fingerprint(folder), "device": net.device.type,
-                 "dtype": str(net.dtype).removeprefix("torch."), "slots": net.slots,
+                 "dtype": str(net.dtype).removeprefix("torch."), "slots": net.sizes.slots,
+                 "score_tokens": net.sizes.score_tokens, "train_tokens": net.sizes.train_tokens,
                  "judge_fingerprint": judge_fingerprint,
                  "rule_sha256": rule_hash(args.judge), "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.

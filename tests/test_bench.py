@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 import bench
 import queries
-from bench import Row, Setup, bit_equal, main, medians, peak_bytes, saved_bytes, table
+from bench import Row, Setup, Workload, bit_equal, main, medians, peak_bytes, saved_bytes, table
 from engine import Engine, Request, hidden_states
 from support.config import Config
 from support.hub import read_json
@@ -79,9 +79,8 @@ def test_parts_on_the_tiny_model(shape: bool, folder: Path, tmp_path: Path,
     """A part would not run, of a checkpoint or of a config alone, lack transformers and peft beside
     it, or not be in --json's rows."""
     monkeypatch.setattr(bench, "QWEN_VOCAB", 500)
-    monkeypatch.setattr(bench, "PROMPTS", 4)
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
-    monkeypatch.setattr(bench, "TRAINED", (2, 64))
+    monkeypatch.setattr(bench, "ON_CPU", Workload(prompts=4, trained=(2, 64)))
     what = ["--model", str(folder)]
     if shape:
         config = json.loads((folder / "config.json").read_text())

@@ -18,7 +18,7 @@ from bootstrap import check_order, won_pairs, write_answers, write_verdicts
 from engine import Engine
 from generate import generate
 from judge import Comparison, LikelihoodJudge
-from model import Transformer
+from model import Sizes, Transformer
 from queries import Query, write_queries
 from support.hub import InputError
 from support.personas import load_personas
@@ -61,7 +61,7 @@ def test_a_row_is_a_function_of_the_seed_and_its_name(tmp_path: Path, net: Trans
 def test_a_chunk_fills_the_slots_twice(tmp_path: Path, net: Transformer, tok: Tokenizer,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """More slots, as on a GPU, would wait for answers: a chunk has two for each."""
-    monkeypatch.setattr(net, "slots", 2)
+    monkeypatch.setattr(net, "sizes", Sizes(slots=2))
     engines = Mock(wraps=Engine)
     monkeypatch.setattr(generate_module, "Engine", engines)
     asked = [Query(PIRATE.name, i, text) for i, text in enumerate(QUESTIONS)]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from bench import saved_bytes
 from engine import PrefixReader
-from model import Transformer, load
+from model import Sizes, Transformer, load
 from prism import PRISM
 from support import memory
 from support.config import FAMILIES, Config, kept_tokens
@@ -43,16 +43,22 @@ def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize(("gigabytes", "asked", "slots"), [
-    (None, None, 32), (16, None, 32), (24, None, 32), (40, None, 128), (80, None, 256),
-    (None, 5, 5), (80, 5, 5)])
-def test_slots_are_what_fits(gigabytes: float | None, asked: int | None, slots: int) -> None:
-    """A GPU would idle with a CPU's few slots, or run out of memory; or --slots not be heeded."""
+@pytest.mark.parametrize(("gigabytes", "flags", "expected"), [
+    (None, [], Sizes(recompute=True)), (16, [], Sizes(recompute=True)),
+    (24, [], Sizes(32, 16384, 16384, True)), (40, [], Sizes(128, 16384, 4096, False)),
+    (80, [], Sizes(256, 16384, 8192, False)), (141, [], Sizes(256, 16384, 16384, False)),
+    (None, ["--slots", "5"], Sizes(5, recompute=True)),
+    (80, ["--slots", "5"], Sizes(5, 16384, 8192, False)),
+    (80, ["--gpu-memory", "16"], Sizes(recompute=True))])
+def test_a_gpu_does_as_much_at_once_as_fits(gigabytes: float | None, flags: list[str],
+                                            expected: Sizes) -> None:
+    """A GPU would idle with a CPU's few slots and small batches, run out of memory, or compute
+    layers twice that it could keep; or --slots or --gpu-memory would not be heeded."""
     config = Config.from_json(QWEN_7B, "config.json")
-    args = train.parser().parse_args(["--max-new-tokens", "512"] + (
-        ["--slots", str(asked)] if asked else []))
+    args = train.parser().parse_args(["--max-new-tokens", "512", *flags])
     counts = memory.parameter_counts(config, args)
-    assert memory.choose_slots(config, counts, args, gigabytes and gigabytes * 2**30) == slots
+    size = gigabytes and gigabytes * 2**30
+    assert memory.choose_sizes(config, counts, args, size) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -107,7 +113,7 @@ def test_shared_beginnings_are_missing_in_the_plan(heads: int, ids: int) -> None
                                "num_attention_heads": 32, "num_key_value_heads": heads,
                                "torch_dtype": "bfloat16"}, "config.json")
     assert kept_tokens(config, config.dtype) == ids
-    plan = memory.memory_plan(config, (1, 1), 16, 512)
+    plan = memory.memory_plan(config, (1, 1), 16, 512, Sizes())
     for stage in ("1-2 answers", "3 verdicts"):
         assert plan[stage]["shared beginnings"] == ids * 32 * 2 * heads * 128 * 2 == 2**31
 
@@ -117,10 +123,9 @@ def test_arithmetic_of_training_is_miscounted(net: Transformer,
     """Against what torch counts: recomputed layers cost nearly half more, not a third."""
     ids = torch.randint(5, 200, (8, 64), generator=torch.Generator().manual_seed(0))
     counted, expected = [], []
-    for above in (memory.RECOMPUTE_ABOVE, -1):
-        monkeypatch.setattr(memory, "RECOMPUTE_ABOVE", above)
+    for recompute in (False, True):
+        monkeypatch.setattr(net, "sizes", Sizes(recompute=recompute))
         prism = randomize_adapter(PRISM(net, rank=1))
-        recompute = memory.recomputes(net.config, 1)
         with one_thread(), FlopCounterMode(display=False) as counter:
             net.hidden(ids, prism.adapter, len(ids), recompute=recompute).sum().backward()
         counted.append(counter.get_total_flops())

@@ -25,9 +25,8 @@ from bench import saved_bytes
 from bootstrap import Pair, hold_out, won_pairs
 from gate import train_gate
 from generate import gate_features, generate
-from model import Transformer, load
+from model import Sizes, Transformer, load
 from prism import PRISM
-from support import memory
 from support.checkpoint import fingerprint
 from support.hub import InputError
 from support.personas import Persona
@@ -149,8 +148,8 @@ def test_recomputed_layers_give_the_same_gradients(net: Transformer, samples: li
                                                    monkeypatch: Patch) -> None:
     """Gradient checkpointing would draw another dropout mask, change a bit, or save no memory."""
     found, held = [], []
-    for above in (memory.RECOMPUTE_ABOVE, -1):
-        monkeypatch.setattr(memory, "RECOMPUTE_ABOVE", above)
+    for recompute in (False, True):
+        monkeypatch.setattr(net, "sizes", Sizes(recompute=recompute))
         prism = randomize_adapter(PRISM(net, dropout=0.3))
 
         def loss() -> Tensor:
