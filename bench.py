@@ -908,12 +908,12 @@ def _main(args: argparse.Namespace) -> int:
     for name in names:
         print(f"{name} ...", file=sys.stderr)
         rows += PARTS[name](setup)
+        if args.json:  # after each part: a rented machine's time may be over before the last
+            found = [asdict(r) | {"gain": r.gain} for r in rows]
+            write_file(args.json, json.dumps({**machine, "rows": found}, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in machine.items()) + "\n\n" + table(rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\npeak memory of this process: {peak:.1f} GiB")
-    if args.json:
-        write_file(args.json, json.dumps({**machine, "rows": [asdict(r) | {"gain": r.gain}
-                                                              for r in rows]}, indent=1) + "\n")
     return 0
 
 

@@ -37,7 +37,7 @@ nvidia-smi | tee "$out/card.txt"
 step tests 60 python -m pytest -q -m cuda tests/test_cuda.py
 step quick 50 python train.py "${model[@]}" --quick --out "$out/quick"
 step plan 20 python train.py --model tests/shapes/qwen2.5-7b.json --dry-run
-shape qwen2.5-0.5b 80 generation,routing,lora,kl,sampler
+shape qwen2.5-0.5b 80 routing,lora,kl,sampler,generation
 # The same decoding in CUDA graphs, which are off unless asked for until they have run once.
 step bench-graphs 40 env PRISM_STATIC=1 python bench.py --shape qwen2.5-0.5b --only generation \
     --repeats 3 --json "$out/bench-graphs.json"

@@ -100,6 +100,20 @@ def test_parts_on_the_tiny_model(shape: bool, folder: Path, tmp_path: Path,
     assert alone[0]["ours"] == 1
 
 
+def test_rows_are_kept_when_time_is_over(folder: Path, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rented machine had measured would be lost with the part that did not end."""
+    def endless(setup: Setup) -> list[Row]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "PARTS", {
+        "kl": lambda setup: [Row("a part", "ms", 2.0, 4.0)], "sampler": endless})
+    assert main(["--model", str(folder), "--device", "cpu", "--json",
+                 str(tmp_path / "out.json")]) == 130
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(r["part"], r["gain"]) for r in rows] == [("a part", 2.0)]
+
+
 @pytest.mark.parametrize("name", [path.stem for path in bench.SHAPES.glob("*.json")])
 def test_shapes_are_read(name: str) -> None:
     """A shape would be found out to be none when the GPU that it is for has been rented."""
