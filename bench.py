@@ -20,7 +20,6 @@ import contextlib
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -53,7 +52,7 @@ from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_js
                          write_file)
 from support.memory import choose_sizes, count_parameters, training_flops
 from support.personas import load_personas
-from support.runs import split_chunks
+from support.runs import peak_memory, split_chunks
 from tokenizer import Tokenizer
 
 QWEN_VOCAB = 151_936  # the vocabulary of Qwen2.5, where loss and sampler matter most
@@ -121,11 +120,12 @@ class Workload:
 
     prompts: int = 96  # of the stage-2 workload
     peer_batches: tuple[int, ...] = (8, 32)
+    peer_rows: int = 8  # of a training step at once, in the peer: its activations are large
     routed: int = 90  # tokens of the prompt whose first token is waited for
     trained: tuple[int, int] = (16, 512)  # rows and tokens of a step; half of each row is answer
 
 
-ON_CPU, ON_GPU = Workload(), Workload(512, (64, 256), 512, (16, 1024))
+ON_CPU, ON_GPU = Workload(), Workload(512, (256,), 2, 512, (16, 1024))
 
 
 class Setup:
@@ -135,9 +135,10 @@ class Setup:
     its own: right for speed and memory, and nothing is fetched. Prompts are the default model's.
     """
 
-    def __init__(self, name: str, device: str, dtype: str, repeats: int, shape: Path | None = None):
+    def __init__(self, name: str, device: str, dtype: str, repeats: int, shape: Path | None = None,
+                 with_peer: bool = True):
         where = choose_device(device)
-        self.repeats, self.shape = repeats, shape
+        self.repeats, self.shape, self.with_peer = repeats, shape, with_peer
         if shape is None:
             self.net = load(name, where, choose_dtype(dtype, where))
             self.tokenizer = Tokenizer(self.net.folder)
@@ -159,7 +160,9 @@ class Setup:
 
     @property
     def has_peer(self) -> bool:
-        """Whether transformers and peft are installed."""
+        """Whether transformers and peft are wanted and installed."""
+        if not self.with_peer:
+            return False
         try:
             import peft  # noqa: F401
             import transformers  # noqa: F401
@@ -254,7 +257,7 @@ print(*times)"""
 
 
 def generation(s: Setup) -> list[Row]:
-    """The stage-2 workload end to end, a decode step against its floor, and a single stream."""
+    """The stage-2 workload end to end."""
     rows, prompts, stop = [], s.prompts(s.work.prompts), s.stop
     counts: dict[str, int] = {}
 
@@ -276,6 +279,7 @@ def generation(s: Setup) -> list[Row]:
             s, prompts, NEW_TOKENS, stop, 0.7)))
 
     functions: dict[str, Callable] = {"ours": ours}
+    list(Engine(s.net, Sampling(4, 0.7), stop).run([Request(p) for p in prompts[:2]]))  # warms up
     if s.has_peer:
         peer_generate(s, prompts[:2], 4, stop, 0.7)  # loads it
         functions |= {f"at batch {b}": theirs(b) for b in s.work.peer_batches}
@@ -285,16 +289,21 @@ def generation(s: Setup) -> list[Row]:
     for name in list(speed)[1:] or [None]:
         rows.append(Row("generation, stage-2 workload" + (f"; peer {name}" if name else ""),
                         "tokens/s", speed["ours"], speed.get(name)))
-    rows += decode_step(s, 8)
+    return rows
+
+
+def decoding(s: Setup) -> list[Row]:
+    """A decode step against its floor, and a single stream."""
+    rows, prompt = decode_step(s, 8), s.prompts(1)[0]
     if s.net.device.type == "cuda":
         rows += decode_step(s, 32, keys=1024) + decode_step(s, 256)
 
     def single() -> None:
         engine = Engine(s.net, Sampling(64, 0.0), set(), 1)
-        list(engine.run([Request(prompts[0])]))
+        list(engine.run([Request(prompt)]))
     functions = {"ours": single}
     if s.has_peer:
-        functions["peer"] = lambda: peer_generate(s, prompts[:1], 64, set(), 0.0)
+        functions["peer"] = lambda: peer_generate(s, [prompt], 64, set(), 0.0)
     t = medians(functions, s.repeats)
     rows.append(Row("single stream, 64 tokens", "tokens/s", 64 / t["ours"],
                     64 / t["peer"] if "peer" in t else None))
@@ -388,7 +397,8 @@ def peer_step(model: torch.nn.Module, s: Setup, batch: int, keys: int,
     """The same step in transformers: its cache is cut back to `keys` tokens after each."""
     ids = torch.arange(batch * keys, device=s.net.device).view(batch, keys) % 1000 + 5
     with torch.inference_mode():
-        cache = model(input_ids=ids, use_cache=True, **kwargs).past_key_values
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1,
+                      **kwargs).past_key_values
     token = torch.arange(batch, device=s.net.device)[:, None]
 
     @torch.inference_mode()
@@ -466,6 +476,7 @@ def bit_equal(s: Setup) -> bool:
 def lora(s: Setup) -> list[Row]:
     """The adapter while training, dropout included on both sides: forward and backward of a layer's
     adapted linears against the frozen ones, what a layer keeps in between, and a whole step."""
+    s._peer = None  # peft has a copy of its own
     net, block, adapter = s.net, s.net.layers[-1], s.prism.adapter[-1]
     linears = {name.rpartition(".")[2]: m for name, m in block.named_modules()
                if isinstance(m, GatedLoRALinear)}
@@ -597,7 +608,7 @@ def training_step(s: Setup) -> list[Row]:
         theirs = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
 
         def peer() -> None:
-            for part, taught in zip(ids.split(rows // 2), teacher.split(rows // 2)):
+            for part, taught in zip(ids.split(s.work.peer_rows), teacher.split(s.work.peer_rows)):
                 logits = model(input_ids=part).logits[:, answer_of(ids)].flatten(0, 1)
                 with torch.no_grad():
                     target = s.net.head(taught.flatten(0, 1))
@@ -823,15 +834,14 @@ def profile(s: Setup) -> list[Row]:
     steps = {"decode step, batch 32, half gated": our_step(s, 32, 16, 200),
              "training step": our_training_step(s)}
     for name, step in steps.items():
-        step()  # warms up
-        begun = time.perf_counter()
+        medians({"step": step}, 1)  # warms up
         with torch.profiler.profile(activities=activities) as found:
-            step()
-            if s.net.device.type == "cuda":
-                torch.cuda.synchronize()
-        whole, events = time.perf_counter() - begun, found.key_averages()
+            whole = medians({"step": step}, 1, warmup=0)["step"]
+        events = found.key_averages()
         print(f"{name}\n{events.table(sort_by=order, row_limit=10)}", file=sys.stderr)
-        busy = sum(getattr(e, order.replace("cuda", "device")) for e in events)
+        kind = getattr(torch.autograd.DeviceType, s.net.device.type.upper())  # not launches, too
+        busy = sum(getattr(e, order.replace("cuda", "device")) for e in events
+                   if e.device_type == kind)
         rows.append(Row(f"{name}, profiled (floor: the operations alone)", "ms", 1e3 * whole,
                         floor=busy / 1e3))
     return rows
@@ -842,8 +852,8 @@ def profile(s: Setup) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Setup], list[Row]]] = {
-    "loading": loading, "generation": generation, "routing": routing, "lora": lora, "kl": kl,
-    "sampler": sampler, "pipeline": pipeline, "profile": profile}
+    "loading": loading, "generation": generation, "decoding": decoding, "routing": routing,
+    "lora": lora, "kl": kl, "sampler": sampler, "pipeline": pipeline, "profile": profile}
 BY_NAME = ("pipeline", "profile")  # not in the default set
 OF_FILES = ("loading", "pipeline")  # nothing for a --shape
 
@@ -870,6 +880,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", help="parts, by comma; default "
                    + ",".join(n for n in PARTS if n not in BY_NAME)
                    + "; only by name: " + ", ".join(BY_NAME))
+    p.add_argument("--no-peer", action="store_true", help="measure ours alone")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     p.add_argument("--repeats", type=int, default=5, help="at least; default %(default)s")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
@@ -899,8 +910,9 @@ def _main(args: argparse.Namespace) -> int:
         raise InputError(f"--repeats is {args.repeats}, it must be at least 1")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise InputError(f"--json {args.json}: not a file in a folder that exists")
-    setup, rows = Setup(args.model, args.device, args.dtype, args.repeats, shape), []
-    if not setup.has_peer:
+    setup, rows = Setup(args.model, args.device, args.dtype, args.repeats, shape,
+                        not args.no_peer), []
+    if not (args.no_peer or setup.has_peer):
         print("transformers and peft are not installed: no peer", file=sys.stderr)
     machine = {"model": args.shape or args.model, "dtype": str(setup.net.dtype),
                "device": str(setup.net.device), "threads": torch.get_num_threads(),
@@ -912,8 +924,7 @@ def _main(args: argparse.Namespace) -> int:
             found = [asdict(r) | {"gain": r.gain} for r in rows]
             write_file(args.json, json.dumps({**machine, "rows": found}, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in machine.items()) + "\n\n" + table(rows))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\npeak memory of this process: {peak:.1f} GiB")
+    print(f"\npeak memory: {peak_memory() / 2**30:.1f} GiB")
     return 0
 
 

@@ -27,7 +27,6 @@ from support.device import batches, pad, upload
 from support.distributed import progress_bar
 from support.hub import InputError
 
-SCORE_LOGITS = 2**23  # logits made at once while scoring: 32 MB in fp32
 # Steps of fixed shapes, rounded up to so many keys. Never run on a GPU yet, so only if asked for.
 STATIC, STATIC_KEYS = os.environ.get("PRISM_STATIC") == "1", 256
 MOST_PADDING = 1.25  # longest of the shared beginnings that are read together, over the shortest
@@ -196,8 +195,10 @@ class Engine:
         self.draws = torch.zeros(slots, self.sampling.max_new_tokens, device=device)
         with progress_bar(bar, "answer", total=len(requests)) as shown:
             while queue or self.busy:
-                if queue and len(self.busy) < self.slots:
-                    group = queue[:self.slots - len(self.busy)]
+                free = self.slots - len(self.busy)
+                # With many slots a few wait for each other, else every step would read a prompt.
+                if queue and free >= min(len(queue), max(1, self.slots // 32)):
+                    group = queue[:free]
                     del queue[:len(group)]
                     self._admit(group, requests)
                 else:
@@ -420,7 +421,7 @@ def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
     # Filled in place: small results kept between the large temporaries fragment the heap (measured:
     # 7.8 GiB instead of 1.2). And one buffer for all chunks: new memory costs as much as the rest.
     logs = torch.empty(len(flat), device=net.device)
-    size = max(1, SCORE_LOGITS // net.config.vocab_size)
+    size = max(1, net.sizes.score_logits // net.config.vocab_size)
     buffer = torch.empty(min(size, len(flat)), net.config.vocab_size, device=net.device)
     with torch.inference_mode():
         for i in range(0, len(flat), size):

@@ -45,6 +45,7 @@ class Sizes:
 
     slots: int = 32  # rows that an engine decodes together
     score_tokens: int = 4096  # padded tokens in a scoring batch
+    score_logits: int = 2**23  # logits made at once while scoring: 32 MB in fp32
     train_tokens: int = 4096  # padded tokens in a micro-batch of training
     recompute: bool = False  # training computes layers twice, to keep less; no result depends on it
 

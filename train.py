@@ -32,12 +32,12 @@ from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
 from sampling import derive_seed
 from support.card import write_card
-from support.device import batches, choose_device, choose_dtype, memory_of, pad
+from support.device import batches, choose_device, choose_dtype, memory_of, pad, upload
 from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
-from support.memory import choose_sizes, count_parameters, dry_run, training_flops
+from support.memory import QUERY_ROOM, choose_sizes, count_parameters, dry_run, training_flops
 from support.messages import conversation
 from support.personas import Persona, texts_by_name
 from support.report import findings, summarize, write_report
@@ -178,16 +178,16 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
     PRISM's; "sft" is the cross-entropy of the won answers, the paper's baseline."""
     net = prism.net
     ids, _ = pad([s.ids for s in samples], net.device)
+    teacher = upload(torch.cat([s.teacher for s in samples]), net.device)
     hidden = net.hidden(ids, prism.adapter, len(samples), generator, net.sizes.recompute)
-    states, teachers, answers = [], [], []
+    states, answers = [], []
     for row, s in zip(hidden, samples):
         states.append(row[s.start - 1:len(s.ids) - 1])  # those that predict the answer's tokens
-        teachers.append(s.teacher)
         answers += s.ids[s.start:]
     student = torch.cat(states)
     if loss == "sft":
         return answer_loss(student, torch.tensor(answers, device=net.device), net)
-    return distill_loss(student, torch.cat(teachers).to(net.device), net, temperature)
+    return distill_loss(student, teacher, net, temperature)
 
 
 def count_tokens(samples: Sequence[Sample]) -> tuple[int, int]:
@@ -365,7 +365,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
     counts = count_parameters(net, prism.adapter)
-    net.sizes = choose_sizes(net.config, counts, args, memory_of(device))
+    prompt = max(len(tokenizer.render(conversation("", p.text))) for p in personas) + QUERY_ROOM
+    net.sizes = choose_sizes(net.config, counts, args, memory_of(device), prompt)
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
     with RunFolder(args.out) as run:
         with main_first():

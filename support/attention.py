@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# cuDNN's attention makes a plan for every new number of keys, and a decoding step has one more each
+# time: tens of milliseconds a step. torch's other kernels take any.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
            scale: float | None = None, cap: float | None = None) -> Tensor:

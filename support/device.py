@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Sequence
 
 import torch
@@ -17,6 +18,8 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         InputError: not a device that torch has here.
     """
+    if torch.cuda.is_available():  # so that torchrun's processes do not all open the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

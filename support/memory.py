@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import SCORE_LOGITS
 from model import Sizes, Transformer
 from prism import KL_CHUNK_ELEMENTS, PRISM
 from support.config import Config, cache_bytes, kept_tokens
@@ -19,12 +18,13 @@ from support.report import table
 from support.runs import CHUNK
 from support.settings import GATE_DEPTH
 
-PLAN_PROMPT = 512  # tokens of persona and query that --dry-run plans for
+PLAN_PROMPT = 512  # tokens of persona and query that are planned for, at least
+QUERY_ROOM = 128  # of these, of a query
 PLAN_ROW = 1024  # tokens of a training row it plans for: the default --max-len
 # What a GPU may do at once, if there is room: the best first. Sixteen rows of training, all of a
 # step's, are 16,384 tokens; more would be for nothing.
 ON_GPU = {"recompute": (False,), "slots": (256, 128, 64), "score_tokens": (16384, 8192),
-          "train_tokens": (16384, 8192)}
+          "score_logits": (2**26,), "train_tokens": (16384, 8192)}
 DRIVER = 2**30  # bytes that are left to a GPU's driver
 USED = 0.9  # share of the rest that may be planned for more than CPUs do at once
 RECOMPUTE_ABOVE = 4 * 2**30  # bytes of activations from which a CPU computes layers twice instead
@@ -75,15 +75,17 @@ def count_parameters(*parts: nn.Module) -> tuple[int, ...]:
 
 
 def memory_plan(config: Config, counts: tuple[int, int], rank: int,
-                new_tokens: int, sizes: Sizes) -> dict[str, dict[str, int]]:
-    """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`."""
+                new_tokens: int, sizes: Sizes,
+                prompt: int = PLAN_PROMPT) -> dict[str, dict[str, int]]:
+    """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`, `prompt` the tokens
+    of the longest context and its query."""
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
     weights, trained = counts[0] * size, counts[1]
     token = cache_bytes(config, config.dtype)
     held = max(kept_tokens(config, config.dtype), sizes.score_tokens)  # one call may need more
-    reading = (4 * d + 3 * wide) * size  # what one layer holds of a token while it computes
+    reading = 4 * (d + wide) * size  # what one layer holds of a token while it computes
     if config.attention_cap is not None:  # its scores, three times in fp32
-        reading += config.num_heads * PLAN_PROMPT * 12
+        reading += config.num_heads * prompt * 12
     activations = activation_bytes(config, sizes.train_tokens, rank)
     if sizes.recompute:  # every layer's input, and all of one layer
         activations = (config.num_layers * sizes.train_tokens * d * size
@@ -91,17 +93,18 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int,
     logits = 3 * 4 * config.vocab_size  # fp32 logits of a row, probabilities, running sums
     return {
         "1-2 answers": {"weights": weights,
-                        "KV slots": sizes.slots * (PLAN_PROMPT + new_tokens) * token,
-                        "reading prompts": sizes.slots * PLAN_PROMPT * (reading + token),
+                        "KV slots": sizes.slots * (prompt + new_tokens) * token,
+                        "reading prompts": sizes.slots * prompt * (reading + token),
                         "shared beginnings": held * token,
                         "sampling": sizes.slots * logits},
         "3 verdicts": {"weights": weights,
                        "scoring batch": sizes.score_tokens * (reading + 3 * token),
-                       "shared beginnings": held * token, "logits": 3 * 4 * SCORE_LOGITS},
-        "4 gate": {"weights": weights, "reading prompts": CHUNK * PLAN_PROMPT * reading},
+                       "shared beginnings": held * token, "logits": 3 * 4 * sizes.score_logits},
+        "4 gate": {"weights": weights, "reading prompts": CHUNK * prompt * reading},
         # fp32 master, gradient and two moments, and the cast copy
         "5 adapter": {"weights": weights, "LoRA and optimizer": trained * (16 + size),
                       "activations": activations,
+                      "a layer's gradients": sizes.train_tokens * 5 * wide * size,
                       "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + 2 * size)}}  # on a GPU
 
 
@@ -111,7 +114,7 @@ def fits(plan: dict[str, dict[str, int]], size: float) -> bool:
 
 
 def choose_sizes(config: Config, counts: tuple[int, int], args: argparse.Namespace,
-                 size: float | None) -> Sizes:
+                 size: float | None, prompt: int = PLAN_PROMPT) -> Sizes:
     """What runs at once: one set for CPUs (`size` is None); on a GPU of `size` bytes, or of
     --gpu-memory, of each the most that its plan has room for. --slots is heeded."""
     activations = activation_bytes(config, Sizes.train_tokens, args.rank)
@@ -121,7 +124,7 @@ def choose_sizes(config: Config, counts: tuple[int, int], args: argparse.Namespa
         for name, values in ON_GPU.items():
             for value in values:
                 larger = replace(sizes, **{name: value})
-                plan = memory_plan(config, counts, args.rank, args.max_new_tokens, larger)
+                plan = memory_plan(config, counts, args.rank, args.max_new_tokens, larger, prompt)
                 if fits(plan, USED * size):
                     sizes = larger
                     break

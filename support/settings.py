@@ -196,7 +196,8 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
                  "base_fingerprint": fingerprint(folder),
                  "text_fingerprint": text_fingerprint(folder), "device": net.device.type,
                  "dtype": str(net.dtype).removeprefix("torch."), "slots": net.sizes.slots,
-                 "score_tokens": net.sizes.score_tokens, "train_tokens": net.sizes.train_tokens,
+                 "score_tokens": net.sizes.score_tokens, "score_logits": net.sizes.score_logits,
+                 "train_tokens": net.sizes.train_tokens,
                  "judge_fingerprint": judge_fingerprint,
                  "rule_sha256": rule_hash(args.judge), "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.

@@ -17,7 +17,7 @@ step() {  # NAME SECONDS COMMAND...
     local name=$1 limit=$2 begun=$SECONDS
     shift 2
     echo "== $name: $*"
-    timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 30
+    timeout -k 10 "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 30
     echo "$name: status ${PIPESTATUS[0]}, $((SECONDS - begun)) s of $limit" | tee -a "$out/steps.txt"
 }
 
@@ -37,9 +37,9 @@ nvidia-smi | tee "$out/card.txt"
 step tests 60 python -m pytest -q -m cuda tests/test_cuda.py
 step quick 50 python train.py "${model[@]}" --quick --out "$out/quick"
 step plan 20 python train.py --model tests/shapes/qwen2.5-7b.json --dry-run
-shape qwen2.5-0.5b 80 routing,lora,kl,sampler,generation
+shape qwen2.5-0.5b 90 decoding,routing,lora,kl,sampler,generation
 # The same decoding in CUDA graphs, which are off unless asked for until they have run once.
-step bench-graphs 40 env PRISM_STATIC=1 python bench.py --shape qwen2.5-0.5b --only generation \
-    --repeats 3 --json "$out/bench-graphs.json"
-shape qwen2.5-7b 100 routing,lora,generation
+step bench-graphs 30 env PRISM_STATIC=1 python bench.py --shape qwen2.5-0.5b --no-peer \
+    --only generation --repeats 3 --json "$out/bench-graphs.json"
+shape qwen2.5-7b 100 decoding,routing,lora,generation
 step default 190 python train.py "${model[@]}" --out "$out/default"

@@ -45,10 +45,11 @@ def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize(("gigabytes", "flags", "expected"), [
     (None, [], Sizes(recompute=True)), (16, [], Sizes(recompute=True)),
-    (24, [], Sizes(32, 16384, 16384, True)), (40, [], Sizes(128, 16384, 4096, False)),
-    (80, [], Sizes(256, 16384, 8192, False)), (141, [], Sizes(256, 16384, 16384, False)),
+    (24, [], Sizes(32, 16384, 2**23, 8192, True)), (40, [], Sizes(64, 16384, 2**26, 4096, False)),
+    (80, [], Sizes(256, 16384, 2**26, 8192, False)),
+    (141, [], Sizes(256, 16384, 2**26, 16384, False)),
     (None, ["--slots", "5"], Sizes(5, recompute=True)),
-    (80, ["--slots", "5"], Sizes(5, 16384, 8192, False)),
+    (80, ["--slots", "5"], Sizes(5, 16384, 2**26, 8192, False)),
     (80, ["--gpu-memory", "16"], Sizes(recompute=True))])
 def test_a_gpu_does_as_much_at_once_as_fits(gigabytes: float | None, flags: list[str],
                                             expected: Sizes) -> None:
@@ -59,6 +60,8 @@ def test_a_gpu_does_as_much_at_once_as_fits(gigabytes: float | None, flags: list
     counts = memory.parameter_counts(config, args)
     size = gigabytes and gigabytes * 2**30
     assert memory.choose_sizes(config, counts, args, size) == expected
+    if gigabytes == 80 and not flags:
+        assert memory.choose_sizes(config, counts, args, size, prompt=2048).slots == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
