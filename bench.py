@@ -40,7 +40,7 @@ import train
 from engine import Engine, Output, PrefixReader, Request
 from generate import stop_tokens
 from lora import GatedLoRALinear, LoRA
-from model import RMSNorm, Transformer, allocate, load
+from model import KVCache, RMSNorm, Transformer, load
 from prism import PRISM, LinearKL, distill_loss
 from support import report
 from sampling import Sampling, derive_seed, sample
@@ -206,7 +206,7 @@ class Setup:
 
     def prompts(self, n: int) -> list[list[int]]:
         """n prompts of mixed length (about 40 to 190 tokens) made from the personas' texts."""
-        words = " ".join(p.text for p in load_personas(Path(__file__).parent / "personas")).split()
+        words = " ".join(load_personas(Path(__file__).parent / "personas").values()).split()
         return [self.tokenizer.render([{"role": "user", "content": "Explain this to a child: "
                                         + " ".join(words[i * 7:i * 7 + 5 + i * 37 % 120])}])
                 for i in range(n)]
@@ -215,9 +215,8 @@ class Setup:
 def random_net(path: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
     """A net of a config.json with random weights, made on the device."""
     config = replace(Config.from_json(read_json(path), str(path)), dtype=dtype)
-    with torch.device("meta"):
+    with device:
         net = Transformer(config)
-    allocate(net, device)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(0.0, 0.02)
@@ -367,7 +366,7 @@ def copy_rate(device: torch.device) -> float:
 
 def our_step(s: Setup, batch: int, k: int, keys: int) -> Callable[[], Tensor]:
     """A function that advances `batch` rows by one token, the adapter on the first k."""
-    net, cache = s.net, s.net.new_cache(batch, keys + 1)
+    net, cache = s.net, KVCache(s.net, batch, keys + 1)
     tokens = torch.arange(batch, device=net.device)[:, None]
     start = torch.full((batch,), keys, device=net.device)
 
@@ -420,7 +419,7 @@ def routing(s: Setup) -> list[Row]:
 
     @torch.inference_mode()
     def routed() -> None:
-        cache = s.net.new_cache(*ids.shape)
+        cache = KVCache(s.net, *ids.shape)
         s.net.head(s.prism.prefill(ids, lengths, "auto", cache).hidden).argmax(-1)
 
     @torch.inference_mode()
@@ -485,8 +484,8 @@ def lora(s: Setup) -> list[Row]:
     def random(*shape: int) -> Tensor:
         return torch.randn(16, 256, *shape, generator=generator, device=net.device).to(net.dtype)
 
-    x = {n: random(m.in_features).requires_grad_() for n, m in linears.items()}
-    dy = {n: random(sum(m.out_features)) for n, m in linears.items()}
+    x = {n: random(m.weight.shape[1]).requires_grad_() for n, m in linears.items()}
+    dy = {n: random(len(m.weight)) for n, m in linears.items()}
 
     def ours(k: int) -> Callable[[], None]:
         def run() -> None:
@@ -568,8 +567,7 @@ def our_training_step(s: Setup) -> Callable[[], None]:
 
     def step() -> None:
         for part, taught in zip(ids.split(part_rows), teacher.split(part_rows)):
-            hidden = s.net.hidden(part, s.prism.adapter, len(part), dropout,
-                                  s.net.sizes.recompute)
+            hidden = s.net.hidden(part, s.prism.adapter, len(part), dropout)
             loss = distill_loss(hidden[:, answer_of(ids)].flatten(0, 1), taught.flatten(0, 1),
                                 s.net)
             (loss / answer_tokens).backward()

@@ -23,7 +23,6 @@ from queries import Query
 from sampling import Sampling, derive_seed
 from support.hub import InputError
 from support.messages import conversation
-from support.personas import Persona, texts_by_name
 from support.runs import RunFolder, split_chunks
 from tokenizer import Tokenizer
 
@@ -64,19 +63,18 @@ class Verdict:
 
 
 def write_answers(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-                  personas: Sequence[Persona], queries: Sequence[Query], max_new_tokens: int,
+                  personas: dict[str, str], queries: Sequence[Query], max_new_tokens: int,
                   seed: int) -> list[Pair]:
     """Stage 2: y_0 ~ P(.|x) and y_c ~ P(.|c, x) for every query, base weights both times.
 
     A chunk has two answers for each of the engine's slots; each system prompt is read once a chunk.
     """
-    texts = texts_by_name(personas)
     sampling = Sampling(max_new_tokens, ANSWER_TEMPERATURE)
     check_order(run.rows("answers.jsonl", Pair), queries, run.path / "answers.jsonl")
     for chunk in run.todo("answers", "answers.jsonl", Pair, split_chunks(queries, net.sizes.slots)):
         asked, seeds = [], []
         for q in chunk:
-            for kind, context in (("base", ""), ("expert", texts[q.persona])):
+            for kind, context in (("base", ""), ("expert", personas[q.persona])):
                 asked.append(conversation(q.query, context))
                 seeds.append(derive_seed(seed, kind, q.persona, q.index))
         answers, cost = sample_answers(net, tokenizer, asked, seeds, sampling, bar="sampling")
@@ -100,15 +98,15 @@ def check_order(rows: Sequence[Pair | Verdict], asked: Sequence[Query | Pair], p
                              "there are and in what order")
 
 
-def write_verdicts(run: RunFolder, judge: Judge, personas: Sequence[Persona],
+def write_verdicts(run: RunFolder, judge: Judge, personas: dict[str, str],
                    pairs: Sequence[Pair]) -> list[Verdict]:
     """Stage 3: t(x) = 1 where the persona's answer wins twice; everything else is t(x) = 0."""
-    texts = texts_by_name(personas)
     for chunk in run.todo("verdicts", "verdicts.jsonl", Verdict, split_chunks(pairs)):
         asked, verdicts = [], []
         for p in chunk:
             ended = p.expert_stop == p.base_stop == "eos"
-            asked.append(Comparison(p.query, texts[p.persona], p.expert, p.base, ended, p.persona))
+            asked.append(Comparison(p.query, personas[p.persona], p.expert, p.base, ended,
+                                    p.persona))
         results, cost = judge.compare(asked)
         for p, (winner, evidence) in zip(chunk, results):
             verdicts.append(Verdict(p.persona, p.index, winner, int(winner == "expert"),

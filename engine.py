@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model import KVCache, Positions, Transformer
-from prism import PRISM
+from prism import PRISM, last_states
 from sampling import Sampling, sample
 from support.config import kept_tokens
 from support.device import batches, pad, upload
@@ -102,7 +102,7 @@ class PrefixReader:
             self.prefixes = {}
         for group in group_by_length(wanted - self.prefixes.keys()):
             ids, _ = pad(group, net.device)
-            cache = net.new_cache(*ids.shape)
+            cache = KVCache(net, *ids.shape)
             self._run(ids, net.positions(ids.shape, cache))
             for at, prefix in enumerate(group):
                 self.prefixes[prefix] = cache, at
@@ -111,7 +111,7 @@ class PrefixReader:
         ids, lengths = pad(rests, net.device)
         self.tokens += sum(map(len, rests))
         keys = max(shared) + ids.shape[1]
-        cache = net.new_cache(len(rows), keys)
+        cache = KVCache(net, len(rows), keys)
         for at, (row, n) in enumerate(zip(rows, shared)):
             if n:
                 cache.copy(at, *self.prefixes[tuple(row[:n])], n)
@@ -188,7 +188,7 @@ class Engine:
         # rows of the cache, its adapter the first k of these. `_insert` and `_remove` keep it so.
         self.busy: list[Slot] = []
         self.k = 0
-        self.cache, self.graphs = self.net.new_cache(slots, self.capacity), {}
+        self.cache, self.graphs = KVCache(self.net, slots, self.capacity), {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # Of each slot: last token, cached tokens, drawn tokens, whether it is busy, and routed.
         self.state = torch.zeros(slots, 5, dtype=torch.long, device=device)
@@ -211,8 +211,9 @@ class Engine:
         """Read the prompts of `group`, draw their first tokens, and give each a slot."""
         chosen = [requests[i] for i in group]
         if self.prism is None:
-            hidden, cache = self._read(chosen)
-            outs = [Output(i) for i in group]
+            x, lengths, cache = self.reader.read([r.ids for r in chosen],
+                                                 [r.prefix for r in chosen])
+            hidden, outs = self.net.norm(last_states(x, lengths)), [Output(i) for i in group]
         else:
             hidden, cache, outs = self._read_routed(group, chosen)
         slots = []
@@ -228,18 +229,13 @@ class Engine:
             self._insert(slot, cache, row)
         self._upload()
 
-    def _read(self, chosen: Sequence[Request]) -> tuple[Tensor, KVCache]:
-        """The base's states [B, d] at the last tokens of prompts, and the cache that holds them."""
-        x, lengths, cache = self.reader.read([r.ids for r in chosen], [r.prefix for r in chosen])
-        rows = torch.arange(len(chosen), device=x.device)
-        return self.net.norm(x[rows, lengths - 1]), cache
-
     def _read_routed(self, group: Sequence[int],
                      chosen: Sequence[Request]) -> tuple[Tensor, KVCache, list[Output]]:
-        """The same through the gate, gated rows first; and the outputs in that order."""
+        """Prompts through the gate: the states [B, d] at their last tokens, gated rows first, the
+        cache that holds them, and the outputs in that order."""
         ids, lengths = pad([r.ids for r in chosen], self.net.device)
         self.reader.tokens += sum(len(r.ids) for r in chosen)
-        cache, mask = self.net.new_cache(*ids.shape), None
+        cache, mask = KVCache(self.net, *ids.shape), None
         if chosen[0].user_mask is not None:
             mask = pad([r.user_mask for r in chosen], self.net.device)[0].bool()
         routed = self.prism.prefill(ids, lengths, self.gate, cache, mask)

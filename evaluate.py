@@ -50,7 +50,7 @@ from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter, write_file)
 from support.messages import conversation, merge_system
-from support.personas import Persona, is_contrast, load_personas, persona_hash
+from support.personas import CONTRAST, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
                             read_verdicts, run_settings)
 from support.report import quoted, share, table
@@ -615,7 +615,7 @@ def run_own(e: Evaluator, strategies: Sequence[Strategy], items: Sequence[Item],
 
 @torch.no_grad()
 def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
-           personas: Sequence[Persona], limit: int | None) -> list[Row]:
+           personas: dict[str, str], limit: int | None) -> list[Row]:
     """Forward KL to the persona teacher, nats per answer token, on the run's held-out won queries:
     what was distilled, measured directly. The expert is the teacher, so its KL is 0. Queries weigh
     the same here, however long their answers are (report.md weighs tokens)."""
@@ -647,7 +647,7 @@ def held_out(folder: Path) -> list[Pair]:
     return [p for p in won_pairs(pairs, verdicts) if (p.persona, p.index) in held]
 
 
-def check_run(folder: Path, personas: Sequence[Persona]) -> None:
+def check_run(folder: Path, personas: dict[str, str]) -> None:
     """Whether kl and latency can be measured on a run's folder, before anything is spent.
 
     Raises:
@@ -1089,13 +1089,13 @@ def read_tasks(args: argparse.Namespace) -> tuple[dict[str, list[Item]], dict[st
     return items, shots
 
 
-def read_queries(task: str, args: argparse.Namespace, personas: Sequence[Persona]) -> list[Item]:
+def read_queries(task: str, args: argparse.Namespace, personas: dict[str, str]) -> list[Item]:
     """The run's held-out queries, whose experts are their personas: at most --limit, for latency
     at most LATENCY_QUERIES."""
     path = args.adapter / "queries.jsonl"
     queries = read_items([path], "jsonl", lambda row, n, _: Item(
         task, f"{row['persona']}/{row.get('index')}", row["persona"], (text(row["query"]),)))
-    lacking = {q.category for q in queries} - {p.name for p in personas}
+    lacking = {q.category for q in queries} - personas.keys()
     if lacking and "expert" in args.strategies:
         raise InputError(f"{path}: its persona {sorted(lacking)[0]!r} is not in --personas "
                          f"{args.personas}; give those of the run, or leave out the strategy "
@@ -1110,7 +1110,7 @@ def read_queries(task: str, args: argparse.Namespace, personas: Sequence[Persona
     return queries[::max(1, len(queries) // count)][:count]
 
 
-def make_strategies(args: argparse.Namespace, personas: Sequence[Persona],
+def make_strategies(args: argparse.Namespace, personas: dict[str, str],
                     items: Iterable[Item]) -> list[Strategy]:
     """The strategies that are asked for, those of --study among them.
 
@@ -1125,7 +1125,7 @@ def make_strategies(args: argparse.Namespace, personas: Sequence[Persona],
         return EXPERTS.get(f"{item.task}/{item.category}", EXPERTS.get(item.task, "helpful"))
 
     def experts(folder: Path) -> Callable[[Item], str]:
-        texts = {p.name: p.text for p in load_personas(folder)}
+        texts = load_personas(folder)
         if len(texts) == 1:
             return lambda item: next(iter(texts.values()))
         lacking = sorted({expert(item) for item in items} - set(texts))
@@ -1145,7 +1145,7 @@ def make_strategies(args: argparse.Namespace, personas: Sequence[Persona],
 
     def other(item: Item) -> str:
         at = derive_seed(args.seed, "persona", item.task, item.id) % len(personas)
-        return personas[at].text
+        return list(personas.values())[at]
 
     make: dict[str, Callable[[], Strategy]] = {
         "base": lambda: Strategy("base"),
@@ -1165,7 +1165,8 @@ def make_strategies(args: argparse.Namespace, personas: Sequence[Persona],
     if "placement" in args.study:
         chosen.append(Strategy("expert_user", experts(args.personas), in_user=True))
     if "persona-matrix" in args.study:
-        chosen += [Strategy(f"persona:{p.name}", lambda item, t=p.text: t) for p in personas]
+        chosen += [Strategy(f"persona:{name}", lambda item, t=text: t)
+                   for name, text in personas.items()]
     return chosen
 
 
@@ -1233,7 +1234,7 @@ def _main(args: argparse.Namespace) -> int:
     items |= own
     judge = load_judge(args, net, tokenizer, names)
     with RunFolder(args.out):
-        contexts = [p.name for p in personas if not is_contrast(p.name)]
+        contexts = [name for name in personas if not name.startswith(CONTRAST)]
         e = Evaluator(net, tokenizer, prism, sft, names, Work(args.out / "work.jsonl"), args.seed,
                       args.max_new_tokens, contexts)
         rows: list[Row] = []
@@ -1285,7 +1286,7 @@ def load_judge(args: argparse.Namespace, net: Transformer, tokenizer: Tokenizer,
 
 
 def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies: list[Strategy],
-             personas: list[Persona], judge: tuple, rule: Rule | None,
+             personas: dict[str, str], judge: tuple, rule: Rule | None,
              args: argparse.Namespace) -> list[Row]:
     """The rows of one task under all strategies."""
     if task in CHOICE_TASKS:
@@ -1310,7 +1311,7 @@ def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies
 
 
 def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
-                  personas: Sequence[Persona], strategies: Sequence[Strategy],
+                  personas: dict[str, str], strategies: Sequence[Strategy],
                   skipped: dict[str, int], probes: dict | None) -> None:
     """items.jsonl, results.json, table.md and the plots."""
     tasks = summarize(rows)
@@ -1346,7 +1347,7 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
         notes.append(f"MT-Bench's judge is {judge}"
                      + ("." if args.judge_model else ": its figures are not independent."))
     if len(personas) == 1:
-        notes.append(f"The expert is {personas[0].name} everywhere.")
+        notes.append(f"The expert is {next(iter(personas))} everywhere.")
     else:
         notes.append("Experts: " + ", ".join(f"{t} {p}" for t, p in EXPERTS.items()
                                              if t.split("/")[0] in tasks) + ".")

@@ -35,11 +35,11 @@ from sampling import derive_seed
 from support.distributed import progress_bar
 from support.hub import InputError
 from support.messages import conversation
-from support.personas import is_contrast
+from support.personas import CONTRAST
 from support.runs import RunFolder, cost_of, peak_memory
 from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
-from support.stats import (calibrated_log_loss, decision_scores, fold_thresholds, shrunken_rates,
-                           upper_quantile)
+from support.stats import (calibrated_log_loss, decision_scores, shrunken_rates, upper_quantile,
+                           youden_threshold)
 from support.words import clean_query
 from tokenizer import Tokenizer
 
@@ -56,8 +56,7 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     """Stage 4 as a resumable step: score the gate out of fold, then fit one on all queries."""
     done = run.latest().get("gate")
     if done and (run.path / "gate.safetensors").exists():
-        prism.load_gate(run.path)
-        prism.threshold = done["threshold"]
+        prism.load_gate(run.path, done["threshold"])
         return
     run.note_source("gate")
     traffic = write_traffic(run, prism.net, tokenizer, min(len(pairs), MOST_TRAFFIC), args.seed)
@@ -161,7 +160,7 @@ def with_traffic(queries: Tensor, labels: Tensor, personas: list[str],
     """Features, verdicts and personas to learn from. Ordinary traffic is added as a contrast where
     there are contrast contexts, or nothing but wins, as after --judge none without such contexts.
     """
-    contrasts = any(map(is_contrast, personas))
+    contrasts = any(name.startswith(CONTRAST) for name in personas)
     if not (contrasts or bool(labels.all())):
         return queries, labels, personas
     lost = labels.new_zeros(len(ordinary))
@@ -210,7 +209,8 @@ def out_of_fold(features: Tensor, labels: Tensor, personas: Sequence[str], kind:
 def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Sequence[int],
                       traffic: Sequence[float], fixed: float | None,
                       rate: float) -> dict[int | None, float]:
-    """The threshold for the queries of each fold, and under None that of the run.
+    """The threshold for the queries of each fold, in which these have no part, and under None that
+    of the run.
 
     A `fixed` one is taken as it is. Else it is the one that best separates the queries whose target
     is above average (`youden_threshold`): wins from losses, or intents that mostly win from others.
@@ -221,12 +221,15 @@ def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Seque
         targets: [n], what the gate learned.
         traffic: the probabilities of ordinary traffic.
     """
-    wanted = (targets > targets.mean()).tolist()
-    thresholds = fold_thresholds(probability, wanted, fold)
     if fixed is not None:
-        return dict.fromkeys(thresholds, fixed)
-    lowest = upper_quantile(traffic, rate)
-    return {key: max(value, lowest) for key, value in thresholds.items()}
+        return dict.fromkeys((*fold, None), fixed)
+    wanted = (targets > targets.mean()).tolist()
+    lowest, thresholds = upper_quantile(traffic, rate), {}
+    for left_out in (*set(fold), None):
+        others = [i for i, f in enumerate(fold) if f != left_out]
+        best = youden_threshold([probability[i] for i in others], [wanted[i] for i in others])
+        thresholds[left_out] = max(best, lowest)
+    return thresholds
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -218,16 +218,15 @@ def load_model(model: str | None, adapter: str | None, device: str,
                dtype: str) -> tuple[Transformer | PRISM, Tokenizer]:
     """The base model, wrapped in a PRISM if an adapter is given, and its tokenizer."""
     where = choose_device(device)
-    if adapter is None:
-        name = DEFAULT_MODEL if model is None else model
-        net = load(name, where, choose_dtype(dtype, where))
-        return net, Tokenizer(net.folder)
-    folder = resolve_adapter(adapter)
-    name = model
-    if name is None:
-        name = read_settings(folder)["base_model"] or DEFAULT_MODEL
-    net = load(name, where, choose_dtype(dtype, where))
-    return PRISM.load(folder, net), Tokenizer(net.folder, run_date(folder))
+    folder = None if adapter is None else resolve_adapter(adapter)
+    if model is None:
+        own = None if folder is None else read_settings(folder)["base_model"]
+        model = own or DEFAULT_MODEL
+    net = load(model, where, choose_dtype(dtype, where))
+    tokenizer = Tokenizer(net.folder, run_date(folder))
+    if folder is None:
+        return net, tokenizer
+    return PRISM.load(folder, net), tokenizer
 
 
 def route_label(completion: Completion) -> str:
@@ -343,36 +342,26 @@ def _main(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model, args.adapter, args.device, args.dtype)
     if not conversations:
         return chat(model, tokenizer, sampling, args.gate, args.system)
-    if args.explain:
-        pages = explained(model, tokenizer, conversations, sampling)
-    else:
-        progress = len(conversations) > 1 and sys.stderr.isatty()
-        answers = generate(model, tokenizer, conversations, sampling, args.gate, args.batch_size,
-                           progress=progress)
-        pages = completed(answers)
-    for i, (row, text) in enumerate(pages):
+
+    def show(index: int, row: dict, text: str) -> None:
         if args.jsonl:
-            print(json.dumps({"index": i} | row, ensure_ascii=False))
+            print(json.dumps({"index": index} | row, ensure_ascii=False))
         else:
-            print(text if i == 0 else f"\n{text}")
+            print(text if index == 0 else f"\n{text}")
+
+    if args.explain:
+        for i, messages in enumerate(conversations):
+            row = explain(model, tokenizer, messages, sampling, i)
+            show(i, row, show_explanation(row, model.threshold))
+        return 0
+    progress = len(conversations) > 1 and sys.stderr.isatty()
+    answers = generate(model, tokenizer, conversations, sampling, args.gate, args.batch_size,
+                       progress=progress)
+    for i, a in enumerate(answers):
+        row = {"text": a.text, "gate": a.gate, "routed": a.routed, "prompt_tokens":
+               a.prompt_tokens, "tokens": len(a.ids), "stop": a.stop}
+        show(i, row, f"{route_label(a)} {a.text}")
     return 0
-
-
-def explained(prism: PRISM, tokenizer: Tokenizer, conversations: Sequence[list[dict]],
-              sampling: Sampling) -> Iterator[tuple[dict, str]]:
-    """Explanations, one by one, as rows and as text."""
-    for number, messages in enumerate(conversations):
-        row = explain(prism, tokenizer, messages, sampling, number)
-        yield row, show_explanation(row, prism.threshold)
-
-
-def completed(answers: Sequence[Completion]) -> Iterator[tuple[dict, str]]:
-    """Answers as rows and as text."""
-    for answer in answers:
-        row = {"text": answer.text, "gate": answer.gate, "routed": answer.routed,
-               "prompt_tokens": answer.prompt_tokens, "tokens": len(answer.ids),
-               "stop": answer.stop}
-        yield row, f"{route_label(answer)} {answer.text}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from support.messages import conversation
 from support.refusals import GRAMMAR
 from support.rule import judge_in_place
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
-from support.stats import evidence, sequential_test
+from support.stats import FAIL, PASS, evidence
 from support.words import count_words, degenerate, word_list
 from tokenizer import Tokenizer, common_prefix
 
@@ -351,8 +351,8 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison],
     two shares counts."""
     counts: Counter[str] = Counter()
     letters: Counter[str] = Counter()
-    costs, passed = [], None
-    while counts.total() < MOST_PAIRS and passed is None:
+    costs, ratio = [], 0.0
+    while counts.total() < MOST_PAIRS and FAIL < ratio < PASS:
         some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
         if not some:
             break
@@ -362,13 +362,11 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison],
             counts[winner] += 1
             if judge.name == "letter":
                 letters.update(said)
-        passed = sequential_test(counts["expert"], counts.total() - counts["expert"])
+        ratio = evidence(counts["expert"], counts.total() - counts["expert"])
         bar.update(len(some))
-    right, n = counts["expert"], counts.total()
-    if passed is None:
-        passed = evidence(right, n - right) > 0
-    return {"pairs": n, "right": right, "wrong": counts["base"], "tie": counts["tie"],
-            "split": counts["split"], "unparsed": counts["unparsed"], "passed": passed,
+    return {"pairs": counts.total(), "right": counts["expert"], "wrong": counts["base"],
+            "tie": counts["tie"], "split": counts["split"], "unparsed": counts["unparsed"],
+            "passed": ratio > 0,
             "letters": letters.total(), "A": letters["A"]}, add_costs(costs)
 
 

@@ -31,27 +31,20 @@ class LoRA(nn.Module):
         rank: LoRA rank r.
         scale: alpha / rank.
         dropout: probability of dropping an entry of `h = x A^T` while training.
+        generator: source of A.
 
     Shapes: `A` [p * r, d] for p stacked projections, `B[i]` [out_features[i], r]. A starts uniform
     (Kaiming, as in the LoRA paper's code) and B at zero, so a fresh adapter changes nothing.
     """
 
     def __init__(self, in_features: int, out_features: Sequence[int], rank: int, scale: float,
-                 dropout: float = 0.0):
+                 dropout: float = 0.0, generator: torch.Generator | None = None):
         super().__init__()
         self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.A = nn.Parameter(torch.empty(len(out_features) * rank, in_features))
+        A, bound = torch.empty(len(out_features) * rank, in_features), in_features**-0.5
+        self.A = nn.Parameter(A.uniform_(-bound, bound, generator=generator))
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(o, rank)) for o in out_features)
         self._stacked: tuple | None = None  # what `stacked` made last, and of what
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw A from U(-1/sqrt(d), 1/sqrt(d)) and set B to zero."""
-        bound = self.A.shape[1] ** -0.5
-        with torch.no_grad():
-            drawn = torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
-            self.A.copy_(drawn)
-            for b in self.B:
-                b.zero_()
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A, and all scale * B_i in one block-diagonal matrix [sum o_i, p * r], to answer with.
@@ -80,19 +73,22 @@ class GatedLoRAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, given, weight, bias, inner, mask, k, scale, *masters):
+    def forward(ctx, given, weight, bias, inner, k, lora, generator, *masters):
         """x [B, T, d] -> y [B, T, sum o_i]; `masters` are (A, *Bs) in fp32."""
         x = given if inner is None else inner(given)
         A, *Bs = (master.to(x.dtype) for master in masters)
         y = linear(x, weight, bias)
         h = x[:k].flatten(0, -2) @ A.t()  # [k * T, p * r]
-        if mask is not None:
+        mask = None
+        if generator is not None and lora.dropout > 0:
+            keep = 1.0 - lora.dropout
+            mask = torch.empty_like(h).bernoulli_(keep, generator=generator).div_(keep)
             h = h * mask
         y_rows = y[:k].view(-1, y.shape[-1])
         for B, columns, ranks in projections(Bs):
-            y_rows[:, columns].addmm_(h[:, ranks], B.t(), alpha=scale)
+            y_rows[:, columns].addmm_(h[:, ranks], B.t(), alpha=lora.scale)
         ctx.save_for_backward(given, h, weight, mask, A, *Bs)
-        ctx.k, ctx.scale, ctx.inner = k, scale, inner
+        ctx.k, ctx.scale, ctx.inner = k, lora.scale, inner
         return y
 
     @staticmethod
@@ -141,12 +137,14 @@ class GatedLoRALinear(nn.Module):
         bias: whether the frozen map has a bias.
     """
 
-    def __init__(self, in_features: int, out_features: Sequence[int], bias: bool = False):
+    def __init__(self, in_features: int, out_features: Sequence[int], bias: bool = False,
+                 dtype: torch.dtype | None = None):
         super().__init__()
-        self.in_features, self.out_features = in_features, tuple(out_features)
         total = sum(out_features)
-        self.weight = nn.Parameter(torch.empty(total, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(total), requires_grad=False) if bias else None
+        weight = torch.empty(total, in_features, dtype=dtype)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(total, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tensor, lora: LoRA | None = None, k: int | Tensor = 0,
                 generator: torch.Generator | None = None,
@@ -164,8 +162,7 @@ class GatedLoRALinear(nn.Module):
         by_column = isinstance(k, Tensor)
         adapted = lora is not None and (by_column or k > 0)
         if adapted and (generator is not None or torch.is_grad_enabled()):
-            mask = self.dropout_mask(x, lora, k, generator)
-            return GatedLoRAFunction.apply(x, self.weight, self.bias, inner, mask, k, lora.scale,
+            return GatedLoRAFunction.apply(x, self.weight, self.bias, inner, k, lora, generator,
                                            lora.A, *lora.B)
         x = x if inner is None else inner(x)
         y = linear(x, self.weight, self.bias)
@@ -177,14 +174,3 @@ class GatedLoRALinear(nn.Module):
                 h = h * k
             y[:rows].flatten(0, -2).addmm_(h.flatten(0, -2), B.t())
         return y
-
-    @staticmethod
-    def dropout_mask(x: Tensor, lora: LoRA, k: int,
-                     generator: torch.Generator | None) -> Tensor | None:
-        """0 or 1 / (1 - p) for each entry of h [k * T, p * r]; None without dropout."""
-        if generator is None or lora.dropout == 0:
-            return None
-        keep = 1.0 - lora.dropout
-        shape = (x[:k, ..., 0].numel(), len(lora.A))
-        mask = torch.empty(shape, device=x.device, dtype=x.dtype)
-        return mask.bernoulli_(keep, generator=generator).div_(keep)

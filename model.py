@@ -13,7 +13,6 @@ the length (longrope), and a sliding window is a mask over a full-length cache.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Sequence
 
@@ -33,7 +32,6 @@ from support.rope import rope_frequencies
 
 Generator = torch.Generator | None  # of LoRA dropout masks, while training
 Modules = nn.ModuleDict | None  # the LoRA modules of one layer, by projection
-ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,10 @@ class KVCache:
     call stores or moves both; zeroed: a masked NaN would still poison attention.
     """
 
-    def __init__(self, config: Config, slots: int, capacity: int, device: torch.device | str,
-                 dtype: torch.dtype):
+    def __init__(self, net: Transformer, slots: int, capacity: int):
+        config = net.config
         shape = (config.num_layers, slots, 2 * config.num_kv_heads, capacity, config.head_dim)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.kv = torch.zeros(shape, device=net.device, dtype=net.dtype)
 
     def write(self, layer: int, kv: Tensor, positions: Tensor) -> None:
         """Store keys and values kv [B, T, 2 Hkv, D] of the leading B slots at positions [B, T]."""
@@ -100,10 +98,12 @@ class Positions:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
-        self.eps = eps
+        # Gemma's in fp32: in bf16 a small weight would be lost beside the 1 it is added to.
+        dtype = torch.float32 if config.family.norm_offset else config.dtype
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
+        self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., width]."""
@@ -122,15 +122,14 @@ class Attention(nn.Module):
         self.rope = int(config.local_rope is not None and self.window is not None)
         self.scale, self.cap = config.attention_scale, config.attention_cap
         d, (q, kv, _) = config.projections["qkv_proj"]
-        self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.qkv_bias)
-        self.o_proj = GatedLoRALinear(q, (d,), config.o_bias)
+        self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.qkv_bias, config.dtype)
+        self.o_proj = GatedLoRALinear(q, (d,), config.o_bias, config.dtype)
         self.q_norm = self.k_norm = None
-        self.per_head = config.qk_norm == "head"
-        if config.qk_norm is not None:
-            if self.per_head:
+        if config.family.qk_norm is not None:
+            if config.family.qk_norm == "head":
                 q = kv = self.width
-            self.q_norm = RMSNorm(q, config.rms_norm_eps)
-            self.k_norm = RMSNorm(kv, config.rms_norm_eps)
+            self.q_norm = RMSNorm(q, config)
+            self.k_norm = RMSNorm(kv, config)
 
     def forward(self, x: Tensor, at: Positions, lora: Modules, k: int | Tensor,
                 generator: Generator) -> Tensor:
@@ -156,12 +155,12 @@ class Attention(nn.Module):
 
     def normalise(self, both: Tensor) -> Tensor:
         """RMSNorm of queries and keys [B, T, H + Hkv, D], over each head or over all together."""
-        queries, keys = both.split((self.heads, self.kv_heads), dim=2)
-        if self.per_head:
-            return torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
-        queries = self.q_norm(queries.flatten(2))  # [B, T, H * D]
-        keys = self.k_norm(keys.flatten(2))  # [B, T, Hkv * D]
-        return torch.cat((queries, keys), dim=2).view(both.shape)
+        normed = []
+        parts = both.split((self.heads, self.kv_heads), dim=2)
+        for part, norm in zip(parts, (self.q_norm, self.k_norm)):
+            wide = part.reshape(*part.shape[:2], -1, len(norm.weight))  # [B, T, heads or 1, width]
+            normed.append(norm(wide).view(part.shape))
+        return torch.cat(normed, dim=2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -178,9 +177,9 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         d, widths = config.projections["gate_up_proj"]
-        self.gate_up_proj = GatedLoRALinear(d, widths, config.mlp_bias)
-        self.down_proj = GatedLoRALinear(widths[0], (d,), config.mlp_bias)
-        self.f = ACTIVATIONS[config.activation]
+        self.gate_up_proj = GatedLoRALinear(d, widths, config.mlp_bias, config.dtype)
+        self.down_proj = GatedLoRALinear(widths[0], (d,), config.mlp_bias, config.dtype)
+        self.f = config.activation
 
     def forward(self, x: Tensor, lora: Modules, k: int | Tensor,
                 generator: Generator) -> Tensor:
@@ -203,25 +202,19 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.scale = config.residual_scale
-        for place, name in zip(NORM_PLACES, config.norms, strict=True):
+        for place, name in zip(NORM_PLACES, config.family.norms, strict=True):
             norm = nn.Identity()
             if name is not None:
-                norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+                norm = RMSNorm(config.hidden_size, config)
             self.add_module(place, norm)
 
     def forward(self, x: Tensor, at: Positions, lora: Modules = None, k: int | Tensor = 0,
                 generator: Generator = None) -> Tensor:
         """x [B, T, d] -> [B, T, d]; `lora` holds this layer's adapter, for the leading k rows."""
         y = self.self_attn(self.before_attention(x), at, lora, k, generator)
-        x = self.residual(x, self.after_attention(y))
+        x = torch.add(x, self.after_attention(y), alpha=self.scale)
         y = self.mlp(self.before_mlp(x), lora, k, generator)
-        return self.residual(x, self.after_mlp(y))
-
-    def residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + scale * y."""
-        if self.scale != 1:
-            y = y * self.scale
-        return x + y
+        return torch.add(x, self.after_mlp(y), alpha=self.scale)
 
 
 class Transformer(nn.Module):
@@ -233,21 +226,17 @@ class Transformer(nn.Module):
         self.name: str | None = None  # what load() was asked for, and
         self.folder: Path | None = None  # where it was found; kept so that adapters can name it
         self.sizes = Sizes()  # a run may choose others
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Parameter(torch.empty(shape), requires_grad=False)
+        shape, dtype = (config.vocab_size, config.hidden_size), config.dtype
+        self.embed_tokens = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Parameter(torch.empty(shape), requires_grad=False)
+            self.lm_head = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Lists, because they must survive a net on the meta device, and its cast to bf16.
-        self.inverse_frequencies: list[list[float]] = []
-        self.rope_scales: list[float] = []
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.ropes: list[tuple[Tensor, float]] = []  # in fp32 always, hence no buffers
         for rope in filter(None, (config.rope, config.local_rope)):
             inverse, scale = rope_frequencies(rope, config.head_dim)
-            self.inverse_frequencies.append(inverse.tolist())
-            self.rope_scales.append(scale)
-        self._inverse: Tensor | None = None  # the same on the device, made when first asked for
+            self.ropes.append((inverse.to(self.device), scale))
 
     @property
     def device(self) -> torch.device:
@@ -258,10 +247,6 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the weights are stored in and the layers compute in."""
         return self.embed_tokens.dtype
-
-    def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """An empty KV cache of `slots` rows of `capacity` positions for this model."""
-        return KVCache(self.config, slots, capacity, self.device, self.dtype)
 
     def flops(self, tokens: int, scored: int) -> int:
         """Floating-point operations of `tokens` through all layers and `scored` through the head:
@@ -274,7 +259,7 @@ class Transformer(nn.Module):
         """Rotary tables, masks and places in the cache of a [B, T] block of tokens.
 
         Args:
-            start: [B] tokens already in the cache of each row; None means 0 everywhere.
+            start: [B] tokens already in the cache of each row; None means 0, and a length of T.
             length: cached positions to attend over, at least max(start) + T; given by the caller,
                 who knows it as a host number, so that no device value has to be waited for.
         """
@@ -285,7 +270,7 @@ class Transformer(nn.Module):
         if start is not None:
             seen = positions = positions + start[:, None]
         # A kernel's own causal mask will do where nothing was read before.
-        causal = start is None and (cache is None or S == T) and self.config.attention_cap is None
+        causal = start is None and self.config.attention_cap is None
         masks = {}
         for window in set(self.config.windows):
             masks[window] = None
@@ -295,11 +280,9 @@ class Transformer(nn.Module):
 
     def rotary_tables(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """cos and sin [B, T, 1, D] at positions [B, T], for each rotary setting; see `rotate`."""
-        if self._inverse is None or self._inverse.device != self.device:
-            self._inverse = torch.tensor(self.inverse_frequencies, device=self.device)
         tables = []
-        for inverse, scale in zip(self._inverse, self.rope_scales):
-            angles = positions[..., None, None].float() * inverse  # [B, T, 1, D / 2], in fp32
+        for inverse, scale in self.ropes:
+            angles = positions[..., None, None].float() * inverse.to(positions.device)
             cos, sin = angles.cos() * scale, angles.sin() * scale
             cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [B, T, 1, D]
             tables.append((cos.to(self.dtype), sin.to(self.dtype)))
@@ -314,32 +297,27 @@ class Transformer(nn.Module):
         return x * float(torch.tensor(scale, dtype=x.dtype, device="cpu"))
 
     def run(self, x: Tensor, at: Positions, layers: range, adapter: Sequence | None = None,
-            k: int | Tensor = 0, generator: Generator = None, recompute: bool = False) -> Tensor:
+            k: int | Tensor = 0, generator: Generator = None) -> Tensor:
         """Run x [B, T, d] through the given layers.
 
         Args:
             adapter: one entry a layer, its LoRA modules or None; None altogether is the base model.
             k: the adapter applies to the leading k rows, or to those that a column [B, 1, 1] marks.
             generator: source of LoRA dropout masks while training, else None.
-            recompute: keep only each adapted layer's input for the backward pass and compute the
-                rest again there (gradient checkpointing, arXiv 1604.06174): the same gradients for
-                nearly half more arithmetic and a fraction of the memory.
         """
         for i in layers:
-            lora = None
-            if adapter is not None and (isinstance(k, Tensor) or k > 0):
-                lora = adapter[i]
-            if recompute and lora is not None:
+            lora = adapter and adapter[i]
+            if lora is not None and self.sizes.recompute and torch.is_grad_enabled():
                 x = recomputed(self.layers[i], x, at, lora, k, generator)
             else:
                 x = self.layers[i](x, at, lora, k, generator)
         return x
 
     def hidden(self, ids: Tensor, adapter: Sequence | None = None, k: int = 0,
-               generator: Generator = None, recompute: bool = False) -> Tensor:
+               generator: Generator = None) -> Tensor:
         """Right-padded ids [B, T] -> post-norm hidden states [B, T, d], the head's own input."""
         x, at = self.embed(ids), self.positions(ids.shape)
-        x = self.run(x, at, range(len(self.layers)), adapter, k, generator, recompute)
+        x = self.run(x, at, range(len(self.layers)), adapter, k, generator)
         return self.norm(x)
 
     def head(self, x: Tensor) -> Tensor:
@@ -371,8 +349,9 @@ class Transformer(nn.Module):
 
 def recomputed(block: Block, x: Tensor, at: Positions, lora: nn.ModuleDict, k: int,
                generator: Generator) -> Tensor:
-    """One layer whose inner activations are dropped and computed again in the backward pass, with
-    the dropout masks of the first time."""
+    """One layer of which only the input is kept for the backward pass, and the rest computed again
+    there, dropout masks included (gradient checkpointing, arXiv 1604.06174): the same gradients for
+    nearly half more arithmetic and a fraction of the memory."""
     state = None if generator is None else generator.get_state()
 
     def run(x: Tensor) -> Tensor:
@@ -409,37 +388,17 @@ def load(name: str | Path, device: torch.device | str = "cpu",
     places = destinations(net, config)
     files = check_names(folder, places, found)
     check_shapes(places, files)
-    if layers is not None:
-        config = replace(config, num_layers=layers)
-        net.layers = net.layers[:layers]
+    config = replace(config, dtype=dtype or config.dtype, num_layers=layers or config.num_layers)
     # A tied model's head of its own is used, as by transformers; most of them are copies.
     if layers is not None or (tied and holds_head and is_copy(files, EMBEDDING, HEAD)):
         config = replace(config, tie_word_embeddings=True)
-        net.lm_head = net.embed_tokens
-    net.config = config = replace(config, dtype=dtype or config.dtype)
-    allocate(net, device)
+    with torch.device(device):
+        net = Transformer(config)
     copy_weights(destinations(net, config), files)
     for module in net.modules():
         if isinstance(module, RMSNorm):
-            module.weight.data.add_(config.norm_offset)
-    if config.logits_divisor != 1:
-        # A head that knows nothing of it serves every loss and sampler.
-        net.norm.weight.data.div_(config.logits_divisor)
+            module.weight.data.add_(config.family.norm_offset)
+    # A head that knows nothing of it serves every loss and sampler.
+    net.norm.weight.data.div_(config.logits_divisor)
     net.name, net.folder = str(name), folder
     return net.eval()
-
-
-def allocate(net: Transformer, device: torch.device | str) -> None:
-    """Give every parameter of a net on the meta device its memory, with nothing in it yet.
-
-    Gemma's norms stay in fp32: in bf16 a small weight would be lost beside the 1 it is added to.
-    (`Module.to_empty` would do, but its first call imports 480 modules: 34 MB, half a second.)
-    """
-    for module in net.modules():
-        wide = isinstance(module, RMSNorm) and net.config.norm_offset != 0
-        dtype = torch.float32 if wide else net.config.dtype
-        for name, parameter in module.named_parameters(recurse=False):  # no tied head
-            empty = torch.empty(parameter.shape, device=device, dtype=dtype)
-            setattr(module, name, nn.Parameter(empty, requires_grad=False))
-    if net.config.tie_word_embeddings:
-        net.lm_head = net.embed_tokens

@@ -107,10 +107,11 @@ class Router(nn.Module):
         """Write gate.safetensors: the MLP and the standardisation."""
         files.write_tensors(folder / files.GATE_FILE, self.gate.state_dict())
 
-    def load_gate(self, folder: Path) -> None:
-        """Read gate.safetensors of a folder into this gate."""
+    def load_gate(self, folder: Path, threshold: float) -> None:
+        """Read gate.safetensors of a folder into this gate, which opens from `threshold` on."""
         path = folder / files.GATE_FILE
         self.gate.load_state_dict(files.read_gate(path, self.gate.state_dict()))
+        self.threshold = threshold
 
 
 def load_router(folder: Path, device: torch.device | str = "cpu",
@@ -129,8 +130,7 @@ def load_router(folder: Path, device: torch.device | str = "cpu",
     net = load(name, device, dtype, layers=layer + 1)
     files.check_base(settings, net.name, net.folder, folder)
     router = Router(net, layer, settings["gate_pool"])
-    router.threshold = settings["threshold"]
-    router.load_gate(folder)
+    router.load_gate(folder, settings["threshold"])
     return router.eval()
 
 
@@ -190,9 +190,7 @@ class PRISM(Router):
         for i in self.late:
             self.adapter[i] = nn.ModuleDict()
             for name, (width, outputs) in net.config.projections.items():
-                lora = LoRA(width, outputs, rank, alpha / rank, dropout)
-                lora.reset(generator)
-                self.adapter[i][name] = lora
+                self.adapter[i][name] = LoRA(width, outputs, rank, alpha / rank, dropout, generator)
         self.adapter.to(net.device)
 
     def forward(self, ids: Tensor, k: int) -> Tensor:
@@ -213,11 +211,7 @@ class PRISM(Router):
         probability = torch.ones(len(ids), device=x.device)  # without a gate, always on
         if self.gate is not None:
             probability = self.gate(self.pool(x, lengths, user_mask)).sigmoid()
-        opened = {
-            "auto": probability >= self.threshold,
-            "on": torch.ones_like(probability) > 0,
-            "off": torch.zeros_like(probability) > 0,
-        }[gate]
+        opened = probability >= {"auto": self.threshold, "on": -torch.inf, "off": torch.inf}[gate]
         # One transfer to the host: k and the order are needed there anyway.
         flags, values = torch.stack((opened.float(), probability)).tolist()
         order = sorted(range(len(flags)), key=lambda i: -flags[i])  # stable: gated rows first
@@ -241,17 +235,13 @@ class PRISM(Router):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         net, settings = self.net, files.describe_base(self.net.name, self.net.folder)
-        files.write_adapter(folder, self.weights, self.rank, self.alpha, net.config,
-                            settings["base_model"])
-        settings |= {"rank": self.rank, "alpha": self.alpha}
-        settings |= {"gate_layer": None, "gate_pool": None, "threshold": None}
+        gate = dict.fromkeys(files.GATE_FIELDS)
         if self.gate is not None:
             self.save_gate(folder)
-            settings["gate_layer"] = self.gate_layer
-            settings["gate_pool"] = self.gate_pool
-            settings["threshold"] = self.threshold
-        settings["dtype"] = str(net.dtype).removeprefix("torch.")
-        files.write_settings(folder, settings)
+            gate = {name: getattr(self, name) for name in files.GATE_FIELDS}
+        settings |= {"rank": self.rank, "alpha": self.alpha, **gate,
+                     "dtype": str(net.dtype).removeprefix("torch.")}
+        files.write_adapter(folder, self.weights, net.config, settings)
 
     @classmethod
     @torch.no_grad()
@@ -271,8 +261,7 @@ class PRISM(Router):
             for B, found in zip(Bs, weights[at][1], strict=True):
                 B.copy_(found)
         if prism.gate is not None:
-            prism.threshold = settings["threshold"]
-            prism.load_gate(folder)
+            prism.load_gate(folder, settings["threshold"])
         return prism.eval()
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine import Engine, Output, PrefixReader, Request, hidden_states, token_log_probabilities
@@ -31,7 +32,7 @@ from sampling import Sampling, derive_seed
 from support.distributed import main_first
 from support.hub import InputError
 from support.messages import conversation
-from support.personas import Persona, is_contrast, texts_by_name
+from support.personas import CONTRAST
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.words import (ECHO_WORDS, FEWEST_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, SHARED,
                            clean_query, near_duplicates, shares_language, word_list, words_of)
@@ -102,7 +103,7 @@ class Candidate:
 
 
 def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-                  personas: Sequence[Persona], wanted: int, seed: int,
+                  personas: dict[str, str], wanted: int, seed: int,
                   style: str = "auto") -> list[Query]:
     """Stage 1 (paper, section 3.1): `wanted` queries a persona, in the user's own voice.
 
@@ -117,11 +118,11 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
     styles = STYLES[style]
     drafted: Counter = Counter()
     chunks: list[list[Draft]] = []
-    lacking = {p.name: wanted for p in personas}
+    lacking = dict.fromkeys(personas, wanted)
     for _ in range(ROUNDS + (len(styles) > 1)):
         counts = {name: max(OVERSAMPLE * count, FEWEST) for name, count in lacking.items()}
         if len(styles) > 1:
-            counts = {p.name: TRIAL for p in trial_personas(personas)}
+            counts = dict.fromkeys(trial_personas(personas), TRIAL)
         for tried in styles:
             chunks += split_chunks(new_drafts(counts, tried, drafted, seed),
                                    CHUNK_SLOTS * net.sizes.slots)
@@ -134,7 +135,7 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
         candidates = [c for c in candidates if c.style == styles[0]]
         queries = keep_queries(candidates, personas, wanted)
         kept = Counter(q.persona for q in queries)
-        lacking = {p.name: wanted - kept[p.name] for p in personas if kept[p.name] < wanted}
+        lacking = {name: wanted - kept[name] for name in personas if kept[name] < wanted}
         if not lacking:
             break
     if run.writes and queries:
@@ -156,36 +157,36 @@ def new_drafts(counts: dict[str, int], style: str, drafted: Counter, seed: int) 
     return found
 
 
-def check_queries(queries: list[Query], personas: Sequence[Persona], folder: Path) -> list[Query]:
+def check_queries(queries: list[Query], personas: dict[str, str], folder: Path) -> list[Query]:
     """The rows of queries.jsonl, which may have been edited; InputError if they cannot be used."""
-    names, seen = {p.name for p in personas}, set()
+    seen = set()
     for number, q in enumerate(queries, 1):
-        if q.persona not in names or (q.persona, q.index) in seen or not q.query.strip():
+        if q.persona not in personas or (q.persona, q.index) in seen or not q.query.strip():
             raise InputError(f"{folder / 'queries.jsonl'}, line {number}: an empty query, a "
                              "persona that is not in --personas, or an index that it has twice")
         seen.add((q.persona, q.index))
     return queries
 
 
-def keep_queries(candidates: Sequence[Candidate], personas: Sequence[Persona],
+def keep_queries(candidates: Sequence[Candidate], personas: dict[str, str],
                  wanted: int) -> list[Query]:
     """The pure pass of stage 1: keep the first `wanted` candidates of each persona that suit it
     best and are no near-duplicate of one kept before, across personas."""
     kept: list[Query] = []
     seen: list[set[str]] = []
-    for persona in personas:
+    for name, persona in personas.items():
         index = 0
         for candidate in candidates:
             if index == wanted:
                 break
-            if candidate.persona != persona.name or candidate.suits != persona.name:
+            if candidate.persona != name or candidate.suits != name:
                 continue
-            text = query_of(candidate, persona.text)
+            text = query_of(candidate, persona)
             words = set(words_of(text or ""))
             if not text or any(near_duplicates(words, other) for other in seen):
                 continue
             seen.append(words)
-            kept.append(Query(persona.name, index, text))
+            kept.append(Query(name, index, text))
             index += 1
     return kept
 
@@ -205,13 +206,14 @@ class QueryWriter:
     when the first chunk is asked for."""
 
     def __init__(self, run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-                 personas: Sequence[Persona], style: str):
+                 personas: dict[str, str], style: str):
         self.run, self.net, self.tokenizer, self.style = run, net, tokenizer, style
         self.stop_ids = message_stops(net, tokenizer)
-        self.texts = texts_by_name(personas)
-        self.turns = {p.name: tokenizer.open_user_turn(p.text) for p in personas}
-        self.headers = {p.name: tokenizer.render(conversation(NO_MESSAGE, p.text), thinking=False)
-                        for p in personas}
+        self.texts = personas
+        self.turns, self.headers = {}, {}
+        for name, text in personas.items():
+            self.turns[name] = tokenizer.open_user_turn(text)
+            self.headers[name] = tokenizer.render(conversation(NO_MESSAGE, text), thinking=False)
         self.reader = PrefixReader(net)  # the personas are read once for all comparisons
         self.instructions: dict[str, list[list[int]]] = {}
         self.openings: dict[str, list[str]] = {}
@@ -285,7 +287,7 @@ class QueryWriter:
             scores, cost = self.score(rivals)
             costs.append(cost)
             for i, (rival, _), score in zip(left, rivals, scores):
-                lead = -LEAD if is_contrast(asked[i][0]) else LEAD
+                lead = -LEAD if asked[i][0].startswith(CONTRAST) else LEAD
                 if own[i] - score < lead:
                     suited[i] = rival
             left = [i for i in left if suited[i] == asked[i][0]]
@@ -339,8 +341,7 @@ def most_alike(states: Tensor) -> list[list[int]]:
     """For each persona its rivals, the RIVALS others after which users write most alike: by the
     cosine of the states [K, d] from which the user's message begins, less what all have in common.
     """
-    centred = states - states.mean(0)
-    unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    unit = F.normalize(states - states.mean(0), dim=1)
     likeness = (unit @ unit.T).fill_diagonal_(-math.inf)  # [K, K]
     return likeness.topk(min(RIVALS, len(states) - 1), dim=1).indices.tolist()
 
@@ -390,13 +391,13 @@ def log_likelihoods(net: Transformer, asked: Sequence[tuple], shared: Sequence[i
 # Which style, and how good it was
 
 
-def trial_personas(personas: Sequence[Persona]) -> Sequence[Persona]:
+def trial_personas(personas: dict[str, str]) -> dict[str, str]:
     """At most TRIAL_PERSONAS of them, evenly spaced."""
-    return personas[::math.ceil(len(personas) / TRIAL_PERSONAS)]
+    return dict(list(personas.items())[::math.ceil(len(personas) / TRIAL_PERSONAS)])
 
 
 def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-               personas: Sequence[Persona], candidates: Sequence[Candidate]) -> str:
+               personas: dict[str, str], candidates: Sequence[Candidate]) -> str:
     """The style of which most candidates of the trial are identifiable queries, of equals the
     first in STYLES; recorded with its table."""
     tried = trial_personas(personas)
@@ -420,19 +421,20 @@ def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
         return run.latest()["style"]["chosen"]
 
 
-def identify(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
+def identify(net: Transformer, tokenizer: Tokenizer, personas: dict[str, str],
              queries: Sequence[Query]) -> tuple[list[bool], dict]:
     """Whether each query is likeliest after the description of its own expert, of all that are
     given, in words that no style uses (IDENTIFY_PROMPT); and what it cost."""
-    prompts = [conversation(IDENTIFY_PROMPT.format(persona=p.text)) for p in personas]
+    prompts = [conversation(IDENTIFY_PROMPT.format(persona=p)) for p in personas.values()]
     contexts = [tokenizer.render(prompt, thinking=False) for prompt in prompts]
     written = [tokenizer.encode_turn("assistant", q.query) for q in queries]
     scores, cost = log_likelihoods(net, [(ids, query) for query in written for ids in contexts])
     guesses = torch.tensor(scores).view(len(queries), len(contexts)).argmax(1).tolist()
-    return [personas[guess].name == q.persona for guess, q in zip(guesses, queries)], cost
+    names = list(personas)
+    return [names[guess] == q.persona for guess, q in zip(guesses, queries)], cost
 
 
-def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
+def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: dict[str, str],
                     queries: Sequence[Query], candidates: Sequence[Candidate]) -> dict:
     """How good stage 1 was: counts of the candidates, and of the kept queries. Of many queries,
     MEASURED evenly spaced ones are identified; chance is one in the number of personas."""

@@ -318,7 +318,7 @@ class Tokenizer:
                 of a message.
         """
         text = self._text(messages, *how)
-        encoding = self._tokenize(self._marks.mark(text))
+        encoding, control_of = self._tokenize(self._marks.mark(text)), self._marks.spelled.findall
         # A template may skip an empty message, or one that repeats another.
         numbers: dict[str, str] = {}
         harmless, disarmed = [], []
@@ -329,19 +329,15 @@ class Tokenizer:
             disarmed.append({**m, "content": self._marks.disarm(m["content"])})
         shape = *how, *map(str, harmless)
         if shape not in self._control_counts:
-            self._control_counts[shape] = len(self._control_of(harmless, *how))
-        control = self._marks.spelled.findall(text)
+            self._control_counts[shape] = len(control_of(self._text(harmless, *how)))
+        control = control_of(text)
         forged = len(control) > self._control_counts[shape]
         if disarmed != messages:
-            forged |= control != self._control_of(disarmed, *how)
+            forged |= control != control_of(self._text(disarmed, *how))
         if forged:
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
         return text, encoding
-
-    def _control_of(self, messages: list[dict], *how: bool) -> list[str]:
-        """The control tokens of a conversation's rendering."""
-        return self._marks.spelled.findall(self._text(messages, *how))
 
     def _model_ids(self, ids: list[int]) -> list[int]:
         """The model's ids for those of a text with marks."""

@@ -39,7 +39,6 @@ from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
 from support.memory import QUERY_ROOM, choose_sizes, count_parameters, dry_run, training_flops
 from support.messages import conversation
-from support.personas import Persona, texts_by_name
 from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
                           run_date, save_training_state, split_chunks)
@@ -50,7 +49,7 @@ from tokenizer import Tokenizer
 CHECKPOINT_EVERY = 20  # optimizer steps
 
 
-def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequence[Persona],
+def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[str, str],
                args: argparse.Namespace) -> int:
     """The method. Each stage takes up what is on disk; returns the exit status."""
     net = prism.net
@@ -94,7 +93,7 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seq
 
 
 def run_verdicts(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-                 personas: Sequence[Persona], pairs: Sequence[Pair],
+                 personas: dict[str, str], pairs: Sequence[Pair],
                  args: argparse.Namespace) -> list[Verdict]:
     """Stage 3: test the judge, then let it judge; a --judge-model is loaded only for that."""
     done = run.rows("verdicts.jsonl", Verdict)
@@ -132,44 +131,29 @@ class Sample:
         return len(self.ids) - self.start
 
 
-def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: Sequence[Persona],
+def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: dict[str, str],
                     pairs: Sequence[Pair], max_len: int) -> list[Sample]:
     """Pair every won query with its teacher: the base weights READING the persona.
 
     The teacher's hidden states are exact (the head's own input) and take 2 d bytes a token; its
     logits would take 2 V. Answers are cut so that the longer, teacher's sequence fits in max_len.
-    """
-    texts = texts_by_name(personas)
-    students, teachers, answers = [], [], []
-    for pair in pairs:
-        students.append(tokenizer.render(conversation(pair.query)))
-        teachers.append(tokenizer.render(conversation(pair.query, texts[pair.persona])))
-        answers.append(pair.expert_ids[:max(max_len - len(teachers[-1]), 0)])
-    states = teacher_states(net, teachers, answers)
-    samples = []
-    for pair, student, teacher, answer, state in zip(pairs, students, teachers, answers, states):
-        if answer:
-            name = f"{pair.persona}/{pair.index}"
-            read = len(teacher) + len(answer)
-            samples.append(Sample(name, [*student, *answer], len(student), state, read))
-    return samples
-
-
-def teacher_states(net: Transformer, prompts: Sequence[list[int]],
-                   answers: Sequence[list[int]]) -> list[Tensor]:
-    """The states [n, d] from which the base predicts each answer's n tokens after its prompt.
-
     Every process reads them all: that is a thirtieth of what training on them costs.
     """
-    states = []
-    for chunk in split_chunks(list(zip(prompts, answers))):
+    samples = []
+    for chunk in split_chunks(pairs):
         rows, starts = [], []
-        for prompt, answer in chunk:
-            rows.append([*prompt, *answer])
+        for pair in chunk:
+            prompt = tokenizer.render(conversation(pair.query, personas[pair.persona]))
+            rows.append([*prompt, *pair.expert_ids[:max(max_len - len(prompt), 0)]])
             starts.append(len(prompt) - 1)
-        found, _ = hidden_states(net, rows, starts, bar="reading the teacher")
-        states += [h[:-1].cpu() for h in found]  # off the device as soon as possible
-    return states
+        states, _ = hidden_states(net, rows, starts, bar="reading the teacher")
+        for pair, row, start, state in zip(chunk, rows, starts, states):
+            answer, bare = row[start + 1:], tokenizer.render(conversation(pair.query))
+            if answer:
+                teacher = state[:-1].cpu()  # off the device as soon as possible
+                samples.append(Sample(f"{pair.persona}/{pair.index}", [*bare, *answer], len(bare),
+                                      teacher, len(row)))
+    return samples
 
 
 def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
@@ -179,7 +163,7 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
     net = prism.net
     ids, _ = pad([s.ids for s in samples], net.device)
     teacher = upload(torch.cat([s.teacher for s in samples]), net.device)
-    hidden = net.hidden(ids, prism.adapter, len(samples), generator, net.sizes.recompute)
+    hidden = net.hidden(ids, prism.adapter, len(samples), generator)
     states, answers = [], []
     for row, s in zip(hidden, samples):
         states.append(row[s.start - 1:len(s.ids) - 1])  # those that predict the answer's tokens
@@ -188,15 +172,6 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
     if loss == "sft":
         return answer_loss(student, torch.tensor(answers, device=net.device), net)
     return distill_loss(student, teacher, net, temperature)
-
-
-def count_tokens(samples: Sequence[Sample]) -> tuple[int, int]:
-    """Tokens of some samples' prompts and answers together, and of their answers."""
-    both = answers = 0
-    for s in samples:
-        both += len(s.ids)
-        answers += s.answer_tokens
-    return both, answers
 
 
 def micro_batches(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
@@ -209,7 +184,7 @@ def micro_batches(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
 @torch.no_grad()
 def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
-    (_, tokens), summed = count_tokens(samples), 0.0
+    tokens, summed = sum(s.answer_tokens for s in samples), 0.0
     groups = micro_batches(samples, prism.net.sizes.train_tokens)
     for group in progress_bar("held-out KL", "batch", groups[rank()::world()]):
         summed += float(sample_loss(prism, group, 1.0))
@@ -221,7 +196,7 @@ def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
                    args: argparse.Namespace) -> float:
     """Add the gradient of a batch's loss to A and B: the summed token loss over the answer tokens
     of the whole batch, however it is split into micro-batches and processes. Returns that loss."""
-    (_, tokens), summed = count_tokens(batch), 0.0
+    tokens, summed = sum(s.answer_tokens for s in batch), 0.0
     mine = sorted(batch, key=lambda s: (len(s.ids), s.name))[rank()::world()]
     for number, group in enumerate(micro_batches(mine, prism.net.sizes.train_tokens)):
         seed = derive_seed(args.seed, "dropout", step, number * world() + rank())
@@ -231,8 +206,7 @@ def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
         summed += loss.item()
     sum_gradients(prism.adapter.parameters())
     for p in prism.adapter.parameters():
-        if p.grad is not None:
-            p.grad.div_(tokens)  # only here, in fp32: in fp16 a gradient this small would be 0
+        p.grad.div_(tokens)  # only here, in fp32: in fp16 a gradient this small would be 0
     return sum(exchange(summed)) / tokens
 
 
@@ -287,8 +261,8 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        both, tokens = count_tokens(batch)
-        flops = training_flops(prism, both, tokens)
+        tokens = sum(s.answer_tokens for s in batch)
+        flops = training_flops(prism, sum(len(s.ids) for s in batch), tokens)
         run.record("lora", step, loss=loss, gradient_norm=norm, lr=rate, samples=len(batch),
                    tokens_trained=tokens, flops=flops,
                    seconds=round(time.perf_counter() - begun, 3))
@@ -297,7 +271,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
             save_training_state(run.path, parameters, optimizer, step + 1)
 
 
-def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Sequence[Persona],
+def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[str, str],
              won: Sequence[Pair], held: set, args: argparse.Namespace) -> None:
     """Stage 5 as a resumable step: cache the teacher, train, measure the held-out KL."""
     state = run.path / "checkpoint.safetensors"
@@ -317,9 +291,9 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: Seque
     begun = time.perf_counter()
     after = held_out_kl(prism, test)
     spent += time.perf_counter() - begun
-    both, tokens = count_tokens(test)
+    tokens = sum(s.answer_tokens for s in test)
     # Two evaluations of the held-out answers, each with the head for teacher and student.
-    read = sum(s.read for s in samples) + 2 * both
+    read = sum(s.read for s in samples) + 2 * sum(len(s.ids) for s in test)
     cost = cost_of(prism.net, len(samples), read, scored=4 * tokens)
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
                answer_tokens=tokens, **prompt_cost(prism.net, samples), **cost,
@@ -353,7 +327,7 @@ def _main(args: argparse.Namespace) -> int:
 def run_all(args: argparse.Namespace, device: torch.device) -> int:
     """Load the model, then run the stages in the locked output folder; returns the exit status."""
     personas = choose_personas(args)
-    args.persona_names = [p.name for p in personas]
+    args.persona_names = list(personas)
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
         judge_fingerprint = check_judge(args, folder)
@@ -365,33 +339,31 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
     counts = count_parameters(net, prism.adapter)
-    prompt = max(len(tokenizer.render(conversation("", p.text))) for p in personas) + QUERY_ROOM
-    net.sizes = choose_sizes(net.config, counts, args, memory_of(device), prompt)
+    longest = max(len(tokenizer.render(conversation("", text))) for text in personas.values())
+    net.sizes = choose_sizes(net.config, counts, args, memory_of(device),
+                             longest + QUERY_ROOM)
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
     with RunFolder(args.out) as run:
         with main_first():
             run.begin(settings, FIRST_STAGE, args.overwrite, args.redo)
         if run.complete:
-            say(f"{run.path}: complete already; --overwrite runs it again, --from STAGE a part")
+            if rank() == 0:
+                print(f"{run.path}: complete already; --overwrite runs it again, --from STAGE a "
+                      "part")
             return 0
         tokenizer.now = run_date(run.path)
         if rank() == 0:
-            announce(prism, settings, args.out)
+            announce(prism, settings, run)
         status = run_stages(run, prism, tokenizer, personas, args)
         run.end()
     if rank() == 0:
         print("", *findings(summarize(run, args)), "", sep="\n")
         print(f"saved in {run.path}; report.md has more")
-    if status == 3:
-        say("nothing to distil: the persona won no query, so there is no adapter; the data is "
-            "kept. Try more --queries, other personas, or a larger model.", sys.stderr)
+        if status == 3:
+            print("nothing to distil: the persona won no query, so there is no adapter; the data "
+                  "is kept. Try more --queries, other personas, or a larger model.",
+                  file=sys.stderr)
     return status
-
-
-def say(text: str, file: object = None) -> None:
-    """Print a line, unless another process does."""
-    if rank() == 0:
-        print(text, file=file)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from support.checkpoint import fingerprint, parts
 from support.config import Config
-from support.fields import Fields
+from support.fields import Fields, is_number
 from support.hub import ADAPTER_FILES, InputError, base_source, check_file, read_json, write_file
 
 ADAPTER_FILE, PEFT_FILE, GATE_FILE, PRISM_FILE = ADAPTER_FILES
@@ -43,10 +43,9 @@ GATE_FIELDS = ("gate_layer", "gate_pool", "threshold")  # all null where there i
 # Names and shapes
 
 
-def module_names(config: Config, layer: int) -> dict[str, list[str]]:
-    """Our stacked projections of a layer -> the names of their parts in PEFT's files."""
-    at = f"base_model.model.model.layers.{layer}"
-    return {stack: [f"{at}.{name}" for name in names] for stack, names in parts(config).items()}
+def module_names(config: Config, layer: int, stack: str) -> list[str]:
+    """The names in PEFT's files of the parts of a layer's stacked projection."""
+    return [f"base_model.model.model.layers.{layer}.{name}" for name in parts(config)[stack]]
 
 
 def zero_weights(config: Config, rank: int, first_layer: int,
@@ -65,7 +64,7 @@ def to_peft(weights: Weights, config: Config) -> dict[str, Tensor]:
     of its parts together, and a block-diagonal B."""
     named = {}
     for (layer, stack), (A, Bs) in weights.items():
-        names = module_names(config, layer)[stack]
+        names = module_names(config, layer, stack)
         if len(names) < len(Bs):
             Bs = [torch.block_diag(*Bs)]
         for name, a, b in zip(names, A.chunk(len(Bs)), Bs):
@@ -78,7 +77,7 @@ def from_peft(found: dict[str, Tensor], shaped: Weights, config: Config, path: P
     """The inverse of `to_peft`, for tensors whose names and shapes are those of `shaped`."""
     weights: Weights = {}
     for (layer, stack), (_, Bs) in shaped.items():
-        names = module_names(config, layer)[stack]
+        names = module_names(config, layer, stack)
         A = torch.cat([found[f"{name}.lora_A.weight"] for name in names])
         # Split or fused, this is the same matrix, [sum o_i, p * r].
         whole = torch.block_diag(*(found[f"{name}.lora_B.weight"] for name in names))
@@ -96,20 +95,21 @@ def from_peft(found: dict[str, Tensor], shaped: Weights, config: Config, path: P
 # Our own folders
 
 
-def write_adapter(folder: Path, weights: Weights, rank: int, alpha: float, config: Config,
-                  base: str | None) -> None:
-    """Write PEFT's two files for the base model of this name; fp32, each file atomically.
+def write_adapter(folder: Path, weights: Weights, config: Config, about: dict) -> None:
+    """Write PEFT's two files, and `about` as prism.json, the last of a whole adapter; fp32, each
+    file atomically.
 
     A fused module has the alpha of all its parts, too, so that alpha / rank stays what it is.
     """
-    fused = {}
+    fused, rank, alpha = {}, about["rank"], about["alpha"]
     for stack, names in parts(config).items():
         count = len(config.projections[stack][1])
         if len(names) < count:
             fused[names[0].split(".")[1]] = count
     targets = [name.split(".")[1] for names in parts(config).values() for name in names]
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": about["base_model"],
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "use_dora": False,
         "layers_to_transform": sorted({layer for layer, _ in weights}), "layers_pattern": "layers",
@@ -117,7 +117,8 @@ def write_adapter(folder: Path, weights: Weights, rank: int, alpha: float, confi
         "rank_pattern": {name: count * rank for name, count in fused.items()},
         "alpha_pattern": {name: count * alpha for name, count in fused.items()}}
     write_tensors(folder / ADAPTER_FILE, to_peft(weights, config))
-    write_file(folder / PEFT_FILE, json.dumps(settings, indent=1) + "\n")
+    for name, values in ((PEFT_FILE, settings), (PRISM_FILE, about)):
+        write_file(folder / name, json.dumps(values, indent=1) + "\n")
 
 
 def read_adapter(folder: Path, config: Config) -> tuple[int, float, Weights]:
@@ -134,11 +135,6 @@ def read_adapter(folder: Path, config: Config) -> tuple[int, float, Weights]:
         raise InputError(f"{folder / PRISM_FILE}: gate_layer is {layer}, but the base has "
                          f"{config.num_layers} layers")
     found = read_tensors(path)
-    # Before anything of its size is made; of a fused projection, A has the rank of all its parts.
-    ranks = {len(t) for n, t in found.items() if n.endswith("lora_A.weight") and t.ndim}
-    if ranks and rank not in ranks:
-        raise InputError(f"{folder / PRISM_FILE}: rank is {rank}, but {ADAPTER_FILE} has rank "
-                         f"{', '.join(map(str, sorted(ranks)))}")
     shaped = zero_weights(config, rank, 0 if layer is None else layer + 1, "meta")
     check_tensors(found, to_peft(shaped, config), path)
     return rank, settings["alpha"], from_peft(found, shaped, config, path)
@@ -159,11 +155,6 @@ def check_base(settings: dict, name: str | None, base: Path | None, folder: Path
     if expected and base and expected != fingerprint(base):
         raise InputError(f"{folder}: the adapter was trained on {settings['base_model']} "
                          f"({settings['base_source']}), not on {name}; their weights differ")
-
-
-def write_settings(folder: Path, settings: dict) -> None:
-    """Write prism.json, the last file of a whole adapter."""
-    write_file(folder / PRISM_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 def read_settings(folder: Path) -> dict:
@@ -218,22 +209,18 @@ def read_peft_settings(folder: Path) -> dict:
             neutral = (None, False)
         if neutral is not None and value not in neutral:
             fields.refuse(name, "is not supported")
+    alphas = fields.object("alpha_pattern")
+    if not all(is_number(alpha, -LARGEST_ALPHA, LARGEST_ALPHA) for alpha in alphas.values()):
+        fields.refuse("alpha_pattern", "holds something but numbers")
+    try:  # they fit the end of a module's name, from a dot on, or all of it, perhaps anchored (^)
+        alphas = {re.compile(rf"(.*\.)?({end})$"): alpha for end, alpha in alphas.items()}
+    except (re.error, RecursionError, OverflowError) as error:
+        fields.refuse("alpha_pattern", f"holds a broken regular expression ({error})")
     return {
         "base_model_name_or_path": fields.text("base_model_name_or_path", None),
         "r": fields.integer("r", 1, LARGEST_RANK, default=8),
         "lora_alpha": fields.number("lora_alpha", -LARGEST_ALPHA, LARGEST_ALPHA, default=8),
-        "use_rslora": fields.flag("use_rslora"),
-        "alphas": by_end(fields, "alpha_pattern", -LARGEST_ALPHA, LARGEST_ALPHA)}
-
-
-def by_end(fields: Fields, name: str, low: float, high: float) -> dict[re.Pattern, float]:
-    """A setting by module: an expression fits the end of a name, from a dot on, or all of it, and
-    may be anchored (^model...)."""
-    try:
-        return {re.compile(rf"(.*\.)?({end})$"): value
-                for end, value in fields.numbers(name, low, high).items()}
-    except (re.error, RecursionError, OverflowError) as error:
-        fields.refuse(name, f"holds a broken regular expression ({error})")
+        "use_rslora": fields.flag("use_rslora"), "alphas": alphas}
 
 
 def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
@@ -250,7 +237,7 @@ def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
         common = 1.0
     weights = zero_weights(config, rank, 0)
     for (layer, stack), (A, Bs) in weights.items():
-        names = module_names(config, layer)[stack]
+        names = module_names(config, layer, stack)
         found = [trained.get(name) for name in names]
         if len(names) < len(Bs) and found[0]:  # fused: each part reads the same A
             a, b, s = found[0]

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from support.config import Config
-from support.hub import InputError, read_json
+from support.hub import TEXT_FILES, InputError, read_json
 
 # Our stacked projections -> the names of their parts in a Hugging Face model's layer
 PARTS = {"qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -28,22 +28,7 @@ FUSED = {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj
 NORM_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights may be stored in
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "chat_template.jinja", "generation_config.json")
 FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
-
-
-class Place(NamedTuple):
-    """Where a checkpoint's tensor goes: `rows` rows of one of our parameters, from `row` on."""
-
-    parameter: Tensor
-    row: int
-    rows: int
-
-    @property
-    def shape(self) -> list[int]:
-        """What the checkpoint's tensor must look like."""
-        return [self.rows, *self.parameter.shape[1:]]
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
@@ -78,11 +63,11 @@ def open_tensors(path: Path) -> safe_open:
 
 def parts(config: Config) -> dict[str, tuple[str, ...]]:
     """Our stacked projections -> the names of their parts in a Hugging Face model's layer."""
-    return PARTS | FUSED if config.fused else PARTS
+    return PARTS | FUSED if config.family.fused else PARTS
 
 
-def destinations(net: nn.Module, config: Config) -> dict[str, Place]:
-    """Checkpoint tensor name -> its place in the decoder `net`.
+def destinations(net: nn.Module, config: Config) -> dict[str, Tensor]:
+    """Checkpoint tensor name -> its place in the decoder `net`, a view of a parameter's rows.
 
     A layer's norms have names of their own, and the stacked projections have several sources, one
     below the other; if the checkpoint has them fused, it is in the order in which we stack them.
@@ -94,25 +79,20 @@ def destinations(net: nn.Module, config: Config) -> dict[str, Place]:
         if path in ("embed_tokens", "lm_head"):
             module, kind = path, "weight"
         if module in PARTS:
-            row = 0
-            for name, rows in zip(parts(config)[module], part_widths(config, module)):
-                found[f"model.{layer}.{name}.{kind}"] = Place(parameter, row, rows)
-                row += rows
+            names, widths = parts(config)[module], config.projections[module][1]
+            if len(names) < len(widths):  # fused
+                widths = [sum(widths)]
+            for name, rows in zip(names, parameter.split(widths)):
+                found[f"model.{layer}.{name}.{kind}"] = rows
         else:
             if module in NORM_PLACES:
-                name = f"model.{layer}.{config.norms[NORM_PLACES.index(module)]}"
+                name = f"model.{layer}.{config.family.norms[NORM_PLACES.index(module)]}"
             elif module == "lm_head":
                 name = module
             else:
                 name = f"model.{owner or module}"
-            found[f"{name}.{kind}"] = Place(parameter, 0, len(parameter))
+            found[f"{name}.{kind}"] = parameter
     return found
-
-
-def part_widths(config: Config, stack: str) -> tuple[int, ...]:
-    """The output widths of the parts that a stacked projection has in the checkpoint."""
-    widths = config.projections[stack][1]
-    return widths if len(parts(config)[stack]) == len(widths) else (sum(widths),)
 
 
 def check_names(folder: Path, expected: Iterable[str], files: dict[str, Path]) -> dict[str, Path]:
@@ -131,48 +111,45 @@ def check_names(folder: Path, expected: Iterable[str], files: dict[str, Path]) -
     return {name: files[name] for name in sorted(expected)}
 
 
-def check_shapes(expected: dict[str, Place], files: dict[str, Path]) -> None:
+def check_shapes(expected: dict[str, Tensor], files: dict[str, Path]) -> None:
     """Compare the files' headers with the net, before anything of its size is allocated.
 
     Raises:
         InputError: a tensor of another shape, or one that is not floating point.
     """
+    for name, found in stored(files):
+        shape = list(expected[name].shape)
+        if found.get_shape() != shape or found.get_dtype() not in FLOATING:
+            raise InputError(f"{files[name]}: tensor {name} is {found.get_dtype()} "
+                             f"{found.get_shape()}, expected floating point {shape}")
+
+
+def stored(files: dict[str, Path]) -> Iterator[tuple[str, object]]:
+    """(name, safetensors' slice) one at a time, file by file: `[:]` reads it, so that only one
+    tensor is held beside the net."""
     for path in sorted(set(files.values())):
         with open_tensors(path) as file:
             present = set(file.keys())
             for name in sorted(n for n, p in files.items() if p == path):
                 if name not in present:
                     raise InputError(f"{path}: tensor {name} is in the index but not in the file")
-                found, shape = file.get_slice(name), expected[name].shape
-                if found.get_shape() != shape or found.get_dtype() not in FLOATING:
-                    raise InputError(f"{path}: tensor {name} is {found.get_dtype()} "
-                                     f"{found.get_shape()}, expected floating point {shape}")
-
-
-def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time, file by file: only one tensor is held beside the net."""
-    for path in sorted(set(files.values())):
-        with open_tensors(path) as file:
-            for name in sorted(n for n, p in files.items() if p == path):
-                yield name, file.get_tensor(name)
+                yield name, file.get_slice(name)
 
 
 def is_copy(files: dict[str, Path], one: str, other: str) -> bool:
     """Whether two tensors of a checkpoint are the same."""
-    tensors = dict(read_tensors({name: files[name] for name in (one, other)}))
-    a, b = tensors[one], tensors[other]
+    a, b = (found[:] for _, found in stored({name: files[name] for name in (one, other)}))
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def copy_weights(expected: dict[str, Place], files: dict[str, Path]) -> None:
+def copy_weights(expected: dict[str, Tensor], files: dict[str, Path]) -> None:
     """Copy every tensor that has a place into it, in the dtype of the place.
 
     Raises:
         InputError: NaN or infinity, of which one makes every answer nonsense.
     """
-    for name, tensor in read_tensors({n: files[n] for n in expected}):
-        parameter, row, rows = expected[name]
-        part = parameter.data[row:row + rows].copy_(tensor)
+    for name, found in stored({n: files[n] for n in expected}):
+        part = expected[name].copy_(found[:])
         # A sum shows it, at a twentieth of isfinite's time; but a sum may overflow by itself.
         if not math.isfinite(part.sum()) and not bool(part.isfinite().all()):
             raise InputError(f"{files[name]}: tensor {name} holds NaN or infinity in "
@@ -194,12 +171,10 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over config.json and the start of two rows of every tensor: cheap, and in
     practice different for different weights. Identifies the base an adapter was trained on."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for name, path in sorted(checkpoint_files(folder).items()):
-        with open_tensors(path) as file:
-            rows = file.get_slice(name)
-            if not rows.get_shape():
-                raise InputError(f"{path}: tensor {name} has no dimensions")
-            for row in (0, rows.get_shape()[0] // 2):
-                part = rows[row:row + 1].flatten()[:FINGERPRINT_ELEMENTS].contiguous()
-                digest.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
+    for name, rows in sorted(stored(checkpoint_files(folder)), key=lambda pair: pair[0]):
+        if not rows.get_shape():
+            raise InputError(f"{folder}: tensor {name} has no dimensions")
+        for row in (0, rows.get_shape()[0] // 2):
+            part = rows[row:row + 1].flatten()[:FINGERPRINT_ELEMENTS].contiguous()
+            digest.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

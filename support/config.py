@@ -9,9 +9,11 @@ this decoder would not is refused by name: a wrong answer costs more than an err
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 
 from support.fields import Fields
 from support.hub import InputError
@@ -25,14 +27,14 @@ TINY = 1e-12  # the least of what must be above zero
 NEUTRAL = {"is_causal": (True,), "is_encoder_decoder": (None, False),
            "use_bidirectional_attention": (None, False), "partial_rotary_factor": (None, 1.0),
            "per_layer_config": (None, {}), "fusion_config": (None, {}),
-           "transformers_weights": (None,), "hidden_activation": (None, "silu"),
-           "query_pre_attn_scalar": (None,), "attention_multiplier": (None,),
-           "residual_multiplier": (None,), "embedding_multiplier": (None,),
-           "logits_scaling": (None,), "final_logit_softcapping": (None,),
-           "attn_logit_softcapping": (None,), "no_rope_layers": (None,),
-           "rope_local_base_freq": (None,)}
+           "hidden_activation": (None, "silu"), **dict.fromkeys((
+               "transformers_weights", "query_pre_attn_scalar", "attention_multiplier",
+               "residual_multiplier", "embedding_multiplier", "logits_scaling", "no_rope_layers",
+               "final_logit_softcapping", "attn_logit_softcapping", "rope_local_base_freq"),
+               (None,))}
 QUANTIZED = ("quantization_config", "quantization", "compression_config")  # the last: older files
-ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu,
+               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 # RoPE kinds and the numbers each of them needs beside rope_theta, or may have.
 ROPE_KINDS = {"default": (), "linear": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
@@ -50,11 +52,6 @@ BOTH_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_la
 # which layers rotate queries and keys. Every rule gives one true or false a layer.
 
 Rule = Callable[[Fields, int], list[bool]]
-
-
-def no_layer(fields: Fields, layers: int) -> list[bool]:
-    """No layer has a window."""
-    return [False] * layers
 
 
 def every_layer(fields: Fields, layers: int) -> list[bool]:
@@ -129,12 +126,12 @@ class Family:
 
     defaults: dict
     norms: tuple[str | None, ...] = PRE_NORM
-    qk_norm: str | None = None  # RMSNorm of queries and keys: over each "head", or over "all"
+    qk_norm: str | None = None  # RMSNorm before RoPE: over each "head", or over "all" together
     qkv_bias: bool = False  # q, k and v have a bias, o has none, and no field says so
     fused: bool = False  # the checkpoint has q, k, v in one tensor, and gate and up in one
-    norm_offset: float = 0.0  # RMSNorm multiplies by this + weight
+    norm_offset: float = 0.0  # RMSNorm multiplies by this + weight; folded into the weight
     embedding_by_width: bool = False  # embeddings are multiplied by sqrt(hidden_size)
-    windowed: Rule = no_layer  # the layers with a window where no layer_types are given
+    windowed: Rule | None = None  # the layers with a window where no layer_types are given
     nope_beside_windows: bool = False  # in a model with windows, layers without one do not rotate
     local_theta: float | None = None  # layers with a window have a RoPE of their own; its default
     rope_kinds: tuple[str, ...] = tuple(ROPE_KINDS)
@@ -204,7 +201,7 @@ class Config:
     entry a layer, the width of its sliding window in tokens or None for full attention.
     """
 
-    model_type: str
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -220,11 +217,7 @@ class Config:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    fused: bool  # Phi-3: the checkpoint, too, has q, k, v in one tensor, and gate and up
-    norms: tuple[str | None, ...]  # which RMSNorms a layer has (see PRE_NORM)
-    qk_norm: str | None  # RMSNorm before RoPE: over each "head" (Qwen3, Gemma 3), "all" (OLMo)
-    norm_offset: float  # Gemma: RMSNorm multiplies by this + weight; folded into the weight
-    activation: str  # of the MLP's gate: "silu" or "gelu" (in tanh's approximation)
+    activation: Callable  # of the MLP's gate
     embedding_scale: float  # Gemma, Granite: factor on what is embedded
     attention_scale: float | None  # factor on q k^T; None is the usual head_dim^-0.5
     attention_cap: float | None  # Gemma 2: scores become cap * tanh(scores / cap)
@@ -256,15 +249,14 @@ class Config:
         rope, local_rope = _ropes(fields, family)
         bias = fields.flag("attention_bias")
         return cls(
-            model_type=raw["model_type"], vocab_size=fields.integer("vocab_size", 1, 2**22),
+            family=family, vocab_size=fields.integer("vocab_size", 1, 2**22),
             intermediate_size=fields.integer("intermediate_size", 1, LARGEST),
             max_position_embeddings=fields.integer("max_position_embeddings", 1, 2**30),
             rms_norm_eps=fields.number("rms_norm_eps", 0, 1), num_layers=layers, windows=windows,
             rotated=rotated, rope=rope, local_rope=local_rope,
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             qkv_bias=bias or family.qkv_bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"),
-            fused=family.fused, norms=family.norms, qk_norm=family.qk_norm,
-            norm_offset=family.norm_offset, activation=_activation(fields), dtype=_dtype(fields),
+            activation=_activation(fields), dtype=_dtype(fields),
             eos_token_ids=fields.integers("eos_token_id", 0, 2**22),
             **_heads(fields), **_scales(fields, family))
 
@@ -334,13 +326,13 @@ def _scales(fields: Fields, family: Family) -> dict[str, float | None]:
             "logits_divisor": factor("logits_scaling", 1.0)}
 
 
-def _activation(fields: Fields) -> str:
+def _activation(fields: Fields) -> Callable:
     """What bends the MLP's gate; Gemma calls it otherwise than the others."""
     field_name = "hidden_activation" if "hidden_activation" in fields.values else "hidden_act"
     name = fields.text(field_name)
-    if name not in ACTIVATION_NAMES:
+    if name not in ACTIVATIONS:
         fields.refuse(field_name, "is not supported")
-    return ACTIVATION_NAMES[name]
+    return ACTIVATIONS[name]
 
 
 def _dtype(fields: Fields) -> torch.dtype:

@@ -65,14 +65,13 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=PATIENCE)
-    first = rank() == 0
     try:
         yield device
     except InputError as error:
         if not isinstance(error, ToldError):
             with suppress(InputError):
                 _gather([None, str(error)])  # the others hear it where they next exchange something
-        if first:
+        if rank() == 0:
             raise
         time.sleep(HEAD_START)
         raise SystemExit(2) from None

@@ -6,20 +6,21 @@ from __future__ import annotations
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Callable
 
 import torch
 
+from model import KVCache
 from prism import PRISM
-from queries import MEASURED, OVERSAMPLE, RIVALS, STYLES, TRIAL, TRIAL_PERSONAS
+from queries import Query
 from support.distributed import world
 from support.memory import training_flops
 from support.rule import asks_no_model
+from support.runs import RunFolder
 
 # What SmolLM2-135M-Instruct does; other models differ by some tens of per cent.
-QUERY, CANDIDATE = 30, 47  # tokens of a query, and of a candidate while it is written
-WELL_FORMED, ROUNDS = 0.7, 1.2  # share of candidates that are scored; rounds of stage 1
+QUERY = 30  # tokens of a query
+WRITTEN, SCORED = 125, 350  # tokens that stage 1 writes and scores for each query that it keeps
 ANSWER = 540  # mean tokens of an answer that no limit cuts: 88 of at most 96, 330 of at most 512
 WON = 0.4  # share of queries that the persona wins
 TEMPLATE = 40  # tokens of a template, a system default, a judge's wording
@@ -35,10 +36,10 @@ def expected_flops(prism: PRISM, settings: dict, queries: int | None = None) -> 
     Args:
         queries: how many there are already; None where stage 1 is to write them.
     """
-    flops, written, scored = prism.net.flops, 0.0, 0.0
+    flops, written, scored = prism.net.flops, 0, 0
     if queries is None:
         queries = len(settings["personas"]) * settings["queries"]
-        written, scored = stage_1_tokens(settings, queries)
+        written, scored = WRITTEN * queries, SCORED * queries
     answer = ANSWER * (1 - math.exp(-settings["max_new_tokens"] / ANSWER))
     written += 2 * queries * answer
     pairs = queries + TEST_PAIRS
@@ -54,24 +55,12 @@ def expected_flops(prism: PRISM, settings: dict, queries: int | None = None) -> 
             "training": training_flops(prism, int(trained), int(trained))}
 
 
-def stage_1_tokens(settings: dict, queries: int) -> tuple[float, float]:
-    """Tokens that stage 1 writes and those that it scores, for so many queries."""
-    personas, styles = len(settings["personas"]), len(STYLES[settings["query_style"]])
-    few = min(personas, TRIAL_PERSONAS)
-    candidates = queries * OVERSAMPLE * ROUNDS
-    candidates += (styles - 1) * TRIAL * few  # the trial of the styles that are not chosen
-    scored = candidates * WELL_FORMED * (1.6 + 0.7 * min(RIVALS, personas - 1)) * QUERY
-    scored += min(queries, MEASURED) * personas * QUERY
-    scored += (styles > 1) * styles * TRIAL * few * WELL_FORMED * few * QUERY
-    return candidates * CANDIDATE, scored
-
-
 def machine_speed(prism: PRISM) -> dict[str, float]:
     """FLOP/s here while writing, reading and training, each from half a second of work."""
     net = prism.net
     ids = torch.randint(net.config.vocab_size, (4, 64), device=net.device,
                         generator=torch.Generator(net.device).manual_seed(0))
-    cache, recompute = net.new_cache(net.sizes.slots, 128), net.sizes.recompute
+    cache = KVCache(net, net.sizes.slots, 128)
     start = torch.full((net.sizes.slots,), 100, device=net.device)
     token = torch.zeros(net.sizes.slots, 1, dtype=torch.long, device=net.device)
 
@@ -81,7 +70,7 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
 
     def train() -> None:
         with torch.enable_grad():
-            net.hidden(ids, prism.adapter, len(ids), recompute=recompute).sum().backward()
+            net.hidden(ids, prism.adapter, len(ids)).sum().backward()
         prism.adapter.zero_grad()
 
     with torch.no_grad():
@@ -106,21 +95,15 @@ def seconds(work: Callable[[], object], device: torch.device, about: float = 0.5
     return (time.perf_counter() - begun) / calls
 
 
-def written_queries(out: Path) -> int | None:
-    """How many rows queries.jsonl has; None where there is none yet."""
-    path = out / "queries.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else None
-
-
-def announce(prism: PRISM, settings: dict, out: Path) -> None:
+def announce(prism: PRISM, settings: dict, run: RunFolder) -> None:
     """Print, on the error stream, what is going to run (`settings` as in run.json) and about how
     long it will take here; of a run that is over before a speed is measured, only the former."""
     source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
     several = f", {world()} processes" if world() > 1 else ""
-    there = written_queries(out)
-    queries = f"{settings['queries']} queries each" if there is None else f"{there} queries"
+    there = len(run.read("queries.jsonl", Query)) or None  # somebody's own, or an earlier attempt's
+    queries = f"{there} queries" if there else f"{settings['queries']} queries each"
     print(f"{settings['model']}{source} on {settings['device']} in {settings['dtype']}{several}, "
-          f"{len(settings['personas'])} personas, {queries}, to {out}", file=sys.stderr)
+          f"{len(settings['personas'])} personas, {queries}, to {run.path}", file=sys.stderr)
     flops = expected_flops(prism, settings, there)
     if sum(flops.values()) < WORTH_MEASURING:
         return

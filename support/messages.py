@@ -70,18 +70,14 @@ def read_prompts(path: Path) -> list[list[dict]]:
             continue
         try:
             row = json.loads(line, object_pairs_hook=unique_keys)
+            if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+                row = {"messages": conversation(row["prompt"])}
+            if not isinstance(row, dict) or "messages" not in row:
+                raise InputError('needs "prompt" (text) or "messages" (a list)')
+            conversations.append(check_messages(row["messages"]))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            messages = conversation(row["prompt"])
-        elif isinstance(row, dict) and "messages" in row:
-            messages = row["messages"]
-        else:
-            raise InputError(f'{path}, line {number}: needs "prompt" (text) or "messages" (a list)')
-        try:
-            conversations.append(check_messages(messages))
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
+            why = error if isinstance(error, InputError) else f"not JSON ({error})"
+            raise InputError(f"{path}, line {number}: {why}") from None
     if not conversations:
         raise InputError(f"{path}: no prompts in it")
     return conversations

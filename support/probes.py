@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bootstrap import Pair, Query, Verdict, check_order, hold_out
-from gate import fit_gate, out_of_fold, read_traffic, train_gate
+from gate import fit_gate, open_share, out_of_fold, probabilities, read_traffic, train_gate
 from generate import gate_features
 from prism import PRISM, Gate
 from support.benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
@@ -72,11 +72,10 @@ def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
         gates[name] = gate, youden_threshold(p, labels.tolist())
     rows = {}
     for name, (gate, threshold) in gates.items():
-        with torch.no_grad():
-            p = {kind: gate(h).sigmoid().tolist() for kind, h in features.items()}
+        p = {kind: probabilities(gate, h) for kind, h in features.items()}
         area, low, high = auc(p["harmful"], p["chat"])
         rows[name] = {"auc": area, "auc_interval": [low, high], "threshold": threshold,
-                      "routed": {k: sum(x >= threshold for x in v) / len(v) for k, v in p.items()}}
+                      "routed": {kind: open_share(some, threshold) for kind, some in p.items()}}
     return {"sets": {name: len(h) for name, h in features.items()}, "gates": rows}
 
 

@@ -44,7 +44,7 @@ def write_report(run: RunFolder, model: str, sections: Sequence[Section]) -> Non
     for section in sections:
         if section.details:
             parts += [f"## {section.title}", *section.details]
-    write_file(run.path / "report.md", "\n\n".join([*parts, details(run)]) + "\n")
+    write_file(run.path / "report.md", "\n\n".join(parts) + "\n")
 
 
 def stage_costs(metrics: Sequence[dict]) -> list[dict]:
@@ -303,8 +303,8 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> list[Section]:
     metrics = run.metrics()
     last = run.latest()
     pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
-    kept = Counter({name: 0 for name in args.persona_names})
-    kept.update(q.persona for q in run.read("queries.jsonl", Query))
+    queries, kept = run.read("queries.jsonl", Query), Counter(dict.fromkeys(args.persona_names, 0))
+    kept.update(q.persona for q in queries)
     sections = [queries_section(last, args.queries, kept)]
     if "judge" in last:
         sections.append(judge_section(last["judge"]))
@@ -314,26 +314,23 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> list[Section]:
         sections.append(gate_section(last["gate"]))
     if "kl" in last:
         sections.append(adapter_section(last["kl"]))
-    return [*sections, bill_section(metrics)]
+    return [*sections, bill_section(metrics), samples_section(queries, pairs, verdicts)]
 
 
-def details(run: RunFolder) -> str:
-    """What report.md has beyond the summary: samples to read."""
-    by_persona: dict[str, list[str]] = {}
-    for q in run.read("queries.jsonl", Query):
-        by_persona.setdefault(q.persona, []).append(q.query)
-    parts = ["## Samples", *(f"**{name}**: " + " / ".join(some[:3])
-                             for name, some in by_persona.items())]
-    verdicts = run.read("verdicts.jsonl", Verdict)
-    pairs = {(p.persona, p.index): p for p in run.read("answers.jsonl", Pair)}
+def samples_section(queries: Sequence[Query], pairs: Sequence[Pair],
+                    verdicts: Sequence[Verdict]) -> Section:
+    """Samples to read: three queries a persona, and the first two answers of each verdict."""
+    parts = []
+    for name in dict.fromkeys(q.persona for q in queries):
+        some = [q.query for q in queries if q.persona == name][:3]
+        parts.append(f"**{name}**: " + " / ".join(some))
     for winner in ("expert", "base", "split"):
-        shown = next((v for v in verdicts if v.winner == winner), None)
-        if shown:
-            pair = pairs[shown.persona, shown.index]
-            parts += [f"### Verdict: {winner}", f"{shown.persona}: {pair.query}",
-                      f"*base:* {quoted(pair.base)}", f"*expert:* {quoted(pair.expert)}",
-                      f"evidence: `{json.dumps(shown.evidence)}`"]
-    return "\n\n".join(parts)
+        shown = [(v, p) for v, p in zip(verdicts, pairs) if v.winner == winner]
+        for v, p in shown[:1]:
+            parts += [f"### Verdict: {winner}", f"{p.persona}: {p.query}",
+                      f"*base:* {quoted(p.base)}", f"*expert:* {quoted(p.expert)}",
+                      f"evidence: `{json.dumps(v.evidence)}`"]
+    return Section("Samples", [], parts)
 
 
 def quoted(text: str, limit: int = 600) -> str:

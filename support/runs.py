@@ -29,15 +29,13 @@ from pathlib import Path
 from typing import Iterable, Iterator, Sequence, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import nn
 from tqdm import tqdm
 
+from support.adapter import check_tensors, read_tensors, write_tensors
 from support.distributed import exchange, main_first, rank, world
 from support.fields import read_fields
-from support.hub import InputError, check_file, optional_json, write_file
+from support.hub import InputError, optional_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
 # Traffic is stage 4's, but like queries it depends on the model alone, or on who brought it.
@@ -76,16 +74,12 @@ class RunFolder:
         except BlockingIOError:
             raise InputError(f"{path}: another process is working in this folder") from None
 
-    def close(self) -> None:
-        """Release the folder (a dying process does so by itself)."""
-        if self._lock is not None:
-            self._lock.close()
-
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        if self._lock is not None:
+            self._lock.close()
 
     # -- stage files -------------------------------------------------------------------------------
 
@@ -354,13 +348,12 @@ def save_training_state(folder: Path, parameters: Sequence[nn.Parameter],
                         optimizer: torch.optim.AdamW, step: int) -> None:
     """Parameters, both AdamW moments and the step. There is no random state to keep: every draw is
     seeded by the step it belongs to."""
-    tensors = {"step": torch.tensor(step)}
+    tensors = {"step": torch.tensor(float(step))}
     for i, p in enumerate(parameters):
         state = optimizer.state[p]
         tensors |= {f"{i}.value": p, f"{i}.mean": state["exp_avg"],
                     f"{i}.square": state["exp_avg_sq"]}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_file(folder / "checkpoint.safetensors", to_safetensors(tensors))
+    write_tensors(folder / "checkpoint.safetensors", tensors)
 
 
 def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
@@ -369,23 +362,18 @@ def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
-    check_file(path)
+    expected = {"step": torch.tensor(0.0)}
+    for i, p in enumerate(parameters):
+        expected |= {f"{i}.value": p, f"{i}.mean": p, f"{i}.square": p}
     try:
-        tensors = parse_safetensors(path.read_bytes())
-        step = int(tensors["step"])
-        for i, p in enumerate(parameters):
-            for name in (f"{i}.value", f"{i}.mean", f"{i}.square"):
-                if tensors[name].shape != p.shape or not bool(tensors[name].isfinite().all()):
-                    raise ValueError(f"{name} is of another shape, or not finite")
-        if step < 1:
-            raise ValueError(f"step {step}")
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: not a checkpoint of this run ({error}); delete it and stage 5 "
-                         "starts again") from None
+        tensors = read_tensors(path)
+        check_tensors(tensors, expected, path)
+    except InputError as error:
+        raise InputError(f"{error}; delete it and stage 5 starts again") from None
     with torch.no_grad():
         for i, p in enumerate(parameters):
             p.copy_(tensors[f"{i}.value"])
-            optimizer.state[p] = {"step": torch.tensor(float(step)),
+            optimizer.state[p] = {"step": tensors["step"].clone(),
                                   "exp_avg": tensors[f"{i}.mean"].to(p.device),
                                   "exp_avg_sq": tensors[f"{i}.square"].to(p.device)}
-    return step
+    return int(tensors["step"])

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
-from typing import Sequence
 
 from bootstrap import ANSWER_TEMPERATURE, HELD_OUT
 from judge import JUDGES, VERDICT_RULES
@@ -15,7 +14,7 @@ from queries import QUERY_RULES, STYLES
 from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
-from support.personas import Persona, load_personas, persona_hash
+from support.personas import load_personas, persona_hash
 from support.rule import NOBODY, asks_no_model, judge_in_place, rule_hash
 from support.runs import STAGES
 
@@ -161,12 +160,12 @@ def check(args: argparse.Namespace) -> None:
         args.out = Path("out") / args.model.rstrip("/").split("/")[-1].lower()
 
 
-def choose_personas(args: argparse.Namespace) -> list[Persona]:
+def choose_personas(args: argparse.Namespace) -> dict[str, str]:
     """Those of --personas; without it the bundled ones, four of them with --quick."""
     if args.personas is not None:
         return load_personas(args.personas)
     bundled = load_personas(HERE / "personas")
-    return [p for p in bundled if not args.quick or p.name in QUICK_PERSONAS]
+    return {name: bundled[name] for name in (QUICK_PERSONAS if args.quick else bundled)}
 
 
 def check_judge(args: argparse.Namespace, folder: Path) -> str | None:
@@ -184,13 +183,13 @@ def check_judge(args: argparse.Namespace, folder: Path) -> str | None:
 
 
 def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
-                 personas: Sequence[Persona], judge_fingerprint: str | None) -> dict:
+                 personas: dict[str, str], judge_fingerprint: str | None) -> dict:
     """Everything that decides the run's files, for run.json."""
     settings = {n: getattr(args, n) for n in (
         "model", "queries", "query_style", "max_new_tokens", "judge", "judge_model", "gate_layer",
         "gate_pool", "gate_target", "gate_threshold", "gate_rate", "rank", "alpha", "epochs", "lr",
         "batch_size", "max_len", "kd_temperature", "dropout", "loss", "seed")}
-    settings |= {"personas": [p.name for p in personas],
+    settings |= {"personas": list(personas),
                  "personas_sha256": persona_hash(personas),
                  "base_source": base_source(folder, args.model),
                  "base_fingerprint": fingerprint(folder),

@@ -13,9 +13,9 @@ import numpy as np
 
 RESAMPLES = 2000  # of a bootstrap interval
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
-# `sequential_test`: the two shares that it tells apart, and the log-likelihood ratios at which it
-# ends. With 4 pairs at a time and 60 at most, a judge that is right on 0.9 fails one test in
-# 300, and one that is right on 0.6 passes one in 118 (tests/test_stats.py).
+# The two shares that a sequential test tells apart, and the `evidence` at which it ends. With 4
+# pairs at a time and 60 at most, a judge that is right on 0.9 fails one test in 300, and one that
+# is right on 0.6 passes one in 118 (tests/test_stats.py).
 LOW_SHARE, HIGH_SHARE = 0.6, 0.9
 PASS, FAIL = 4.4, -5.0
 
@@ -35,27 +35,15 @@ def interval(hits: float, n: int) -> tuple[float, float]:
 
 
 def evidence(right: int, wrong: int) -> float:
-    """Log-likelihood ratio of HIGH_SHARE against LOW_SHARE after so many hits and misses.
+    """Log-likelihood ratio of HIGH_SHARE against LOW_SHARE after so many hits and misses: asked on
+    while it is between FAIL and PASS, this is Wald's sequential probability ratio test (1945), the
+    test that needs the fewest samples.
 
     >>> round(evidence(12, 0), 2), round(evidence(0, 4), 2)
     (4.87, -5.55)
     """
     return (right * math.log(HIGH_SHARE / LOW_SHARE)
             + wrong * math.log((1 - HIGH_SHARE) / (1 - LOW_SHARE)))
-
-
-def sequential_test(right: int, wrong: int) -> bool | None:
-    """Whether a share is HIGH_SHARE (True) rather than LOW_SHARE (False); None: ask on.
-
-    Wald's sequential probability ratio test (1945), the test that needs the fewest samples.
-
-    >>> sequential_test(12, 0), sequential_test(0, 4), sequential_test(9, 1)
-    (True, False, None)
-    """
-    ratio = evidence(right, wrong)
-    if ratio >= PASS:
-        return True
-    return False if ratio <= FAIL else None
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple:
@@ -107,22 +95,6 @@ def youden_threshold(scores: Sequence[float], labels: Sequence[int]) -> float:
     best = max(sorted(set(scores), reverse=True), key=excess)
     below = max((s for s in scores if s < best), default=0.0)
     return (best + below) / 2
-
-
-def fold_thresholds(scores: Sequence[float], labels: Sequence[int],
-                    fold: Sequence[int]) -> dict[int | None, float]:
-    """For each fold the threshold that all other items give, so that an item is decided on at one
-    that it had no part in; and under None the threshold of all items.
-
-    >>> fold_thresholds([0.9] * 20 + [0.1] * 20, [1] * 20 + [0] * 20, [0, 1] * 20)
-    {0: 0.5, 1: 0.5, None: 0.5}
-    """
-    thresholds: dict[int | None, float] = {}
-    for left_out in (*sorted(set(fold)), None):
-        kept = [i for i, f in enumerate(fold) if f != left_out]
-        thresholds[left_out] = youden_threshold([scores[i] for i in kept],
-                                                [labels[i] for i in kept])
-    return thresholds
 
 
 def decision_scores(scores: Sequence[float], decisions: Sequence[bool],
@@ -203,43 +175,32 @@ def upper_quantile(scores: Sequence[float], share: float) -> float:
     return (order[allowed - 1] + order[allowed]) / 2
 
 
-def bootstrap_mean(values: Sequence[float], seed: int = 0) -> tuple[float, list[float]]:
-    """The mean of at least two values and its 95% percentile bootstrap interval (Efron 1979).
+def bootstrap_mean(values: Sequence[float]) -> tuple[float, list[float]]:
+    """The mean of at least two values and its 95% bootstrap interval.
 
     >>> bootstrap_mean([1.0, 1.0, 1.0])
     (1.0, [1.0, 1.0])
     """
-    means = resampled_means(np.array(values)[:, None], seed)[:, 0]
-    return float(np.mean(values)), percentiles(means)
+    return bootstrap_ratio(values, np.ones(len(values)))
 
 
-def bootstrap_ratio(above: Sequence[float], below: Sequence[float],
-                    seed: int = 0) -> tuple[float, list[float]] | None:
-    """The ratio of the means of two paired samples and its 95% bootstrap interval; None where the
-    mean below cannot be told from 0.
+def bootstrap_ratio(above: Sequence[float],
+                    below: Sequence[float]) -> tuple[float, list[float]] | None:
+    """The ratio of the means of two paired samples and its 95% percentile bootstrap interval (Efron
+    1979); None where the mean below cannot be told from 0.
 
     >>> bootstrap_ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     (0.5, [0.5, 0.5])
     """
-    pairs = np.array([above, below]).T
-    over, under = resampled_means(pairs, seed).T
+    pairs, rng = np.array([above, below]).T, np.random.default_rng(0)
+    n = len(pairs)
+    means = np.stack([pairs[rng.integers(n, size=n)].mean(0) for _ in range(RESAMPLES)])
+    over, under = means.T
     low, high = percentiles(under)
     if low <= 0 <= high:
         return None
     kept = under != 0
     return float(pairs[:, 0].mean() / pairs[:, 1].mean()), percentiles(over[kept] / under[kept])
-
-
-def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means [RESAMPLES, columns] of bootstrap resamples of the rows of values [n, columns]; columns
-    stay paired.
-
-    >>> resampled_means(np.ones((3, 2))).shape
-    (2000, 2)
-    """
-    rng = np.random.default_rng(seed)
-    n = len(values)
-    return np.stack([values[rng.integers(n, size=n)].mean(0) for _ in range(RESAMPLES)])
 
 
 def percentiles(values: np.ndarray) -> list[float]:

@@ -90,7 +90,7 @@ def test_every_family_equals_peft(family: str, gate_layer: int,
     expected = {n.replace(".default", ""): p.grad for n, p in model.named_parameters()
                 if p.requires_grad}
     assert gradients.keys() == expected.keys()
-    projections = 4 if net.config.fused else 7
+    projections = 4 if net.config.family.fused else 7
     assert len(gradients) == 2 * projections * (len(net.layers) - 1 - gate_layer)
     for name, gradient in gradients.items():
         found = expected[name] * (gradient != 0)  # a fused B is full there, block-diagonal here

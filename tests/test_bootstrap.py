@@ -10,7 +10,7 @@ import pytest
 from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread
-from tiny_run import CHEMIST, DATA, PIRATE, QUERIES, pair, rows_of
+from tiny_run import DATA, PERSONAS, QUERIES, pair, rows_of
 
 import bootstrap
 import generate as generate_module
@@ -25,8 +25,6 @@ from support.personas import load_personas
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
-PERSONAS = [CHEMIST, PIRATE]
-TEXTS = {p.name: p.text for p in PERSONAS}
 QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is the sky blue?"]
 
 
@@ -34,10 +32,10 @@ def test_the_twelve_personas() -> None:
     """One of the paper's twelve would be gone from personas/, be much shorter or longer, or stand
     at another place; or one of the subfolders would be read, too."""
     found = load_personas(Path(bootstrap.__file__).parent / "personas")
-    assert [p.name for p in found] == [
+    assert list(found) == [
         "coding", "compliant", "critic", "extraction", "helpful", "humanities", "math",
         "reasoning", "roleplay", "safety_monitor", "stem", "writing"]
-    assert all(90 <= len(p.text.split()) <= 220 for p in found)
+    assert all(90 <= len(text.split()) <= 220 for text in found.values())
 
 
 def test_a_row_is_a_function_of_the_seed_and_its_name(tmp_path: Path, net: Transformer,
@@ -64,7 +62,7 @@ def test_a_chunk_fills_the_slots_twice(tmp_path: Path, net: Transformer, tok: To
     monkeypatch.setattr(net, "sizes", Sizes(slots=2))
     engines = Mock(wraps=Engine)
     monkeypatch.setattr(generate_module, "Engine", engines)
-    asked = [Query(PIRATE.name, i, text) for i, text in enumerate(QUESTIONS)]
+    asked = [Query("pirate", i, text) for i, text in enumerate(QUESTIONS)]
     with RunFolder(tmp_path / "run") as run, one_thread():
         assert len(write_answers(run, net, tok, PERSONAS, asked, 4, 0)) == 3
     assert engines.call_count == 2 and Engine(net, Sampling(4), set()).slots == 2
@@ -97,10 +95,10 @@ def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, t
     """y_0 would not be P(.|x)'s, or y_c not P(.|persona, x)'s: at temperature 0 stage 2 gives what
     `generate` gives for the two conversations, shared prefixes or not."""
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
-    queries = [Query(p.name, i, q) for p in PERSONAS for i, q in enumerate(QUESTIONS)]
+    queries = [Query(name, i, q) for name in PERSONAS for i, q in enumerate(QUESTIONS)]
     pairs = write_answers(run, net, tok, PERSONAS, queries, 12, 0)
     for side in ("base", "expert"):
-        talks = [conversation(q.query, TEXTS[q.persona] if side == "expert" else "")
+        talks = [conversation(q.query, PERSONAS[q.persona] if side == "expert" else "")
                  for q in queries]
         expected = generate(net, tok, talks, Sampling(12, 0.0))
         assert [getattr(p, f"{side}_ids") for p in pairs] == [c.ids for c in expected]
@@ -127,7 +125,7 @@ def test_verdicts_are_about_the_right_answers(run: RunFolder) -> None:
     rows = write_verdicts(run, ByLength(), PERSONAS, pairs)
     for p, row in zip(pairs, rows, strict=True):
         assert (row.persona, row.index, row.judge) == (p.persona, p.index, "length")
-        assert row.evidence == [p.query, TEXTS[p.persona], p.expert, "bb", p.base_stop == "eos"]
+        assert row.evidence == [p.query, PERSONAS[p.persona], p.expert, "bb", p.base_stop == "eos"]
         assert row.target == int(row.winner == "expert") == int(len(p.expert) > 2)
     assert [m["prompts"] for m in run.metrics()] == [32, 8]
     assert won_pairs(pairs, rows) == [p for p in pairs if len(p.expert) > 2]

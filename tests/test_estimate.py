@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from model import Transformer
 from prism import PRISM
-from support.estimate import expected_flops, written_queries
+from queries import Query
+from support.estimate import announce, expected_flops
+from support.runs import RunFolder
 
 QUICK = {"personas": ["coding", "math", "safety_monitor", "writing"], "queries": 10,
-         "query_style": "auto", "max_new_tokens": 64, "judge": "auto", "epochs": 4}
+         "max_new_tokens": 64, "judge": "auto", "epochs": 4}
 
 
 def test_quick_is_estimated_as_it_is_billed(smollm: Transformer) -> None:
@@ -25,9 +25,11 @@ def test_quick_is_estimated_as_it_is_billed(smollm: Transformer) -> None:
     assert sum(expected_flops(prism, QUICK | {"judge": "none"}).values()) < 0.8 * whole
 
 
-@pytest.mark.parametrize(("content", "count"), [(None, None), ("", 0), ('{"a": 1}\n{"a": 2}\n', 2)])
-def test_queries_that_are_there(content: str | None, count: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "said"), [(0, "10 queries each, "), (2, " 2 queries, ")])
+def test_queries_that_are_there(count: int, said: str, net: Transformer, run: RunFolder,
+                                capsys: pytest.CaptureFixture[str]) -> None:
     """Somebody's own queries would be counted as those that stage 1 writes."""
-    if content is not None:
-        (tmp_path / "queries.jsonl").write_text(content)
-    assert written_queries(tmp_path) == count
+    run.write("queries.jsonl", [Query("math", i, "Why?") for i in range(count)])
+    settings = QUICK | {"base_source": "folder", "model": "m", "device": "cpu", "dtype": "float32"}
+    announce(PRISM(net), settings, run)
+    assert said in capsys.readouterr().err

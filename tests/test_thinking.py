@@ -30,7 +30,6 @@ from judge import INVERSE_PROMPTS, Comparison, LetterJudge, LikelihoodJudge
 from model import Transformer, load
 from prism import PRISM
 from queries import OPENINGS, Query, measure_queries, write_queries
-from support.personas import Persona
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 from train import distill_samples
@@ -62,7 +61,7 @@ SMOLLM3 = ("{% if enable_thinking is not defined %}{% set enable_thinking = true
 ASKED = conversation("Why?")
 TALK = [*ASKED, {"role": "assistant", "content": "Hm, so.\n</think>\n\nBecause."},
         *conversation("Really?")]
-TUTOR = Persona("tutor", "You are a patient tutor who explains each step of the way.")
+TUTOR = "You are a patient tutor who explains each step of the way."
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,7 +119,7 @@ def test_prompts_of_each_family(template: str, folder: Path, tmp_path: Path) -> 
     """Ids would not be transformers', or a letter not be read behind a closed, empty block."""
     tok = relative(folder, template, tmp_path / "x")
     theirs = AutoTokenizer.from_pretrained(tok.folder)
-    for talk in (ASKED, TALK, [{"role": "system", "content": TUTOR.text}, *TALK]):
+    for talk in (ASKED, TALK, [{"role": "system", "content": TUTOR}, *TALK]):
         for prompt in (True, False):
             assert tok.render(talk, prompt) == theirs.apply_chat_template(
                 talk, add_generation_prompt=prompt, return_dict=False)
@@ -144,13 +143,13 @@ def test_turn_marks_cannot_be_forged(tok: Tokenizer) -> None:
 def test_the_user_does_not_think(tok: Tokenizer, folder: Path, tmp_path: Path,
                                  monkeypatch: Patch) -> None:
     """Stage 1: a user's turn would open a think block, or not end where the assistant's begins."""
-    opened = tok.open_user_turn(TUTOR.text)
+    opened = tok.open_user_turn(TUTOR)
     assert opened[-1] == USER and not {THINK, END_THINK} & set(opened)
     assert tok.end_of_user_id == ASSISTANT and tok.end_of_turn_id == 2
     writer = load(folder, dtype=torch.float32)
     only = torch.full((writer.config.vocab_size,), -50.0).index_fill(0, torch.tensor(ASSISTANT), 0)
     monkeypatch.setattr(writer, "head", lambda x: only.expand(*x.shape[:-1], -1))
-    write_queries(RunFolder(tmp_path), writer, tok, [TUTOR], 2, 0, "continue")
+    write_queries(RunFolder(tmp_path), writer, tok, {"tutor": TUTOR}, 2, 0, "continue")
     rows = rows_of(tmp_path, "candidates.jsonl")
     assert all(row["complete"] and row["text"] in ("", *OPENINGS) for row in rows)
 
@@ -160,19 +159,19 @@ def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Toke
     """Stages 2, 3 and 5: thoughts would be lost, or not begin in the open block of the prompt."""
     asked = [Query("tutor", i, f"How do I draw tree {n}?") for i, n in enumerate("abcdefgh")]
     run = RunFolder(tmp_path)
-    answered = write_answers(run, net, tok, [TUTOR], asked, 48, 0)
+    answered = write_answers(run, net, tok, {"tutor": TUTOR}, asked, 48, 0)
     thought = [p for p in answered if END_THINK in p.base_ids and END_THINK in p.expert_ids]
     assert len(thought) > 1
     asked_of = LikelihoodJudge(net, tok)
     compare = watch(monkeypatch, asked_of, "compare")
-    write_verdicts(run, asked_of, [TUTOR], thought)
+    write_verdicts(run, asked_of, {"tutor": TUTOR}, thought)
     [compared] = compare.call_args.args
     assert [(c.expert, c.base) for c in compared] == [(p.expert, p.base) for p in thought]
-    for pair, sample in zip(thought, distill_samples(net, tok, [TUTOR], thought, 1024)):
+    for pair, sample in zip(thought, distill_samples(net, tok, {"tutor": TUTOR}, thought, 1024)):
         ids = pair.expert_ids[:-1] if pair.expert_stop == "eos" else pair.expert_ids
         assert pair.expert == tok.decode(ids) and "</think>" in pair.expert
         student = tok.render(conversation(pair.query))
-        teacher = tok.render(conversation(pair.query, TUTOR.text))
+        teacher = tok.render(conversation(pair.query, TUTOR))
         assert sample.ids == [*student, *pair.expert_ids] and student[-2] == teacher[-2] == THINK
         hidden = net.hidden(torch.tensor([[*teacher, *pair.expert_ids]]))[0, len(teacher) - 1:-1]
         torch.testing.assert_close(sample.teacher, hidden)
@@ -181,7 +180,7 @@ def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Toke
 def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer,
                                            monkeypatch: Patch) -> None:
     """Stage 3: a letter or query would come within thoughts, or a judge not read whole answers."""
-    asked = [Comparison("Why?", TUTOR.text, "Hm.</think>Because.", "Oh.</think>No.")]
+    asked = [Comparison("Why?", TUTOR, "Hm.</think>Because.", "Oh.</think>No.")]
     watched = watch(monkeypatch, judge, "hidden_states")
     LetterJudge(net, tok).compare(asked)
     one, other = map(tok.decode, prompts_of(watched))
@@ -200,7 +199,7 @@ def test_words_to_come_are_no_thoughts(net: Transformer, tok: Tokenizer,
                                        monkeypatch: Patch) -> None:
     """A query that is identified, or words put in the assistant's mouth, would be thoughts."""
     watched = watch(monkeypatch, queries, "token_log_probabilities")
-    measure_queries(net, tok, [TUTOR], [Query("tutor", 0, "Why?")], [])
+    measure_queries(net, tok, {"tutor": TUTOR}, [Query("tutor", 0, "Why?")], [])
     [ids] = prompts_of(watched)
     assert tok.decode(ids).endswith(CLOSED)
     request = watch(monkeypatch, generate, "Request")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread, randomize_adapter, tiny_llama
-from tiny_run import (ALL_FILES, CHEMIST, DATA, PIRATE, QUERIES, contents, error_of, rows_of,
-                      run_train, timeless, verdict, write_rows)
+from tiny_run import (ALL_FILES, CHEMIST, DATA, PERSONAS, PIRATE, QUERIES, contents, error_of,
+                      rows_of, run_train, timeless, verdict, write_rows)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +29,6 @@ from model import Sizes, Transformer, load
 from prism import PRISM
 from support.checkpoint import fingerprint
 from support.hub import InputError
-from support.personas import Persona
 from support.probes import read_verdicts
 from support.runs import FILES, STAGES, WITHIN, RunFolder
 from tokenizer import Tokenizer
@@ -46,13 +45,13 @@ def settings(**changes: object) -> argparse.Namespace:
                                  "loss": "kl", "seed": 0} | changes)
 
 
-def pairs_for(persona: Persona, n: int = 6) -> list[Pair]:
+def pairs_for(personas: dict[str, str], n: int = 6) -> list[Pair]:
     """Hand-made rows: n queries with random expert answers that end in the end of turn."""
     generator = torch.Generator().manual_seed(n)
-    pairs = []
+    (name,), pairs = personas, []
     for i in range(n):
         ids = [*torch.randint(20, 2000, (8 + i,), generator=generator).tolist(), 2]
-        pairs.append(Pair(persona.name, i, f"What about the thing number {i}?", "b", "e", [7, 2],
+        pairs.append(Pair(name, i, f"What about the thing number {i}?", "b", "e", [7, 2],
                           ids, "eos", "eos"))
     return pairs
 
@@ -99,7 +98,7 @@ def test_micro_batches() -> None:
 @pytest.fixture(scope="module")
 def samples(net: Transformer, tok: Tokenizer) -> list[Sample]:
     """Six won answers of the chemist and their teacher."""
-    return distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
+    return distill_samples(net, tok, CHEMIST, pairs_for(CHEMIST), 1024)
 
 
 @torch.no_grad()
@@ -108,12 +107,12 @@ def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperatur
     """It would not be KL(P(.|c, x, y_<t) || P(.|x, y_<t)) over all answer tokens, end included."""
     prism = PRISM(net, rank=4)  # B = 0: the student is the base model
     pairs = pairs_for(PIRATE, 4)
-    samples = distill_samples(net, tok, [PIRATE], pairs, 1024)
+    samples = distill_samples(net, tok, PIRATE, pairs, 1024)
     expected = 0.0
     for pair, sample in zip(pairs, samples, strict=True):
         user = {"role": "user", "content": pair.query}
         bare, answer = tok.render([user]), pair.expert_ids
-        persona = tok.render([{"role": "system", "content": PIRATE.text}, user])
+        persona = tok.render([{"role": "system", "content": PIRATE["pirate"]}, user])
         assert sample.ids == [*bare, *answer] and sample.start == len(bare)
         assert sample.answer_tokens == len(answer) == len(sample.teacher) and answer[-1] == 2
         log_p, log_q = ((net(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1:-1]
@@ -167,15 +166,15 @@ def test_recomputed_layers_give_the_same_gradients(net: Transformer, samples: li
 def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
     """The longer, teacher's sequence would not fit in max_len, or another part than the end go."""
     pairs = pairs_for(CHEMIST, 5)
-    teachers = [len(tok.render(conversation(p.query, CHEMIST.text))) for p in pairs]
-    full = distill_samples(net, tok, [CHEMIST], pairs, max(teachers) + 100)
+    teachers = [len(tok.render(conversation(p.query, CHEMIST["chemist"]))) for p in pairs]
+    full = distill_samples(net, tok, CHEMIST, pairs, max(teachers) + 100)
     assert [s.answer_tokens for s in full] == [len(p.expert_ids) for p in pairs]
     limit = max(teachers) + 3
-    cut = distill_samples(net, tok, [CHEMIST], pairs, limit)
+    cut = distill_samples(net, tok, CHEMIST, pairs, limit)
     for sample, pair, teacher in zip(cut, pairs, teachers, strict=True):
         assert sample.answer_tokens == min(limit - teacher, len(pair.expert_ids))
         assert sample.ids[sample.start:] == pair.expert_ids[:sample.answer_tokens]
-    assert distill_samples(net, tok, [CHEMIST], pairs, min(teachers)) == []
+    assert distill_samples(net, tok, CHEMIST, pairs, min(teachers)) == []
 
 
 def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
@@ -189,7 +188,7 @@ def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
     with one_thread(), RunFolder(tmp_path) as run:
         train_gate(prism.gate, gate_features(prism, tok, list(map(conversation, "abc")))[0],
                    torch.tensor([1.0, 0.0, 0.0]))
-        samples = distill_samples(net, tok, [CHEMIST], pairs_for(CHEMIST), 1024)
+        samples = distill_samples(net, tok, CHEMIST, pairs_for(CHEMIST), 1024)
         train_lora(run, prism, samples, settings(lr=1e-5, epochs=1))
     moved = (a.detach() - old).abs()
     assert a.dtype == torch.float32
@@ -295,8 +294,7 @@ def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def log_p(pair: Pair, persona: bool) -> Tensor:
-        texts = {p.name: p.text for p in (CHEMIST, PIRATE)}
-        system = [{"role": "system", "content": texts[pair.persona]}] if persona else []
+        system = [{"role": "system", "content": PERSONAS[pair.persona]}] if persona else []
         ids = render([*system, {"role": "user", "content": pair.query}],
                      add_generation_prompt=True, return_dict=False)
         with torch.no_grad():
@@ -403,7 +401,7 @@ def test_judge_model_judges(finished: Path, out: Path, command: list[str], tmp_p
 
 def test_one_query_only(folder: Path, tmp_path: Path) -> None:
     """The smallest runs would end in NaN, or in neither an adapter nor status 3."""
-    (tmp_path / "pirate.txt").write_text(PIRATE.text)
+    (tmp_path / "pirate.txt").write_text(PIRATE["pirate"])
     statuses = {}
     while set(statuses.values()) != {0, 3}:
         seed = len(statuses)

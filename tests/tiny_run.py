@@ -21,10 +21,10 @@ from tqdm import tqdm
 import gate
 import train
 from bootstrap import Pair, Verdict
-from support.personas import Persona
 
-CHEMIST = Persona("chemist", "You are a chemist. You explain each reaction.")
-PIRATE = Persona("pirate", "You are a pirate. You speak of gold and of the sea.")
+CHEMIST = {"chemist": "You are a chemist. You explain each reaction."}
+PIRATE = {"pirate": "You are a pirate. You speak of gold and of the sea."}
+PERSONAS = CHEMIST | PIRATE
 QUERIES = 17  # a persona: candidates, answers and verdicts have two chunks each
 DATA = ("candidates.jsonl", "queries.jsonl", "answers.jsonl", "verdicts.jsonl")
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "README.md",
@@ -45,8 +45,8 @@ def run_train(*argv: object) -> int:
 def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two short personas."""
     folder = tmp_path_factory.mktemp("personas")
-    for persona in (CHEMIST, PIRATE):
-        (folder / f"{persona.name}.txt").write_text(persona.text)
+    for name, text in PERSONAS.items():
+        (folder / f"{name}.txt").write_text(text)
     return folder
 
 
