@@ -36,7 +36,9 @@ fi
 nvidia-smi | tee "$out/card.txt"
 step tests 60 python -m pytest -q -m cuda tests/test_cuda.py
 step quick 50 python train.py "${model[@]}" --quick --out "$out/quick"
-step plan 20 python train.py --model tests/shapes/qwen2.5-7b.json --dry-run
+# Beside the peaks: those of a run are in its report.md, that of a training step is a row of bench.py.
+step plan 10 python train.py "${model[@]}" --dry-run
+step plan-7b 10 python train.py --model tests/shapes/qwen2.5-7b.json --dry-run
 shape qwen2.5-0.5b 90 decoding,routing,lora,kl,sampler,generation
 # The same decoding in CUDA graphs, which are off unless asked for until they have run once.
 step bench-graphs 30 env PRISM_STATIC=1 python bench.py --shape qwen2.5-0.5b --no-peer \
