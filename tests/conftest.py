@@ -35,6 +35,10 @@ from tiny import randomize_adapter, tiny_llama
 from tiny_run import command, finished, personas
 
 __all__ = ["command", "finished", "personas"]  # fixtures
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+Folders = pytest.TempPathFactory
+Tiny = Callable[..., Path]  # of `tiny_checkpoint`
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja")
 # head_dim of Qwen3 is a setting of its own, unlike hidden_size / heads, as in its real checkpoints.
@@ -146,7 +150,7 @@ def smollm_tok(smollm_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def tiny_folders(tmp_path_factory: Folders) -> Callable[[int], Path]:
     """`tiny_folders(layers) -> folder` of the tiny llama's checkpoint, built once a session."""
     return functools.cache(
         lambda layers: tiny_llama(tmp_path_factory.mktemp("tiny"), layers=layers))
@@ -185,8 +189,7 @@ def run(tmp_path: Path) -> Iterator[RunFolder]:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory,
-                    request: pytest.FixtureRequest) -> Callable[..., Path]:
+def tiny_checkpoint(tmp_path_factory: Folders, request: pytest.FixtureRequest) -> Tiny:
     """`tiny_checkpoint(family, with_tokenizer=False, **overrides) -> folder`, built once a session
     per distinct call; a test that wants to damage one copies it first."""
     built: dict[str, Path] = {}

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import copy_folder, edit_json
+from conftest import Folders, Tiny, copy_folder, edit_json
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, random_prompts, randomize_adapter
 from transformers import AutoModelForCausalLM
@@ -62,7 +62,7 @@ def test_save_and_load_round_trip(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family, gate_layer", [*((family, 0) for family in FAMILIES),
                                                 ("llama", 2)])
 def test_every_family_equals_peft(family: str, gate_layer: int,
-                                  tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+                                  tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """PEFT would compute something else from our files; a projection behind the gate would have no
     adapter; or a gradient not be that of autograd through PEFT's model and a naive KL."""
     folder = tiny_checkpoint(family)
@@ -99,8 +99,7 @@ def test_every_family_equals_peft(family: str, gate_layer: int,
         torch.testing.assert_close(gradient, found, rtol=0, atol=1e-3 * scale, msg=name)
 
 
-def test_fused_adapter_that_is_not_block_diagonal(tiny_checkpoint: Callable[..., Path],
-                                                  tmp_path: Path) -> None:
+def test_fused_adapter_that_is_not_block_diagonal(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """Phi-3's qkv_proj, trained further elsewhere, may mix the parts: refused, not cut."""
     net = load(tiny_checkpoint("phi3"))
     PRISM(net, 4).save(tmp_path)
@@ -132,8 +131,7 @@ ELSEWHERE = {  # PEFT's settings
 @pytest.mark.parametrize("family, kind", [*(("llama", kind) for kind in ELSEWHERE if kind != "all"),
                                           ("phi3", "all"), ("gemma2", "all"), ("olmo2", "rslora")])
 @torch.no_grad()
-def test_an_adapter_trained_elsewhere(family: str, kind: str,
-                                      tiny_checkpoint: Callable[..., Path],
+def test_an_adapter_trained_elsewhere(family: str, kind: str, tiny_checkpoint: Tiny,
                                       tmp_path: Path) -> None:
     """An adapter of PEFT's would be read wrongly: ranks, alphas, subsets of projections and layers,
     rslora. It has no gate, so every row is gated; saved and loaded again it is the same."""
@@ -161,7 +159,7 @@ def test_an_adapter_trained_elsewhere(family: str, kind: str,
 
 
 @pytest.fixture(scope="module")
-def peft_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def peft_folder(folder: Path, tmp_path_factory: Folders) -> Path:
     """A folder of PEFT's own for the tiny model."""
     made = tmp_path_factory.mktemp("peft")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -197,8 +195,7 @@ def test_a_setting_of_peft_that_cannot_be_computed(field: str, value: object, ne
 
 
 def test_an_adapter_of_mlx(net: Transformer, elsewhere: Path) -> None:
-    """MLX writes a file of the same name; what is said to be wrong with it would be a field that
-    only PEFT's has."""
+    """MLX's file of the same name would be refused for a field that only PEFT's has."""
     (elsewhere / "adapter_config.json").write_text(json.dumps(
         {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20}}))
     with pytest.raises(InputError, match="peft_type .* is missing; it is not an adapter of PEFT"):
@@ -215,8 +212,7 @@ def test_an_adapter_of_mlx(net: Transformer, elsewhere: Path) -> None:
     lambda t, at: t.clear()], ids=["no-B", "misshapen-A", "rank-0", "unknown", "empty"])
 def test_a_tensor_that_does_not_fit(change: Callable, theirs: bool, net: Transformer,
                                     saved: Path) -> None:
-    """A tensor that is missing, misshapen or unknown would not be named; or an empty file would be
-    an adapter."""
+    """A missing, misshapen or unknown tensor would not be named, or an empty file be an adapter."""
     if theirs:
         (saved / "prism.json").unlink()
         (saved / "gate.safetensors").unlink()

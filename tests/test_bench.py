@@ -10,6 +10,7 @@ from typing import Iterator
 
 import pytest
 import torch
+from conftest import Capture, Patch
 from sampling import Sampling
 from tiny import one_thread
 from transformers import AutoConfig
@@ -58,8 +59,7 @@ def test_medians_are_interleaved() -> None:
 
 
 def test_bytes_are_counted() -> None:
-    """The peak of a function that holds two 4 MiB tensors at once would be missed, or what a
-    product saves."""
+    """The peak of a function with two 4 MiB tensors, or what a product saves, would be missed."""
     def work() -> None:
         a = torch.ones(2**20)
         b = a + 1
@@ -73,11 +73,9 @@ def test_bytes_are_counted() -> None:
 
 
 @pytest.mark.parametrize("shape", [False, True])
-def test_parts_on_the_tiny_model(shape: bool, folder: Path, tmp_path: Path,
-                                 monkeypatch: pytest.MonkeyPatch,
-                                 capsys: pytest.CaptureFixture[str]) -> None:
-    """A part would not run, of a checkpoint or of a config alone, lack transformers and peft beside
-    it, or not be in --json's rows."""
+def test_parts_on_the_tiny_model(shape: bool, folder: Path, tmp_path: Path, monkeypatch: Patch,
+                                 capsys: Capture) -> None:
+    """A part would not run, of a checkpoint or config, or lack peers or a row of --json."""
     monkeypatch.setattr(bench, "QWEN_VOCAB", 500)
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
     monkeypatch.setattr(bench, "ON_CPU", Workload(prompts=4, trained=(2, 64)))
@@ -100,8 +98,7 @@ def test_parts_on_the_tiny_model(shape: bool, folder: Path, tmp_path: Path,
     assert alone[0]["ours"] == 1
 
 
-def test_rows_are_kept_when_time_is_over(folder: Path, tmp_path: Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_kept_when_time_is_over(folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """What a rented machine had measured would be lost with the part that did not end."""
     def endless(setup: Setup) -> list[Row]:
         raise KeyboardInterrupt
@@ -128,10 +125,8 @@ def test_bit_equality_can_fail(setup: Setup) -> None:
     assert not bit_equal(setup)
 
 
-def test_pipeline_on_the_tiny_model(setup: Setup, personas: Path,
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage would not be timed as it is and on transformers and peft, or what stands in its
-    place would stay there."""
+def test_pipeline_on_the_tiny_model(setup: Setup, personas: Path, monkeypatch: Patch) -> None:
+    """A stage would not be timed here and on the peers, or its replacement stay."""
     monkeypatch.setattr(bench, "QUICK", [
         "--personas", str(personas), "--queries", "6", "--max-new-tokens", "8", "--judge",
         "likelihood", "--epochs", "2", "--batch-size", "2", "--rank", "4"])
@@ -147,8 +142,7 @@ def test_pipeline_on_the_tiny_model(setup: Setup, personas: Path,
 
 
 def test_replacements_compute_the_same(setup: Setup) -> None:
-    """transformers in the place of our engine and scoring would be timed at other work: the ids
-    and numbers are equal."""
+    """transformers, put in for our engine and scoring, would be timed at other work."""
     swapped, net = bench.replacements(setup), setup.net
     prompts, targets = [[5, 6, 7], [8, 9], [10] * 9], [[11, 12], [13, 14, 15], [16]]
     for name, ours, arguments in (

@@ -38,8 +38,7 @@ def test_the_twelve_personas() -> None:
     assert all(90 <= len(text.split()) <= 220 for text in found.values())
 
 
-def test_a_row_is_a_function_of_the_seed_and_its_name(tmp_path: Path, net: Transformer,
-                                                      tok: Tokenizer) -> None:
+def test_a_row_depends_on_seed_and_name(tmp_path: Path, net: Transformer, tok: Tokenizer) -> None:
     """Another seed would draw the same rows; or a persona's first candidates, and its first query,
     would change when more queries are wanted."""
     files = {}
@@ -69,8 +68,7 @@ def test_a_chunk_fills_the_slots_twice(tmp_path: Path, net: Transformer, tok: To
 
 
 def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None:
-    """A field would have another name or place, ids would not decode to the texts, or stop would
-    not say why."""
+    """A field would have another name or place, ids not be the texts', or stop not say why."""
     queries, answers, verdicts = (rows_of(finished, name) for name in DATA[1:])
     assert [list(r) for r in queries] == [["persona", "index", "query"]] * 2 * QUERIES
     for row, query in zip(answers, queries, strict=True):
@@ -131,8 +129,7 @@ def test_verdicts_are_about_the_right_answers(run: RunFolder) -> None:
     assert won_pairs(pairs, rows) == [p for p in pairs if len(p.expert) > 2]
 
 
-def test_rows_that_were_moved_or_removed_are_named(run: RunFolder, net: Transformer,
-                                                   tok: Tokenizer) -> None:
+def test_rows_moved_or_removed_are_named(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
     """A row taken out of answers.jsonl would shift all later verdicts to other queries: the line is
     named before anything is sampled. Edited texts are used."""
     queries = [Query("pirate", i, f"q{i}") for i in range(3)]

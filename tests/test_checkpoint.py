@@ -8,7 +8,7 @@ from typing import Callable
 
 import pytest
 import torch
-from conftest import build_tiny, copy_folder, edit_json
+from conftest import Folders, Tiny, build_tiny, copy_folder, edit_json
 from safetensors.torch import load_file, save_file
 from test_model import assert_parity, random_ids
 from torch import Tensor
@@ -17,11 +17,9 @@ from model import load
 from support.checkpoint import EMBEDDING, HEAD, fingerprint
 from support.hub import InputError
 
-TinyFactory = Callable[..., Path]
-
 
 @pytest.fixture(scope="module")
-def sharded(tiny_checkpoint: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(tiny_checkpoint: Tiny, tmp_path_factory: Folders) -> Path:
     """The tiny qwen2 checkpoint (same weights as `tiny_checkpoint("qwen2")`) in several files."""
     folder = build_tiny("qwen2", tmp_path_factory.mktemp("shards"), max_shard_size="100KB")
     assert len(list(folder.glob("model-*.safetensors"))) >= 3
@@ -29,7 +27,7 @@ def sharded(tiny_checkpoint: TinyFactory, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def test_sharded_checkpoint_equals_single_file(sharded: Path, tiny_checkpoint: TinyFactory) -> None:
+def test_sharded_checkpoint_equals_single_file(sharded: Path, tiny_checkpoint: Tiny) -> None:
     """Weights in several files would load otherwise than in one: every parameter is bit-equal."""
     single, split = load(tiny_checkpoint("qwen2")), load(sharded)
     theirs = single.state_dict()
@@ -60,7 +58,7 @@ K2 = "model.layers.2.self_attn.k_proj.weight"
     ids=["missing", "missing-head", "missing-bias", "missing-norm", "unexpected", "unexpected-bias",
          "wrong-rows", "integers", "broadcastable"])
 def test_wrong_tensor_is_named(family: str, name: str, tensor: Tensor | None,
-                               tiny_checkpoint: TinyFactory, tmp_path: Path) -> None:
+                               tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """A missing, unexpected or wrongly shaped tensor would be made up, ignored or not be named."""
     folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
     rewrite_tensors(folder, lambda t: t.pop(name) if tensor is None else t.update({name: tensor}))
@@ -69,8 +67,7 @@ def test_wrong_tensor_is_named(family: str, name: str, tensor: Tensor | None,
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "granite"])
-def test_head_in_a_tied_checkpoint(family: str, tiny_checkpoint: TinyFactory,
-                                   tmp_path: Path) -> None:
+def test_head_in_a_tied_checkpoint(family: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """Some tied checkpoints store lm_head too, a copy, and old ones rotary buffers: neither is an
     error. Another head than the embedding is used, as by transformers since version 5."""
     folder = copy_folder(tiny_checkpoint(family, tie_word_embeddings=True), tmp_path / "c")
@@ -85,8 +82,7 @@ def test_head_in_a_tied_checkpoint(family: str, tiny_checkpoint: TinyFactory,
 
 
 def test_index_that_promises_too_much(sharded: Path, tmp_path: Path) -> None:
-    """A tensor that is not in the shard the index names, or a shard that is not there, would not be
-    named."""
+    """A tensor missing from its shard in the index, or a missing shard, would not be named."""
     folder, norm = copy_folder(sharded, tmp_path / "c"), "model.norm.weight"
     shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
 
@@ -101,7 +97,7 @@ def test_index_that_promises_too_much(sharded: Path, tmp_path: Path) -> None:
         load(folder)
 
 
-def test_fingerprint_is_that_of_the_checkpoint(tiny_checkpoint: TinyFactory, sharded: Path,
+def test_fingerprint_is_that_of_the_checkpoint(tiny_checkpoint: Tiny, sharded: Path,
                                                tmp_path: Path) -> None:
     """An adapter would be refused on its own base, loaded or copied elsewhere; or be taken on
     another, of another config or with one changed value in row 0 of a tensor."""

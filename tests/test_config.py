@@ -6,10 +6,9 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
 
 import pytest
-from conftest import copy_folder, edit_json
+from conftest import Tiny, copy_folder, edit_json
 from test_model import TOLERANCE, assert_parity, assert_same, oracle, random_ids
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
@@ -19,10 +18,9 @@ from support.config import COMMON, FAMILIES, NEUTRAL, Config
 from support.hub import InputError, read_json
 
 ROOT = Path(__file__).parent.parent
-TinyFactory = Callable[..., Path]
 
 
-def raw(tiny_checkpoint: TinyFactory, family: str = "llama", **changes: object) -> dict:
+def raw(tiny_checkpoint: Tiny, family: str = "llama", **changes: object) -> dict:
     """The config.json of a tiny checkpoint, with some of its fields changed."""
     return read_json(tiny_checkpoint(family) / "config.json") | changes
 
@@ -65,7 +63,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "factor": 2.0}
         ("gemma3_text", "attn_logit_softcapping", 30.0)])
 ], ids=lambda value: str(value)[:20])
 def test_config_that_cannot_be_computed(family: str, field: str, value: object, named: str,
-                                        tiny_checkpoint: TinyFactory) -> None:
+                                        tiny_checkpoint: Tiny) -> None:
     """An architecture, a size or a format that this decoder has not, a field that only other
     families have, or a value that makes no sense would be ignored, or end in a traceback."""
     config = raw(tiny_checkpoint, family, **{field: value})
@@ -139,8 +137,7 @@ def test_every_field_has_a_fate(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_computed_fields_equal_transformers(family: str, tiny_checkpoint: TinyFactory,
-                                            tmp_path: Path) -> None:
+def test_computed_as_by_transformers(family: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """A field would be ignored, or computed otherwise: each changes our Config, and with all of
     them changed the logits are transformers'."""
     changes = computed(family)
@@ -166,10 +163,8 @@ def test_computed_fields_equal_transformers(family: str, tiny_checkpoint: TinyFa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fields_that_transformers_does_not_read(family: str, tiny_checkpoint: TinyFactory,
-                                                tmp_path: Path) -> None:
-    """What transformers ignores in a family would be computed: neutral fields, and those that only
-    other families have."""
+def test_fields_transformers_ignores(family: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """What transformers ignores would be computed: neutral fields, and those of other families."""
     mine = FAMILIES[family].defaults.keys() | COMMON.keys() | NEUTRAL.keys()
     others = {name: value for name, value in COMPUTED.items() if name not in mine}
     changes = UNREAD | others
@@ -182,8 +177,7 @@ def test_fields_that_transformers_does_not_read(family: str, tiny_checkpoint: Ti
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fields_that_would_change_the_arithmetic_are_refused(
-        family: str, tiny_checkpoint: TinyFactory) -> None:
+def test_fields_that_change_the_arithmetic_are_refused(family: str, tiny_checkpoint: Tiny) -> None:
     """transformers would compute something else with such a field, and we would not notice."""
     for field, value in REFUSED.items():
         with pytest.raises(InputError, match=field):
@@ -191,10 +185,8 @@ def test_fields_that_would_change_the_arithmetic_are_refused(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fields_left_out_or_null(family: str, tiny_checkpoint: TinyFactory,
-                                 tmp_path: Path) -> None:
-    """A field that a file leaves out, or that is null in it, would be read otherwise than
-    transformers' config class fills it in."""
+def test_fields_left_out_or_null(family: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """A field left out, or null, would be read otherwise than transformers' class fills it in."""
     folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
     whole, compared = read_json(folder / "config.json"), 0
     for name in [*whole, "rope_theta"]:
@@ -232,8 +224,7 @@ SPELLINGS = [
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     *((family, some) for family in ("llama", "gemma3_text", "olmo3") for some in SPELLINGS)],
     ids=lambda value: " ".join([value] if isinstance(value, str) else value))
-def test_spellings_of_rope(family: str, spelling: dict, tiny_checkpoint: TinyFactory,
-                           tmp_path: Path) -> None:
+def test_rope_spellings(family: str, spelling: dict, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """Of two spellings the wrong one would be taken; or, of OLMo-3's one theta, that of the layers
     without a window for those with one, which transformers gives its default."""
     folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")

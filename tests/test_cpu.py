@@ -37,8 +37,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, function: object, *args: object) 
 @pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
 @pytest.mark.parametrize("bias", [False, True])
 def test_few_rows_are_the_same_map(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoding step's other way to multiply would be another map than x W^T + b, or be laid out
-    in another way."""
+    """A decoding step's other way to multiply would be another map or layout than x W^T + b."""
     layer, _ = make(bias=bias)
     x = inputs(rows, 1)
     fast, usual = both_ways(monkeypatch, linear, x, layer.weight, layer.bias)
@@ -65,8 +64,7 @@ def test_which_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 65])
-def test_norms_are_the_same(rows: int, dtype: torch.dtype,
-                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_the_same(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm would differ from torch's own, with gradients or not."""
     x, weight = 3 * inputs(rows, 1, 24).to(dtype), inputs(1, 1, 24)[0, 0].to(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

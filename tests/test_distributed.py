@@ -69,8 +69,7 @@ def assert_same(names: Sequence[str], out: Path, alone: Path) -> None:
         assert (out / name).read_bytes() == (alone / name).read_bytes(), name
 
 
-def test_two_processes_write_what_one_does(command: list[str], alone: Path,
-                                           tmp_path: Path) -> None:
+def test_two_processes_write_what_one_does(command: list[str], alone: Path, tmp_path: Path) -> None:
     """Two processes would write other data, another bill, a worse adapter, or both speak."""
     out = tmp_path / "out"
     assert statuses(start_two(lambda: run_train(*command, "--out", out), tmp_path)) == [0, 0]
@@ -87,8 +86,7 @@ def test_two_processes_write_what_one_does(command: list[str], alone: Path,
 
 
 def test_torchrun_starts_them(command: list[str], alone: Path, tmp_path: Path) -> None:
-    """torchrun --nproc-per-node 2 train.py ..., as a user types it, would not come to the end of
-    stage 2 with one process's rows."""
+    """torchrun, as a user types it, would not end stage 2 with one process's rows."""
     out, environment = tmp_path / "out", os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node", "2", train.__file__, *command, "--out", str(out),
@@ -101,8 +99,7 @@ def test_torchrun_starts_them(command: list[str], alone: Path, tmp_path: Path) -
 
 def test_a_lost_process_ends_the_run_and_one_process_continues_it(
         command: list[str], alone: Path, tmp_path: Path) -> None:
-    """After kill -9 of the second in stage 2 the first would wait for ever, or what it wrote be
-    lost."""
+    """After kill -9 of the second in stage 2 the first would wait for ever, or its rows be lost."""
     out, log = tmp_path / "out", tmp_path / "0.log"
     argv = [*command, "--out", out, "--stop-after", "answers"]
     first, second = start_two(lambda: run_train(*argv), tmp_path)
@@ -141,8 +138,7 @@ def first_fails() -> int:
     (lambda: exit_status(first_fails), "it does not work"),
     (lambda: exit_status(second_fails), "it does not work")], ids=["both", "first", "second"])
 def test_an_error_is_told_once(work: Callable[[], int], said: str, tmp_path: Path) -> None:
-    """What is wrong would be told twice or not at all, or a process go on, whether both find it or
-    one of them."""
+    """What both or one find wrong would be told twice or not at all, or a process go on."""
     assert statuses(start_two(work, tmp_path)) == [2, 2]
     first, second = ((tmp_path / f"{number}.log").read_text() for number in (0, 1))
     assert "Traceback" not in first + second and "error" not in second

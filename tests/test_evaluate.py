@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import copy_folder
+from conftest import Capture, Folders, Patch, copy_folder
 from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread, randomize_adapter
@@ -35,9 +35,6 @@ from tokenizer import Tokenizer
 import evaluate
 import gate
 
-Capture = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
-Temporary = pytest.TempPathFactory
 EXPERT_FILES = ("stem", "humanities", "helpful", "critic", "math", "compliant", "safety_monitor",
                 "writing", "coding")
 EXAMPLES = "What is 2 + 2?,3,4,5,6,B\nWhich is a metal?,air,iron,tea,wood,B\n"
@@ -105,13 +102,13 @@ DATA = {"mmlu/dev/anatomy_dev.csv": EXAMPLES, "mmlu/dev/philosophy_dev.csv": EXA
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: Temporary) -> Path:
+def data(tmp_path_factory: Folders) -> Path:
     """A folder with DATA."""
     return write_files(tmp_path_factory.mktemp("data"), DATA)
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: Temporary) -> Path:
+def experts(tmp_path_factory: Folders) -> Path:
     """Nine experts in a line each, in three lengths."""
     lengths = {"": "who explains each step, and each word of it, " * 4, "min/": "",
                "short/": "of note"}
@@ -121,7 +118,7 @@ def experts(tmp_path_factory: Temporary) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(command: list[str], experts: Path, tmp_path_factory: Temporary) -> Path:
+def trained(command: list[str], experts: Path, tmp_path_factory: Folders) -> Path:
     """A whole run's folder."""
     out = tmp_path_factory.mktemp("trained") / "out"
     assert run_train(*command, "--personas", experts, "--queries", 6, "--epochs", 2, "--lr", "1e-2",
@@ -131,7 +128,7 @@ def trained(command: list[str], experts: Path, tmp_path_factory: Temporary) -> P
 
 @pytest.fixture(scope="module")
 def adapter(trained: Path, data: Path, net: Transformer, tok: Tokenizer,
-            tmp_path_factory: Temporary) -> Path:
+            tmp_path_factory: Folders) -> Path:
     """That run with weights that change answers, and a threshold that only some prompts reach."""
     out = copy_folder(trained, tmp_path_factory.mktemp("adapter") / "out")
     prism = randomize_adapter(PRISM.load(out, net), scale=0.5)
@@ -157,7 +154,7 @@ def arguments(adapter: Path, data: Path, experts: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def everything(arguments: list[object], adapter: Path, trained: Path,
-               tmp_path_factory: Temporary) -> Path:
+               tmp_path_factory: Folders) -> Path:
     """The output of every task, study and strategy. The rule of `own` wants 20 characters."""
     rule = tmp_path_factory.mktemp("rule") / "long.py"
     rule.write_text("def judge(query, persona, expert, base):\n"
@@ -227,8 +224,7 @@ def test_questions_with_choices(data: Path) -> None:
     ("jailbreakbench/harmful.jsonl", 2, '{"Goal": "fine"}\n{"Goal": "half a pair \\ud800"}\n'),
     ("xstest/xstest_prompts.csv", 2, "id,prompt,type,label\n1,p,t,perhaps\n"),
     ("pku/a.json", 2, '["fine", 3]'), ("pku/a.json", 0, '{"a": ')])
-def test_broken_rows_are_named(tmp_path: Path, capsys: Capture, name: str, line: int,
-                               content: str) -> None:
+def test_broken_rows(tmp_path: Path, capsys: Capture, name: str, line: int, content: str) -> None:
     """A broken row would be a traceback, or not be named by its file and line."""
     write_files(tmp_path / "data", {name: content})
     assert run("--tasks", name.split("/")[0], "--data", tmp_path / "data", "--out",
@@ -453,8 +449,7 @@ def test_kl_is_the_runs_own(everything: Path, trained: Path) -> None:
         assert value == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-def test_own_is_the_rules_share_on_held_out_queries(everything: Path, adapter: Path,
-                                                    experts: Path) -> None:
+def test_own_is_the_rules_share_on_held_out(everything: Path, adapter: Path, experts: Path) -> None:
     """Another query, expert or rule would be taken, or a share not be that of the rows."""
     rows = rows_for(everything, "own")
     _, verdicts, held = read_verdicts(adapter)
@@ -508,8 +503,7 @@ def test_outputs(everything: Path) -> None:
     assert placed[0] != placed[1] != placed[2]
 
 
-def test_routing_is_by_the_saved_gate(everything: Path, data: Path, prism: PRISM,
-                                      tok: Tokenizer) -> None:
+def test_routing_by_saved_gate(everything: Path, data: Path, prism: PRISM, tok: Tokenizer) -> None:
     """Another gate would be reported, or prompts that are not real ones, or are given away."""
     found = json.loads((everything / "results.json").read_text())["probes"]
     assert set(found["gates"]) == {"the gate", *EXPERT_FILES}

@@ -74,8 +74,7 @@ def test_a_personas_rate_leaves_out_the_fold(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_train_gate_balances_the_classes() -> None:
-    """Where one query in twelve is positive, most positives would not open the gate (without the
-    balance 40% do, with it 72%)."""
+    """One positive query in twelve: most would not open the gate (40% unbalanced, 72% balanced)."""
     made = fitted(*planted(3000, 250, 2.0, 0))
     x, targets = planted(600, 300, 2.0, 1)
     with torch.no_grad():
@@ -146,8 +145,7 @@ def youden(score: Tensor, truth: Tensor) -> float:
 
 
 def regrets(per_persona: int, rates: float, query: float, seed: int) -> dict[str, float]:
-    """What routing by each target's gate loses of what could be had, and the loss of the target
-    that `auto` takes."""
+    """What routing by each target's gate, and by that which `auto` takes, loses of the best."""
     x, labels, names, unseen, truth = world(per_persona, rates, query, seed)
     best, lost, losses = youden(truth, truth), {}, {}
     for kind in ("verdict", "intent"):
@@ -203,8 +201,7 @@ def test_traffic_that_was_learned_counts_out_of_fold() -> None:
     assert 0 < strict["traffic_opened"] < 0.12 and strict["threshold"] > loose["threshold"]
 
 
-def test_a_gate_goes_by_the_traffic_that_is_brought(finished: Path, command: list[str],
-                                                    tmp_path: Path) -> None:
+def test_a_gate_goes_by_brought_traffic(finished: Path, command: list[str], tmp_path: Path) -> None:
     """Somebody's real prompts would not be used, or be lost where stage 4 is done again."""
     out, brought = Path(shutil.copytree(finished, tmp_path / "out")), tmp_path / "brought"
     brought.mkdir()

@@ -21,7 +21,7 @@ from typing import Callable, Iterator
 
 import pytest
 import torch
-from conftest import copy_folder, edit_json
+from conftest import Capture, Folders, Patch, copy_folder, edit_json
 from safetensors.torch import load_file, save_file
 from support.messages import conversation
 from tiny import one_thread
@@ -37,8 +37,6 @@ from prism import PRISM
 from support.hub import InputError
 from tokenizer import Tokenizer
 
-Capture = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 ROOT = Path(generate.__file__).parent
 MODEL, ADAPTER, GATE = ("model/model.safetensors", "adapter/adapter_model.safetensors",
                         "adapter/gate.safetensors")
@@ -75,7 +73,7 @@ def refused(capsys: Capture, status: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def adapter(net: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(net: Transformer, tmp_path_factory: Folders) -> Path:
     """An adapter for the tiny model."""
     out = tmp_path_factory.mktemp("adapter")
     PRISM(net, rank=2).save(out)
@@ -269,8 +267,7 @@ TOKENIZER_CONFIG = [
     *(("adapter/prism.json", *row) for row in PRISM_JSON),
     *(("model/tokenizer_config.json", *row) for row in TOKENIZER_CONFIG)],
     ids=lambda value: str(value)[-40:])
-def test_hostile_settings(file: str, named: str, fields: dict, place: Path,
-                          capsys: Capture) -> None:
+def test_hostile_setting(file: str, named: str, fields: dict, place: Path, capsys: Capture) -> None:
     """A wrong type or an absurd number would be computed with, or memory be allocated for it."""
     if named == "chat template":
         (place / "model/chat_template.jinja").unlink(missing_ok=True)
@@ -452,14 +449,16 @@ FLAGS = {  # wrong flags, by what the one line has to name
             "absent", "none", "blank", "latin1", "same")),
         ("model.safetensors", "--judge-model {tmp}/cut"), ("file", "--out {tmp}/file/x"),
         ("readonly", "--out /proc/readonly"), ("unrecognized", "--colour red"),
-        ("huge.json", "--model {tmp}/huge.json --dry-run")],
+        ("huge.json", "--model {tmp}/huge.json --dry-run"),
+        *(("--judge-model some/model: no model", f"--judge-model some/model --judge {name}")
+          for name in ("none", "{tmp}/rule.py"))],
     "generate": [
         *((name, f"--prompts {{tmp}}/{name}") for name in (
             "absent.jsonl", "none", "blank.jsonl", "utf16.jsonl", "surrogate.jsonl", "roles.jsonl",
             "nested.jsonl")),
         ("surrogate", "--system 'half \udc80'"), ("tokens", "--prompt {word}"),
         ("tokens", "--prompt '{words}'"), ("tokens", "--system {marks}"),
-        ("prism.json", "--adapter {model}")],
+        ("prism.json", "--adapter {model}"), ("--adapter", "--explain")],
     "evaluate": [
         ("--data", "--data {tmp}/absent/x/y"), ("gsm8k", "--data {tmp}/none"),
         ("prism.json", "--sft-adapter {tmp}/none"), ("file", "--out {tmp}/file"),
@@ -480,11 +479,12 @@ MAINS = {"train": train.main, "generate": generate.main, "evaluate": evaluate.ma
 
 
 @pytest.fixture(scope="module")
-def world(folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def world(folder: Path, adapter: Path, tmp_path_factory: Folders) -> dict[str, str]:
     """A folder with one of each thing that can be wrong; {name: path}."""
     tmp = tmp_path_factory.mktemp("world")
     texts: dict[str, bytes] = {
-        "file": b"mine", "none/.keep": b"", "blank.jsonl": b"\n \n\r\n",
+        "file": b"mine", "none/.keep": b"", "rule.py": b"def judge(*said):\n    return 'tie'\n",
+        "blank.jsonl": b"\n \n\r\n",
         "huge.json": b'{"model_type": "llama", "vocab_size": 1000000000}',
         "utf16.jsonl": '{"prompt": "x"}'.encode("utf-16"), "nested.jsonl": b"[" * 100_000,
         "surrogate.jsonl": b'{"prompt": "half \\ud83d"}\n',

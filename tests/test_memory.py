@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
+from conftest import Capture, Patch, Tiny
 from tiny import one_thread, randomize_adapter
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,15 +20,13 @@ from prism import PRISM
 from support import memory
 from support.config import FAMILIES, Config, kept_tokens
 
-Capture = pytest.CaptureFixture[str]
 QWEN_7B = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
            "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
            "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
 
 
 def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
-    """From a config.json alone: weights and cache by hand, all five stages within 24 GB, not
-    within 16; nothing is written."""
+    """From a config.json alone: weights and cache by hand, all within 24 GB, not 16; no file."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
     arguments = ["--dry-run", "--model", str(tmp_path / "config.json")]
     assert train.main(arguments) == 0
@@ -51,8 +49,7 @@ def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
     (None, ["--slots", "5"], Sizes(5, recompute=True)),
     (80, ["--slots", "5"], Sizes(5, 16384, 2**26, 8192, False)),
     (80, ["--gpu-memory", "16"], Sizes(recompute=True))])
-def test_a_gpu_does_as_much_at_once_as_fits(gigabytes: float | None, flags: list[str],
-                                            expected: Sizes) -> None:
+def test_a_gpu_does_what_fits(gigabytes: float | None, flags: list[str], expected: Sizes) -> None:
     """A GPU would idle with a CPU's few slots and small batches, run out of memory, or compute
     layers twice that it could keep; or --slots or --gpu-memory would not be heeded."""
     config = Config.from_json(QWEN_7B, "config.json")
@@ -67,8 +64,7 @@ def test_a_gpu_does_as_much_at_once_as_fits(gigabytes: float | None, flags: list
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_planned_activations_are_an_upper_bound(family: str, dtype: torch.dtype,
-                                                tiny_checkpoint: Callable[..., Path],
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+                                                tiny_checkpoint: Tiny, monkeypatch: Patch) -> None:
     """What autograd really keeps of a batch, weights left out, is what is planned for the adapted
     layers (below them nothing is kept), or up to a quarter less; a twentieth more for what all
     layers share: the last norm's input, rotary tables, masks. The layers below make up for that.
@@ -121,8 +117,7 @@ def test_shared_beginnings_are_missing_in_the_plan(heads: int, ids: int) -> None
         assert plan[stage]["shared beginnings"] == ids * 32 * 2 * heads * 128 * 2 == 2**31
 
 
-def test_arithmetic_of_training_is_miscounted(net: Transformer,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arithmetic_of_training_is_miscounted(net: Transformer, monkeypatch: Patch) -> None:
     """Against what torch counts: recomputed layers cost nearly half more, not a third."""
     ids = torch.randint(5, 200, (8, 64), generator=torch.Generator().manual_seed(0))
     counted, expected = [], []

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import pytest
 import torch
-from conftest import build_tiny, copy_folder, edit_json, reference
+from conftest import Folders, Tiny, build_tiny, copy_folder, edit_json, reference
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,7 +26,6 @@ from tokenizer import Tokenizer
 TOLERANCE = 1e-4
 LENGTHS = [12, 24, 17, 20]  # of a ragged batch; the second row fills it
 STEPS = 9  # of them at the end are decoded
-TinyFactory = Callable[..., Path]
 
 
 def random_ids(rows: int, columns: int, seed: int = 1, vocabulary: int = 256) -> Tensor:
@@ -95,32 +94,22 @@ def decode_with_cache(net: Transformer, ids: Tensor, prompts: list[int], steps: 
 # Families
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_logits_equal_transformers(family: str, tied: bool,
-                                          tiny_checkpoint: TinyFactory) -> None:
-    """A family would be computed wrongly: tied, untied, padded, or decoded with our KVCache."""
-    folder = tiny_checkpoint(family, tie_word_embeddings=tied)
+@pytest.mark.parametrize("family, fields", [
+    *((family, {"tie_word_embeddings": tied}) for family in FAMILIES for tied in (False, True)),
+    ("llama", {"num_key_value_heads": 4}), ("mistral", {"num_key_value_heads": 1, "head_dim": 24}),
+    ("qwen2", {"num_attention_heads": 10, "num_key_value_heads": 2, "hidden_size": 80})], ids=str)
+def test_family_logits_equal_transformers(family: str, fields: dict, tiny_checkpoint: Tiny) -> None:
+    """A family would be computed wrongly: tied, untied, padded, or decoded with our KVCache; or one
+    key head, as many as query heads, or a head_dim of its own."""
+    folder = tiny_checkpoint(family, **fields)
     stored = load_file(folder / "model.safetensors")
-    assert ("lm_head.weight" in stored) is not tied  # the fixture really is what it says
+    assert ("lm_head.weight" in stored) is not fields.get("tie_word_embeddings", False)
     assert_parity(folder)
 
 
-@pytest.mark.parametrize("family, overrides", [
-    ("llama", {"num_key_value_heads": 4}),
-    ("mistral", {"num_key_value_heads": 1, "head_dim": 24}),
-    ("qwen2", {"num_attention_heads": 10, "num_key_value_heads": 2, "hidden_size": 80}),
-], ids=["mha", "mqa-wide-heads", "many-heads-to-a-key-head"])
-def test_family_variants_equal_transformers(family: str, overrides: dict,
-                                            tiny_checkpoint: TinyFactory) -> None:
-    """One key head, as many as query heads, or a head_dim of its own would go wrong."""
-    assert_parity(tiny_checkpoint(family, **overrides))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: TinyFactory) -> None:
-    """The engine would answer otherwise: the ids that transformers' generate gives, through our
-    engine with ragged slots."""
+def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Tiny) -> None:
+    """The engine's ids, with ragged slots, would not be those of transformers' generate."""
     folder, steps = tiny_checkpoint(family), 24
     prompts = [ids[:n].tolist() for ids, n in zip(random_ids(4, 24), LENGTHS)]
     engine = Engine(load(folder), Sampling(max_new_tokens=steps, temperature=0), set(), slots=3)
@@ -131,8 +120,7 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: TinyFac
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_decodes_in_bf16_as_well_as_it_reads(family: str,
-                                                    tiny_checkpoint: TinyFactory) -> None:
+def test_family_decodes_in_bf16_as_well_as_it_reads(family: str, tiny_checkpoint: Tiny) -> None:
     """Few bf16 rows take products and norms of their own: they err as the whole text's do."""
     folder, ids = tiny_checkpoint(family), random_ids(4, 24)
     net, exact = load(folder, dtype=torch.bfloat16), load(folder)(ids)[:, 9:21]
@@ -163,8 +151,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_rope_kinds_equal_transformers(rope: str, tiny_checkpoint: TinyFactory,
-                                       tmp_path: Path) -> None:
+def test_rope_kinds_equal_transformers(rope: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """Positions would be wrong in one RoPE kind, or its older spelling be read otherwise."""
     folder = tiny_checkpoint("llama", rope_parameters=ROPES[rope])
     ids = random_ids(len(LENGTHS), max(LENGTHS))
@@ -190,17 +177,15 @@ def test_rope_kinds_equal_transformers(rope: str, tiny_checkpoint: TinyFactory,
     ("olmo3", {}, [8, 8, 8, None]), ("exaone4", {}, [8, 8, 8, None]),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_sliding_window_equals_transformers(family: str, overrides: dict, windows: list[int | None],
-                                            tiny_checkpoint: TinyFactory) -> None:
-    """A window would be ignored, off by one, or on other layers: read and decoded, for contexts of
-    three windows."""
+                                            tiny_checkpoint: Tiny) -> None:
+    """A window would be ignored, off by one, or on other layers, in contexts of three windows."""
     folder = tiny_checkpoint(family, **overrides)
     assert load(folder).config.windows == windows
     assert_parity(folder)
 
 
-def test_gemma3_fields_before_layer_types(tiny_checkpoint: TinyFactory, tmp_path: Path) -> None:
-    """The released Gemma 3 files would be read wrongly: a pattern instead of layer_types, and three
-    fields for RoPE."""
+def test_gemma3_fields_before_layer_types(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Gemma 3's released files, with a pattern and three RoPE fields, would be read wrongly."""
     folder = copy_folder(tiny_checkpoint("gemma3_text"), tmp_path / "c")
     edit_json(folder / "config.json", lambda c: ([c.pop(n) for n in (
         "layer_types", "rope_parameters", "_sliding_window_pattern")], c.update(
@@ -211,7 +196,7 @@ def test_gemma3_fields_before_layer_types(tiny_checkpoint: TinyFactory, tmp_path
 
 
 @pytest.mark.parametrize("window, rotated", [(None, True), (8, False)])
-def test_exaone4_as_released(window: int | None, rotated: bool, tiny_checkpoint: TinyFactory,
+def test_exaone4_as_released(window: int | None, rotated: bool, tiny_checkpoint: Tiny,
                              tmp_path: Path) -> None:
     """EXAONE 4 rotates no queries and keys on full layers beside windows, and all without any: no
     field says so, and the other way round it would load and answer nonsense."""
@@ -253,7 +238,7 @@ print(max(held) - held[0], sum(p.numel() * p.element_size() for p in net.paramet
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(tmp_path_factory: Folders) -> Path:
     """80M random weights in many shards, 320 MB; one tensor is a fifth of them."""
     folder = build_tiny("llama", tmp_path_factory.mktemp("large"), vocab_size=16384,
                         hidden_size=1024, intermediate_size=2816, max_shard_size="40MB")
@@ -273,7 +258,7 @@ def test_loading_holds_little_more_than_the_weights(dtype: str, large: Path) -> 
     assert 0.9 * weights < held <= 1.1 * weights
 
 
-def test_loading_freezes_and_casts(tiny_checkpoint: TinyFactory) -> None:
+def test_loading_freezes_and_casts(tiny_checkpoint: Tiny) -> None:
     """A loaded model would train, or not have the dtype asked for, else the checkpoint's."""
     folder = tiny_checkpoint("llama", dtype="float32")
     net, half = load(folder), load(folder, dtype=torch.bfloat16)

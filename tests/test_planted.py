@@ -25,8 +25,7 @@ COMMON = ["--personas", str(VOICE), "--judge", str(VOICE / "judge.py"), "--max-n
 
 
 def test_planted_truth(tmp_path: Path) -> None:
-    """The shop's queries would not open the gate and be answered in its voice, or others would not
-    be the base model's."""
+    """The shop's queries would not be answered in its voice, or others not be the base model's."""
     shutil.copy(VOICE / "queries.jsonl", tmp_path)
     assert train.main([*COMMON, "--epochs", "3", "--batch-size", "4", "--lr", "1e-3", "--out",
                        str(tmp_path)]) == 0

@@ -88,8 +88,7 @@ def test_the_gate_that_is_trained_is_the_gate_that_routes(
 @torch.no_grad()
 @pytest.mark.parametrize("gate_layer", [0, 2])
 @pytest.mark.parametrize("gate, opened", [("auto", 3), ("on", 6), ("off", 0)])
-def test_prefill_routes_in_one_pass(net: Transformer, gate_layer: int, gate: str,
-                                    opened: int) -> None:
+def test_prefill_is_one_pass(net: Transformer, gate_layer: int, gate: str, opened: int) -> None:
     """A layer would run twice; R(x) = threshold not open the gate; or gated rows not come first,
     each class in input order, with their states. (test_engine.py has the cache.)"""
     prism = randomize_adapter(PRISM(net, 4, gate_layer=gate_layer))
@@ -156,8 +155,7 @@ def test_distill_loss_is_the_naive_kl(net: Transformer, monkeypatch: pytest.Monk
 
 
 def test_distill_loss_under_bf16(folder: Path) -> None:
-    """The loss of bf16 states would be computed in bf16, far from the fp32 value, or the gradient
-    would not have the student's dtype."""
+    """The loss of bf16 states would be bf16's, or the gradient not have the student's dtype."""
     net = load(folder, dtype=torch.bfloat16)
     student = states(30, seed=1, dtype=torch.bfloat16).requires_grad_()
     teacher = states(30, seed=2, dtype=torch.bfloat16)
@@ -182,8 +180,7 @@ def test_gate_loss_is_balanced_cross_entropy() -> None:
 
 
 def test_gate_standardises_what_it_reads() -> None:
-    """The gate would not be z = (h - mean) / deviation, then 2 -> 128 -> 64 -> 1 with GELU, worked
-    out by hand on two inputs."""
+    """The gate would not be (h - mean) / deviation, then 2 -> 128 -> 64 -> 1 with GELU."""
     gate = Gate(2)
     first, second, third = gate.mlp[0], gate.mlp[2], gate.mlp[4]
     assert [tuple(m.weight.shape) for m in (first, second, third)] == [(128, 2), (64, 128), (1, 64)]

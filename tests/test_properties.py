@@ -42,8 +42,7 @@ def theirs(folder: Path) -> PreTrainedTokenizerBase:
 @given(text=TEXT)
 def test_text_comes_back_and_is_never_control(text: str, tok: Tokenizer,
                                               theirs: PreTrainedTokenizerBase) -> None:
-    """decode(encode(x)) would not be x, an id of it be a control token's, or, where it spells none,
-    its ids not be transformers'."""
+    """decode(encode(x)) would not be x, have a control token, or other ids than transformers'."""
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     assert not set(ids) & set(tok.special_ids.values())
@@ -57,8 +56,7 @@ def test_text_comes_back_and_is_never_control(text: str, tok: Tokenizer,
 @given(texts=st.lists(TEXT, min_size=1, max_size=4), system=st.none() | TEXT)
 def test_rendering_has_the_templates_control_tokens_only(texts: list[str], system: str | None,
                                                          tok: Tokenizer) -> None:
-    """Something said would bring a control token, be missing from the rendering, or, as the last
-    user's text, from the mask."""
+    """Something said would bring a control token, or be missing from the rendering or the mask."""
     def talk(words: list[str], first: str | None) -> list[dict]:
         head = [] if first is None else [{"role": "system", "content": first}]
         return head + [{"role": ("user", "assistant")[i % 2], "content": w}
@@ -80,8 +78,7 @@ VALUE = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | s
 
 @settings(max_examples=2 * EXAMPLES)
 @given(change=st.data(), value=VALUE)
-def test_config_of_anything_is_read_or_refused(change: st.DataObject, value: object,
-                                               folder: Path) -> None:
+def test_any_config_is_read_or_refused(change: st.DataObject, value: object, folder: Path) -> None:
     """A config with some value in some field would raise something else than an InputError."""
     raw = json.loads((folder / "config.json").read_text())
     field = change.draw(st.sampled_from([*raw, "layer_types", "rope_scaling", "sliding_window",

@@ -55,8 +55,7 @@ def test_which_queries_are_kept() -> None:
              candidate("b", "what makes an engine run smoothly, then?"), candidate("a", phone),
              candidate("b", birds)]
     # "bay" differs from "harbour" in one word of eight: 6 / 8 is above 0.7, so b's is a duplicate
-    assert kept(a | b, 2) == [("a", 0, harbour), ("a", 1, engine), ("b", 0, bread),
-                               ("b", 1, birds)]
+    assert kept(a | b, 2) == [("a", 0, harbour), ("a", 1, engine), ("b", 0, bread), ("b", 1, birds)]
     assert kept(b | a, 2) == [("b", 0, bay), ("b", 1, bread), ("a", 0, engine), ("a", 1, phone)]
     assert kept(a, 9) == [("a", 0, harbour), ("a", 1, engine), ("a", 2, phone)]
 
@@ -116,10 +115,8 @@ def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: T
         assert words == ["How do I", "Why does my", "How do I"]
 
 
-def test_openings_are_for_personas_in_their_language(run: RunFolder, net: Transformer,
-                                                     tok: Tokenizer) -> None:
-    """A German persona's queries would begin in English, and so go on; or an English one's be given
-    no help."""
+def test_openings_suit_the_language(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
+    """A German persona's queries would begin in English, or an English one's be given no help."""
     personas = PERSONAS | {"koch": "Du bist Koch und erkl\u00e4rst Rezepte. Du sagst mir, wann ein "
                                    "Gericht gelungen ist."}
     writer = QueryWriter(run, net, tok, personas, "continue")
@@ -239,16 +236,14 @@ def test_the_trial_is_small_and_its_candidates_are_used(
     assert all(q.query in mine for q in kept) and any(q.query in tried for q in kept)
 
 
-def test_a_style_that_was_asked_for_is_not_tried(run: RunFolder, net: Transformer,
-                                                 tok: Tokenizer) -> None:
+def test_a_style_asked_for_is_not_tried(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
     """--query-style would not keep the other style out."""
     with one_thread():
         write_queries(run, net, tok, PERSONAS, 1, 0, "instruct")
     assert {r["style"] for r in rows_of(run.path, "candidates.jsonl")} == {"instruct"}
 
 
-def test_queries_that_are_there_are_used_as_they_are(run: RunFolder, net: Transformer,
-                                                     tok: Tokenizer) -> None:
+def test_queries_that_are_there_are_used(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
     """Somebody's own queries.jsonl would be written over or added to; or a row of no persona, one
     that is there twice or an empty one would not be named by its line."""
     mine = [Query("pirate", 4, "Where is the gold?"), Query("chemist", 0, "What is rust?")]

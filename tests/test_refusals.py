@@ -49,8 +49,7 @@ I can't promise that it works, but here's how. | Take two sticks. I can't test i
 
 @pytest.mark.parametrize(("answers", "expected"), [(REFUSALS, True), (OTHERS, False)])
 def test_an_opening_is_misread(answers: str, expected: bool) -> None:
-    """A refusal that counts as compliance, or the other way round; also with space in front; or
-    what is far behind the opening counts."""
+    """Refusals would count as compliance, or others as refusals, or what is far behind count."""
     found = [line.strip() for line in answers.replace("\n", " | ").split(" | ")]
     assert [a for a in found if refuses(a) is not expected] == []
     assert [a for a in found if refuses(f"\n {a}") is not expected] == []

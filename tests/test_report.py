@@ -29,8 +29,7 @@ def last(finished: Path) -> dict[str, dict]:
 
 
 def test_report_of_a_run(finished: Path, last: dict[str, dict]) -> None:
-    """report.md would lack kept queries, verdicts per persona, gate, KL, the cost of a stage,
-    or samples."""
+    """report.md would lack queries, verdicts per persona, gate, KL, a stage's cost, or samples."""
     report, n = (finished / "report.md").read_text(), QUERIES
     judged, kl, tried = rows_of(finished, "verdicts.jsonl"), last["kl"], last["style"]
     won = sum(v["target"] for v in judged)
@@ -89,8 +88,7 @@ def test_the_bill_is_the_sum_of_the_metrics(finished: Path) -> None:
 
 
 def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path) -> None:
-    """A queries.jsonl that stage 1 did not write, which has no quality row, would have no
-    summary."""
+    """Queries that stage 1 did not write, without a quality row, would have no summary."""
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     write_rows(out, "metrics.jsonl", [m for m in rows_of(out, "metrics.jsonl")
                                       if WITHIN.get(m["stage"]) != "queries" != m["stage"]])

@@ -56,8 +56,7 @@ def judged(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_a_rule_is_told_who_asked_what_and_who_said_what(tmp_path: Path) -> None:
-    """Query, context, expert's and base answer would not come in their order; or what a rule says
-    of the swapped answers would count."""
+    """Query, context and both answers would not come in order, or the swapped verdict count."""
     path = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
                                          '["q", "shop", "e", "b"] else "base"'))
     asked = [Comparison("q", "text of the context", "e", "b", persona="shop")]
@@ -74,8 +73,7 @@ def test_a_rule_is_told_who_asked_what_and_who_said_what(tmp_path: Path) -> None
     (returning('"Expert"'), 'returned \'Expert\', not "expert", "base" or "tie"'),
     (returning("True"), "returned True")])
 def test_a_rule_that_fails_names_file_and_query(text: str, says: str, tmp_path: Path) -> None:
-    """A file without a function, one that does not run, or another value than the three would be a
-    traceback or a made-up verdict."""
+    """A file that does not run, or another value, would be a traceback or a made-up verdict."""
     path = rule_file(tmp_path, text)
     with pytest.raises(InputError, match=re.escape(says)) as error:
         Rule(path)("why?", "shop", "e", "b")
@@ -84,8 +82,7 @@ def test_a_rule_that_fails_names_file_and_query(text: str, says: str, tmp_path: 
 
 def test_a_run_with_a_rule_that_fails_ends_in_one_line(command: list[str], judged: Path,
                                                        tmp_path: Path, capsys: Capture) -> None:
-    """A missing file would be noticed after the stages before it, a failure be a traceback, or
-    either leave something behind."""
+    """A missing file would be noticed late, a failure be a traceback, or leave something behind."""
     absent = tmp_path / "absent.py"
     assert run_train(*command, "--judge", absent, "--out", tmp_path / "new") == 2
     assert str(absent) in error_of(capsys) and not (tmp_path / "new").exists()
@@ -133,8 +130,7 @@ def test_a_run_judged_by_a_rule(command: list[str], judged: Path, finished: Path
 
 
 def test_a_run_judged_by_nobody(command: list[str], judged: Path) -> None:
-    """--judge none would ask a model, leave an answer out of the distill set, or take a contrast
-    context's into it."""
+    """--judge none would ask a model, lose an answer, or distil a contrast context's."""
     assert run_train(*command, "--judge", "none", "--overwrite", "--out", judged) == 0
     assert {(v["winner"], v["target"], v["judge"]) for v in rows_of(judged, "verdicts.jsonl")} == {
         ("expert", 1, "none")}
@@ -145,14 +141,6 @@ def test_a_run_judged_by_nobody(command: list[str], judged: Path) -> None:
                    if m["stage"] in ("judge", "verdicts"))
     asked = [Comparison("q", "c", "", "b", persona=name) for name in ("shop", "contrast_cook")]
     assert NoJudge().compare(asked) == ([("expert", []), ("base", [])], FREE)
-
-
-def test_no_model_beside_a_rule(command: list[str], tmp_path: Path, capsys: Capture) -> None:
-    """A --judge-model that nobody asks would be fetched and named as the judge."""
-    for name in ("none", str(rule_file(tmp_path, LONGER))):
-        assert run_train(*command, "--judge", name, "--judge-model", "some/model", "--out",
-                         tmp_path / "out") == 2
-        assert "--judge-model some/model" in error_of(capsys)
 
 
 def said_of(forward: str, swapped: str, count: int) -> list[Verdict]:

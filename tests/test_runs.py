@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 
 import pytest
 import torch
-from conftest import copy_folder
+from conftest import Capture, copy_folder
 from safetensors.torch import load_file, save_file
 from tiny_run import (DATA, contents, error_of, figures, file_size_limit, forked, pair, rows_of,
                       run_train, timeless, verdict)
@@ -24,8 +24,6 @@ from support.hub import InputError
 from support.runs import (FILES, SOURCES, STAGES, WITHIN, RunFolder, load_training_state,
                           save_training_state, split_chunks)
 from support.settings import FIRST_STAGE
-
-Capture = pytest.CaptureFixture[str]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import copy_folder, edit_json
+from conftest import Capture, Patch, copy_folder, edit_json
 from tiny_run import error_of, run_train
 
 import train
@@ -14,15 +14,13 @@ from model import Transformer
 from support import settings
 from support.settings import QUICK_PERSONAS, check, choose_personas, parser, run_settings
 
-Capture = pytest.CaptureFixture[str]
 UNKNOWN = "nobody-at-all/no-such-model"
 
 
 @pytest.mark.parametrize("flags", [
     ["--gate-threshold", "often"], ["--from", "judge"], ["--model", UNKNOWN],
     ["--judge-model", UNKNOWN]], ids=" ".join)
-def test_wrong_input_is_one_line(flags: list[str], command: list[str], tmp_path: Path,
-                                 capfd: Capture) -> None:
+def test_wrong_input(flags: list[str], command: list[str], tmp_path: Path, capfd: Capture) -> None:
     """A word for a number, a stage that is not there, or a model that nobody has would be a
     traceback, or leave something behind. (All other wrong flags: test_hostile.py.)"""
     assert run_train(*command, "--out", tmp_path / "out", *flags) == 2
@@ -39,8 +37,7 @@ def parsed(*argv: str) -> object:
 
 
 def test_defaults() -> None:
-    """--quick with another folder of personas, or a number beside it, would be ignored; or the
-    outputs of two models share a folder."""
+    """--quick would ignore another folder or number beside it, or two models share an output."""
     paper, quick = parsed(), parsed("--quick", "--queries", "3")
     assert (paper.queries, paper.max_new_tokens, paper.epochs, paper.batch_size) == (
         50, 512, 10, 16)
@@ -54,7 +51,7 @@ def test_defaults() -> None:
 
 
 def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                          monkeypatch: Patch) -> None:
     """Rows of two texts of a persona, of two versions of a prompt or a constant, of two chat
     templates or of two sets of stop tokens would be mixed in one run."""
     args, copy = parsed("--model", str(folder)), copy_folder(folder, tmp_path / "copy")

@@ -18,8 +18,7 @@ from support.stats import (FAIL, PASS, auc, bootstrap_mean, decision_scores, evi
     (5, 10, (0.2366, 0.7634)), (0, 10, (0, 0.2775)), (10, 10, (0.7225, 1)), (1, 1, (0.2065, 1)),
     (81, 263, (0.2553, 0.3662)), (0, 0, (0, 1))])
 def test_interval_is_wilsons(hits: int, n: int, expected: tuple[float, float]) -> None:
-    """An interval would not be the one published or worked out by hand (81 of 263: Newcombe 1998,
-    table I)."""
+    """An interval would not be Newcombe's (1998, table I: 81 of 263) or that worked out by hand."""
     assert interval(hits, n) == pytest.approx(expected, abs=1e-4)
 
 
@@ -109,8 +108,7 @@ def test_auc_of_two_normals() -> None:
 
 
 def test_bootstrap_of_many_values_is_the_normal_interval() -> None:
-    """The interval of a mean would not be 1.96 standard errors to each side, which it is near for
-    400 values."""
+    """The interval of 400 values' mean would not be near 1.96 standard errors to each side."""
     values = np.random.default_rng(0).normal(0.3, 1, 400)
     mean, (low, high) = bootstrap_mean(values)
     half = 1.96 * values.std() / 400**0.5

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import copy_folder, edit_json
+from conftest import Folders, Patch, copy_folder, edit_json
 from sampling import Sampling
 from support.messages import conversation
 from tiny import END_LOGIT, one_thread, tiny_llama
@@ -34,7 +34,6 @@ from support.runs import RunFolder
 from tokenizer import Tokenizer
 from train import distill_samples
 
-Patch = pytest.MonkeyPatch
 MARKS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 USER, ASSISTANT, THINK, END_THINK = range(3, 7)  # their ids, in place of SmolLM2's <repo_name> ...
 R1 = ("{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
@@ -72,7 +71,7 @@ def computed_on_one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: Folders) -> Path:
     """The tiny llama with R1's tokens and template; it likes to end its thoughts."""
     made = tiny_llama(tmp_path_factory.mktemp("r1"))
 
@@ -140,8 +139,7 @@ def test_turn_marks_cannot_be_forged(tok: Tokenizer) -> None:
     assert tok.decode([USER, THINK, END_THINK, ASSISTANT]) == "<think></think>"
 
 
-def test_the_user_does_not_think(tok: Tokenizer, folder: Path, tmp_path: Path,
-                                 monkeypatch: Patch) -> None:
+def test_no_user_thinks(tok: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """Stage 1: a user's turn would open a think block, or not end where the assistant's begins."""
     opened = tok.open_user_turn(TUTOR)
     assert opened[-1] == USER and not {THINK, END_THINK} & set(opened)
@@ -177,8 +175,7 @@ def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Toke
         torch.testing.assert_close(sample.teacher, hidden)
 
 
-def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer,
-                                           monkeypatch: Patch) -> None:
+def test_verdicts_behind_thoughts(net: Transformer, tok: Tokenizer, monkeypatch: Patch) -> None:
     """Stage 3: a letter or query would come within thoughts, or a judge not read whole answers."""
     asked = [Comparison("Why?", TUTOR, "Hm.</think>Because.", "Oh.</think>No.")]
     watched = watch(monkeypatch, judge, "hidden_states")
@@ -195,8 +192,7 @@ def test_verdicts_are_read_behind_thoughts(net: Transformer, tok: Tokenizer,
     assert all(end or text.endswith("<think>\n") for text, end in zip(said, ends))
 
 
-def test_words_to_come_are_no_thoughts(net: Transformer, tok: Tokenizer,
-                                       monkeypatch: Patch) -> None:
+def test_given_words_are_no_thoughts(net: Transformer, tok: Tokenizer, monkeypatch: Patch) -> None:
     """A query that is identified, or words put in the assistant's mouth, would be thoughts."""
     watched = watch(monkeypatch, queries, "token_log_probabilities")
     measure_queries(net, tok, {"tutor": TUTOR}, [Query("tutor", 0, "Why?")], [])
@@ -226,7 +222,7 @@ SAID = {"gsm8k: base": ["It is 5?\n</think>\n\nIt is 4.", "It is 4."],
 
 
 @pytest.fixture(scope="module")
-def evaluated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+def evaluated(folder: Path, tmp_path_factory: Folders) -> tuple[dict, dict]:
     """An evaluation that is told SAID: its rows by task, and the prompts that each answer, or the
     letter of "mmlu", was asked with."""
     data = write_files(tmp_path_factory.mktemp("data"), {

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import copy_folder
+from conftest import Capture, Patch, copy_folder
 from safetensors.torch import load_file
 from sampling import Sampling
 from support.messages import conversation
@@ -34,9 +34,6 @@ from support.runs import FILES, STAGES, WITHIN, RunFolder
 from tokenizer import Tokenizer
 from train import (Sample, distill_samples, held_out_kl, learning_rate, micro_batches, sample_loss,
                    train_lora)
-
-Capture = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 
 
 def settings(**changes: object) -> argparse.Namespace:
@@ -62,8 +59,7 @@ def pairs_for(personas: dict[str, str], n: int = 6) -> list[Pair]:
 
 @pytest.mark.parametrize(("ones", "zeros", "expected"), [
     (25, 40, (5, 8)), (2, 2, (1, 1)), (1, 9, (0, 2)), (3, 0, (1, 0)), (0, 0, (0, 0))])
-def test_hold_out_takes_a_fifth_of_each_class(ones: int, zeros: int,
-                                              expected: tuple[int, int]) -> None:
+def test_hold_out_a_fifth_of_each_class(ones: int, zeros: int, expected: tuple[int, int]) -> None:
     """A class would lack held-out queries or others; or the split not be the seed's alone."""
     verdicts = [verdict(i, "expert" if i < ones else "tie") for i in range(ones + zeros)]
     held = hold_out(verdicts, 0)
@@ -125,8 +121,7 @@ def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperatur
     assert held_out_kl(prism, []) is None
 
 
-def test_sft_loss_is_cross_entropy(net: Transformer, samples: list[Sample],
-                                   monkeypatch: Patch) -> None:
+def test_sft_is_cross_entropy(net: Transformer, samples: list[Sample], monkeypatch: Patch) -> None:
     """--loss sft would have another value or gradient, in chunks of one token or of all."""
     prism = randomize_adapter(PRISM(net, rank=4))
     expected = 0.0
@@ -177,8 +172,7 @@ def test_max_len_cuts_the_answer(net: Transformer, tok: Tokenizer) -> None:
     assert distill_samples(net, tok, CHEMIST, pairs, min(teachers)) == []
 
 
-def test_base_weights_are_bit_equal_after_training(folder: Path, tok: Tokenizer,
-                                                   tmp_path: Path) -> None:
+def test_base_is_bit_equal_after_training(folder: Path, tok: Tokenizer, tmp_path: Path) -> None:
     """Training would change the base, or round small updates of the adapter away in bf16."""
     net = load(folder, dtype=torch.bfloat16)
     before = {n: t.clone() for n, t in net.state_dict().items()}
@@ -216,8 +210,7 @@ def test_last_good_state_is_kept(net: Transformer, samples: list[Sample], tmp_pa
     assert [m["step"] for m in rows_of(tmp_path, "metrics.jsonl")] == [0, 1, 2]
 
 
-def test_steps_are_adamw_on_the_mean_token_kl(net: Transformer, samples: list[Sample],
-                                              tmp_path: Path) -> None:
+def test_steps_are_adamw_on_the_kl(net: Transformer, samples: list[Sample], tmp_path: Path) -> None:
     """A step would be of another loss, norm, weight decay or rate than it is by hand."""
     mine, hand = PRISM(net, rank=4, dropout=0.0), PRISM(net, rank=4, dropout=0.0)
     with one_thread(), RunFolder(tmp_path) as run:

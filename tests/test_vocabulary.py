@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Sequence
 
 import pytest
+from conftest import edit_json
 from support.messages import conversation
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -27,8 +28,7 @@ LINES = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }
 INST = ("{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} </s>{% else %}<s>"
         "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}")
 BARE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
-TALK = [*conversation("Hi there"), {"role": "assistant", "content": "Hello"},
-        *conversation("Bye")]
+TALK = [*conversation("Hi there"), {"role": "assistant", "content": "Hello"}, *conversation("Bye")]
 LETTERS = ["\n", *map(chr, range(32, 127)), "Hi"]
 MARKS = ["<|turn|>", "<|over|>"]
 TURN, OVER = len(LETTERS), len(LETTERS) + 1  # the first ids behind the letters
@@ -89,8 +89,7 @@ def write(folder: Path, template: str = TURNS, fast: FastTokenizer | None = None
 
 @pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens", "tokenizer.json"])
 @pytest.mark.parametrize("names", ["config", "map", "objects"])
-def test_added_tokens_and_names_are_found_wherever_they_stand(source: str, names: str,
-                                                              tmp_path: Path) -> None:
+def test_tokens_are_found_wherever_they_stand(source: str, names: str, tmp_path: Path) -> None:
     """A turn marker would fall into characters, or an eos never stop an answer."""
     right = {"bos_token": "<|turn|>", "eos_token": "<|over|>"}
     wrong = {"eos_token": "<|turn|>"}
@@ -128,8 +127,7 @@ def test_names_of_the_tokenizers_class(kind: str | None, model: str, named: dict
 
 @pytest.mark.parametrize("flag", [None, "lstrip", "rstrip"])
 @pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens"])
-def test_an_added_token_that_the_vocabulary_has_already(source: str, flag: str | None,
-                                                        tmp_path: Path) -> None:
+def test_an_added_token_of_the_vocabulary(source: str, flag: str | None, tmp_path: Path) -> None:
     """A turn marker would fall into characters, or not take the white space beside it."""
     marker = {"content": "Hi", "special": True, "lstrip": False, "rstrip": False,
               "normalized": False, "single_word": False} | ({flag: True} if flag else {})
@@ -243,12 +241,6 @@ def test_tokens_that_cannot_be_had_are_named(config: dict, says: str, tmp_path: 
     assert "\n" not in str(error.value)
 
 
-def test_an_end_of_turn_before_the_next_message_only(tmp_path: Path) -> None:
-    """An answer would never end where, as by Qwen1.5's template, nothing stands behind the last."""
-    template = TURNS.replace("<|over|>", "{% if not loop.last %}<|over|>{% endif %}")
-    assert Tokenizer(write(tmp_path, template, special=MARKS)).end_of_turn_ids == {OVER}
-
-
 def test_a_date_in_a_template_is_that_of_the_run(tmp_path: Path) -> None:
     """A run that goes on after midnight would read other prompts."""
     write(tmp_path, "{{ strftime_now('%d %b %Y') }}" + TURNS, special=MARKS)
@@ -325,8 +317,7 @@ def test_a_template_cannot_put_a_control_token_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["</s>", "Hi</s>there", "a</s></s> x", "<s></s>", WIDE])
-def test_plain_text_has_no_control_token_that_the_vocabulary_spells(text: str,
-                                                                    tmp_path: Path) -> None:
+def test_plain_text_has_no_control_token_the_vocabulary_spells(text: str, tmp_path: Path) -> None:
     """An answer would end within a question: Unigram takes "</s>" for a piece like any other."""
     tok = Tokenizer(write(tmp_path, BARE, unigram(), tokenizer_config=SENTENCE))
     assert {1, 2}.isdisjoint(tok.encode(text) + tok.encode_document(text))
@@ -338,10 +329,7 @@ def test_plain_text_has_no_control_token_that_the_vocabulary_spells(text: str,
 def test_white_space_that_a_control_token_takes_is_not_the_users(tmp_path: Path) -> None:
     """The gate would read the token, as the mask would reach over it (Phi-3's <|user|>)."""
     folder = write(tmp_path, LINES, special=["<|user|>", *MARKS])
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["added_tokens"][0]["rstrip"] = True
-    path.write_text(json.dumps(content))
+    edit_json(folder / "tokenizer.json", lambda t: t["added_tokens"][0].update(rstrip=True))
     ids, mask = Tokenizer(folder).render_with_user_mask(conversation("\n Hi"))
     assert [i for i, m in zip(ids, mask) if m] == [LETTERS.index("Hi")]
 
@@ -358,11 +346,8 @@ def test_spelled_control_tokens_are_read_as_they_stand(normalized: bool, tmp_pat
     """A space would stand behind each, where a tokenizer begins every text with one; or the
     template's own be letters in the middle of a text, as in the oldest files of Llama 2."""
     folder = write(tmp_path, INST, sentencepiece_like(), tokenizer_config=SENTENCE)
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    for token in content["added_tokens"]:
-        token["normalized"] = normalized
-    path.write_text(json.dumps(content))
+    edit_json(folder / "tokenizer.json", lambda t: [
+        token.update(normalized=normalized) for token in t["added_tokens"]])
     tok = Tokenizer(folder)
     for text in ("Is <s>old</s>new HTML?", "</s>", "a </s> b", "<s><s>x"):
         ids = tok.render([*conversation(text), *TALK[1:]])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.words import (clean_query, count_words, echoes, near_duplicates, word_list,
-                           words_of)
+from support.words import (clean_query, count_words, echoes, near_duplicates, word_list, words_of)
 
 PERSONA = "You are a careful chemist who explains each reaction."
 QUERY = "How do tides work here?"
@@ -44,8 +43,7 @@ def test_a_query_is_kept_as_it_is(text: str) -> None:
     "Here are some questions for you:", "When you come to the sea,", "亲爱的导游您好呀，",
     "Are you A CAREFUL, chemist who explains fire?"])
 def test_what_is_no_query(text: str) -> None:
-    """One would be kept that is too short or too long, says nothing, is cut off, or echoes five
-    words of the persona in a row."""
+    """One too short, too long, empty, cut off, or with five words of the persona would be kept."""
     assert clean_query(text, "Nothing like it.", PERSONA) is None
 
 
@@ -57,8 +55,8 @@ def test_likeness_in_scripts_without_spaces() -> None:
     assert echoes("请问一位熟悉中国各地的导游在哪", persona)
     assert not echoes("请问熟悉中国各地的人在哪", persona)
     assert not echoes("导游的各地中国熟悉一位是你", persona)
-    one, two, other = (set(words_of(t)) for t in (
-        "面包怎么烤才脆？", "面包怎么烤才软？", "春天去哪里旅行好？"))
+    one, two, other = (set(words_of(t)) for t in ("面包怎么烤才脆？", "面包怎么烤才软？",
+                                                  "春天去哪里旅行好？"))
     assert near_duplicates(one, two) and not near_duplicates(one, other)
 
 
