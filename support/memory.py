@@ -21,8 +21,8 @@ from support.settings import GATE_DEPTH
 PLAN_PROMPT = 512  # tokens of persona and query that are planned for, at least
 QUERY_ROOM = 128  # of these, of a query
 PLAN_ROW = 1024  # tokens of a training row it plans for: the default --max-len
-# What a GPU may do at once, if there is room: the best first. Sixteen rows of training, all of a
-# step's, are 16,384 tokens; more would be for nothing.
+# What a GPU may do at once, if there is room: the best first. The paper's sixteen rows of a
+# training step are 16,384 tokens; more would be for nothing.
 ON_GPU = {"recompute": (False,), "slots": (256, 128, 64), "score_tokens": (16384, 8192),
           "score_logits": (2**26,), "train_tokens": (16384, 8192)}
 DRIVER = 2**30  # bytes that are left to a GPU's driver

@@ -28,8 +28,8 @@ FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
                "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
                "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora",
                "train_tokens": "lora"}
-PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10, "batch_size": 16}
-QUICK = {"queries": 10, "max_new_tokens": 64, "epochs": 4, "batch_size": 4}
+PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10}
+QUICK = {"queries": 10, "max_new_tokens": 64, "epochs": 4}
 JUDGE_NAMES = ("auto", *JUDGES, NOBODY)
 QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
 GATE_FOLDS = 5
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     add(lora, "--alpha", 32.0, "LoRA alpha; the update is scaled by alpha / rank")
     quick(lora, "--epochs", "passes over the distill set")
     add(lora, "--lr", 2e-4, "peak learning rate")
-    quick(lora, "--batch-size", "samples in an optimizer step")
+    add(lora, "--batch-size", 4, "samples in an optimizer step (the paper: 16)")
     add(lora, "--max-len", 1024, "longest training sequence, in tokens, persona included")
     add(lora, "--loss", "kl", "kl: distil the teacher's distributions (PRISM); sft: cross-entropy "
         "on the won answers, the baseline that evaluate.py --sft-adapter compares with",

@@ -39,9 +39,8 @@ def parsed(*argv: str) -> object:
 def test_defaults() -> None:
     """--quick would ignore another folder or number beside it, or two models share an output."""
     paper, quick = parsed(), parsed("--quick", "--queries", "3")
-    assert (paper.queries, paper.max_new_tokens, paper.epochs, paper.batch_size) == (
-        50, 512, 10, 16)
-    assert (quick.queries, quick.max_new_tokens, quick.epochs, quick.batch_size) == (3, 64, 4, 4)
+    assert (paper.queries, paper.max_new_tokens, paper.epochs) == (50, 512, 10)
+    assert (quick.queries, quick.max_new_tokens, quick.epochs) == (3, 64, 4)
     assert len(choose_personas(paper)) == 12
     assert sorted(choose_personas(quick)) == sorted(QUICK_PERSONAS)
     folder = Path(train.__file__).parent / "personas" / "short"
