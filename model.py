@@ -27,7 +27,7 @@ from support.checkpoint import (EMBEDDING, HEAD, NORM_PLACES, check_names, check
                                 checkpoint_files, copy_weights, destinations, is_copy)
 from support.config import Config
 from support.cpu import linear, rms_norm
-from support.hub import read_json, resolve
+from support.hub import InputError, read_json, resolve
 from support.rope import rope_frequencies
 
 Generator = torch.Generator | None  # of LoRA dropout masks, while training
@@ -381,6 +381,8 @@ def load(name: str | Path, device: torch.device | str = "cpu",
     folder = resolve(name)
     config = Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     found = checkpoint_files(folder)
+    if layers is not None and layers > config.num_layers:
+        raise InputError(f"{folder}: it has {config.num_layers} layers, not the {layers} asked for")
     tied, holds_head = config.tie_word_embeddings, HEAD in found
     config = replace(config, tie_word_embeddings=tied and not holds_head)
     with torch.device("meta"):  # shapes only: everything is checked before memory is asked for

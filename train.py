@@ -37,7 +37,8 @@ from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
-from support.memory import QUERY_ROOM, choose_sizes, count_parameters, dry_run, training_flops
+from support.memory import (PLAN_PROMPT, QUERY_ROOM, choose_sizes, count_parameters, dry_run,
+                            training_flops)
 from support.messages import conversation
 from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
@@ -341,7 +342,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     counts = count_parameters(net, prism.adapter)
     longest = max(len(tokenizer.render(conversation("", text))) for text in personas.values())
     net.sizes = choose_sizes(net.config, counts, args, memory_of(device),
-                             longest + QUERY_ROOM)
+                             max(PLAN_PROMPT, longest + QUERY_ROOM))
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
     with RunFolder(args.out) as run:
         with main_first():

@@ -23,8 +23,10 @@ QUERY_ROOM = 128  # of these, of a query
 PLAN_ROW = 1024  # tokens of a training row it plans for: the default --max-len
 # What a GPU may do at once, if there is room: the best first. The paper's sixteen rows of a
 # training step are 16,384 tokens; more would be for nothing.
-ON_GPU = {"recompute": (False,), "slots": (256, 128, 64), "score_tokens": (16384, 8192),
-          "score_logits": (2**26,), "train_tokens": (16384, 8192)}
+# Each is planned by its own stage alone, so that a setting of stage 5 does not change stage 1.
+ON_GPU = {"recompute": ("5 adapter", (False,)), "slots": ("1-2 answers", (256, 128, 64)),
+          "score_tokens": ("3 verdicts", (16384, 8192)), "score_logits": ("3 verdicts", (2**26,)),
+          "train_tokens": ("5 adapter", (16384, 8192))}
 DRIVER = 2**30  # bytes that are left to a GPU's driver
 USED = 0.9  # share of the rest that may be planned for more than CPUs do at once
 RECOMPUTE_ABOVE = 4 * 2**30  # bytes of activations from which a CPU computes layers twice instead
@@ -108,9 +110,9 @@ def memory_plan(config: Config, counts: tuple[int, int], rank: int,
                       "loss chunk": KL_CHUNK_ELEMENTS * (3 * 4 + 2 * size)}}  # on a GPU
 
 
-def fits(plan: dict[str, dict[str, int]], size: float) -> bool:
-    """Whether every stage of a plan fits on a GPU of `size` bytes."""
-    return all(sum(stage.values()) <= size - DRIVER for stage in plan.values())
+def fits(plan: dict[str, int], size: float) -> bool:
+    """Whether a stage's plan fits on a GPU of `size` bytes."""
+    return sum(plan.values()) <= size - DRIVER
 
 
 def choose_sizes(config: Config, counts: tuple[int, int], args: argparse.Namespace,
@@ -118,17 +120,20 @@ def choose_sizes(config: Config, counts: tuple[int, int], args: argparse.Namespa
     """What runs at once: one set for CPUs (`size` is None); on a GPU of `size` bytes, or of
     --gpu-memory, of each the most that its plan has room for. --slots is heeded."""
     activations = activation_bytes(config, Sizes.train_tokens, args.rank)
-    sizes = Sizes(recompute=activations > RECOMPUTE_ABOVE)
-    if size is not None:
-        size = args.gpu_memory * 2**30 if args.gpu_memory else size
-        for name, values in ON_GPU.items():
-            for value in values:
-                larger = replace(sizes, **{name: value})
-                plan = memory_plan(config, counts, args.rank, args.max_new_tokens, larger, prompt)
-                if fits(plan, USED * size):
-                    sizes = larger
-                    break
-    return replace(sizes, slots=args.slots or sizes.slots)
+    sizes = Sizes(args.slots or Sizes.slots, recompute=activations > RECOMPUTE_ABOVE)
+    if size is None:
+        return sizes
+    size = args.gpu_memory * 2**30 if args.gpu_memory else size
+    for name, (stage, values) in ON_GPU.items():
+        if name == "slots" and args.slots:
+            continue
+        for value in values:
+            larger = replace(sizes, **{name: value})
+            plan = memory_plan(config, counts, args.rank, args.max_new_tokens, larger, prompt)
+            if fits(plan[stage], USED * size):
+                sizes = larger
+                break
+    return sizes
 
 
 def dry_run(args: argparse.Namespace) -> int:
@@ -150,9 +155,11 @@ def dry_run(args: argparse.Namespace) -> int:
             [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
              f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]) + "\n")
     print("With 1 GiB left to the driver:\n")
+    rows = []
+    for card, c, plan in zip(cards, chosen, plans):
+        enough = all(fits(stage, card * 2**30) for stage in plan.values())
+        rows.append([f"{card:g} GB", "yes" if enough else "no", c.slots, c.score_tokens,
+                     c.train_tokens, "yes" if c.recompute else "no"])
     print(table(("GPU", "all five stages fit", "slots", "scoring tokens", "training tokens",
-                 "layers computed twice"), [
-        [f"{card:g} GB", "yes" if fits(plan, card * 2**30) else "no", c.slots, c.score_tokens,
-         c.train_tokens, "yes" if c.recompute else "no"]
-        for card, c, plan in zip(cards, chosen, plans)]))
+                 "layers computed twice"), rows))
     return 0

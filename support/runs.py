@@ -368,6 +368,8 @@ def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
     try:
         tensors = read_tensors(path)
         check_tensors(tensors, expected, path)
+        if tensors["step"] < 1:
+            raise InputError(f"{path}: step {float(tensors['step']):g}")
     except InputError as error:
         raise InputError(f"{error}; delete it and stage 5 starts again") from None
     with torch.no_grad():

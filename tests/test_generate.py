@@ -71,6 +71,14 @@ def test_answers_in_input_order_drawn_by_number(net: Transformer, tok: Tokenizer
     assert generate(net, tok, [], sampling) == []
 
 
+def test_router_of_a_deeper_model(adapter: Path, tmp_path: Path) -> None:
+    """A gate behind the base's last layer would be a traceback, or read another layer."""
+    copied = copy_folder(adapter, tmp_path / "adapter")
+    edit_json(copied / "prism.json", lambda settings: settings.update(gate_layer=7))
+    with pytest.raises(InputError, match="layers, not the 8 asked for"):
+        load_router(copied)
+
+
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,12 @@ def test_a_gpu_does_what_fits(gigabytes: float | None, flags: list[str], expecte
     assert memory.choose_sizes(config, counts, args, size) == expected
     if gigabytes == 80 and not flags:
         assert memory.choose_sizes(config, counts, args, size, prompt=2048).slots == 64
+    if gigabytes == 24:  # stage 5's settings do not change what stages 1 to 3 do at once
+        args.rank = 128
+        counts = memory.parameter_counts(config, args)
+        found = memory.choose_sizes(config, counts, args, size)
+        assert found == replace(expected, train_tokens=found.train_tokens)
+        assert found.train_tokens < expected.train_tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

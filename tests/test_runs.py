@@ -294,7 +294,7 @@ def trained(steps: int) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (lambda t: t.pop("1.mean"), "1.mean is missing"),
+    (lambda t: t.pop("1.mean"), "1.mean is missing"), (lambda t: t["step"].fill_(-4), "step -4"),
     (lambda t: t.update({"1.mean": torch.ones(1)}), r"1.mean is \[1\], expected \[4\]"),
     (lambda t: t["1.square"].fill_(float("nan")), "1.square .* holds NaN")])
 def test_damaged_checkpoint_is_named(change: Callable, reason: str, tmp_path: Path) -> None:
