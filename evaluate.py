@@ -50,7 +50,7 @@ from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
                          resolve_adapter, write_file)
 from support.messages import conversation, merge_system
-from support.personas import CONTRAST, load_personas, persona_hash
+from support.personas import is_contrast, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
                             read_verdicts, run_settings)
 from support.report import quoted, share, table
@@ -1234,7 +1234,7 @@ def _main(args: argparse.Namespace) -> int:
     items |= own
     judge = load_judge(args, net, tokenizer, names)
     with RunFolder(args.out):
-        contexts = [name for name in personas if not name.startswith(CONTRAST)]
+        contexts = [name for name in personas if not is_contrast(name)]
         e = Evaluator(net, tokenizer, prism, sft, names, Work(args.out / "work.jsonl"), args.seed,
                       args.max_new_tokens, contexts)
         rows: list[Row] = []

@@ -35,7 +35,7 @@ from sampling import derive_seed
 from support.distributed import progress_bar
 from support.hub import InputError
 from support.messages import conversation
-from support.personas import CONTRAST
+from support.personas import is_contrast
 from support.runs import RunFolder, cost_of, peak_memory
 from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
 from support.stats import (calibrated_log_loss, decision_scores, shrunken_rates, upper_quantile,
@@ -160,7 +160,7 @@ def with_traffic(queries: Tensor, labels: Tensor, personas: list[str],
     """Features, verdicts and personas to learn from. Ordinary traffic is added as a contrast where
     there are contrast contexts, or nothing but wins, as after --judge none without such contexts.
     """
-    contrasts = any(name.startswith(CONTRAST) for name in personas)
+    contrasts = any(map(is_contrast, personas))
     if not (contrasts or bool(labels.all())):
         return queries, labels, personas
     lost = labels.new_zeros(len(ordinary))

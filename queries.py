@@ -32,7 +32,7 @@ from sampling import Sampling, derive_seed
 from support.distributed import main_first
 from support.hub import InputError
 from support.messages import conversation
-from support.personas import CONTRAST
+from support.personas import is_contrast
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.words import (ECHO_WORDS, FEWEST_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, SHARED,
                            clean_query, near_duplicates, shares_language, word_list, words_of)
@@ -287,7 +287,7 @@ class QueryWriter:
             scores, cost = self.score(rivals)
             costs.append(cost)
             for i, (rival, _), score in zip(left, rivals, scores):
-                lead = -LEAD if asked[i][0].startswith(CONTRAST) else LEAD
+                lead = -LEAD if is_contrast(asked[i][0]) else LEAD
                 if own[i] - score < lead:
                     suited[i] = rival
             left = [i for i in left if suited[i] == asked[i][0]]

@@ -18,10 +18,12 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         InputError: not a device that torch has here.
     """
-    if torch.cuda.is_available():  # so that torchrun's processes do not all open the first GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    there = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if there else "cpu"
+    if name == "cuda" and there and "LOCAL_RANK" in os.environ:
+        # So that torchrun's processes do not all open the first GPU.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

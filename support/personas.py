@@ -11,6 +11,11 @@ from support.hub import InputError, read_text
 CONTRAST = "contrast"
 
 
+def is_contrast(name: str) -> bool:
+    """Whether a context of this name is a contrast."""
+    return name.startswith(CONTRAST)
+
+
 def load_personas(folder: Path) -> dict[str, str]:
     """Name -> text (a system prompt) of every *.txt of a folder (not below it), in name order.
 

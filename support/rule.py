@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 from support.hub import InputError, check_file
-from support.personas import CONTRAST
+from support.personas import is_contrast
 
 NOBODY = "none"
 WINNERS = ("expert", "base", "tie")
@@ -99,7 +99,7 @@ class NoJudge:
 
     def compare(self, asked: Sequence) -> tuple[list[tuple[str, list]], dict]:
         """[(winner, [])] of each `judge.Comparison`; it costs nothing."""
-        contrast = [c.persona.startswith(CONTRAST) for c in asked]
+        contrast = [is_contrast(c.persona) for c in asked]
         return [("base" if other else "expert", []) for other in contrast], FREE
 
 
