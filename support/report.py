@@ -173,8 +173,8 @@ def judge_section(judged: dict) -> Section:
 def verdicts_section(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> Section:
     """Who won, by persona."""
     won = sum(v.target for v in verdicts)
-    found = [f"distill / retain: {won} / {len(verdicts) - won} (queries the persona won, on which "
-             "the adapter is trained, and all others)", *split_warnings(verdicts, pairs),
+    found = [f"distill / retain: {won} / {len(verdicts) - won} (queries the persona won, and all "
+             "others)", *split_warnings(verdicts, pairs),
              *swap_lines(verdicts)]
     unclear = no_better_than_base(verdicts)
     if unclear:
