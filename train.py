@@ -37,13 +37,12 @@ from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve
-from support.memory import (PLAN_PROMPT, QUERY_ROOM, choose_sizes, count_parameters, dry_run,
-                            training_flops)
+from support.memory import PLAN_PROMPT, QUERY_ROOM, choose_sizes, dry_run, training_flops
 from support.messages import conversation
 from support.report import findings, summarize, write_report
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
                           run_date, save_training_state, split_chunks)
-from support.settings import (CLIP, FIRST_STAGE, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
+from support.settings import (CLIP, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
                               check, check_judge, choose_personas, parser, run_settings)
 from tokenizer import Tokenizer
 
@@ -269,7 +268,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                    seconds=round(time.perf_counter() - begun, 3))
         bar.set_postfix({args.loss: f"{loss:.4f}"})
         if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
-            save_training_state(run.path, parameters, optimizer, step + 1)
+            save_training_state(run.path, parameters, optimizer)
 
 
 def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[str, str],
@@ -339,14 +338,13 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         args.gate_layer = len(net.layers) // GATE_DEPTH
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
-    counts = count_parameters(net, prism.adapter)
     longest = max(len(tokenizer.render(conversation("", text))) for text in personas.values())
-    net.sizes = choose_sizes(net.config, counts, args, memory_of(device),
-                             max(PLAN_PROMPT, longest + QUERY_ROOM))
+    prompt = max(PLAN_PROMPT, longest + QUERY_ROOM)
+    net.sizes = choose_sizes(prism, args, memory_of(device), prompt)
     settings = run_settings(args, net, folder, personas, judge_fingerprint)
     with RunFolder(args.out) as run:
         with main_first():
-            run.begin(settings, FIRST_STAGE, args.overwrite, args.redo)
+            run.begin(settings, args.overwrite, args.redo)
         if run.complete:
             if rank() == 0:
                 print(f"{run.path}: complete already; --overwrite runs it again, --from STAGE a "

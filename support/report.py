@@ -16,7 +16,7 @@ from bootstrap import Pair, Verdict
 from queries import OPENINGS, Query
 from support.hub import write_file
 from support.personas import CONTRAST
-from support.rule import NOBODY, RuleJudge
+from support.rule import NOBODY, Rule
 from support.runs import STAGES, WITHIN, RunFolder
 from support.stats import interval
 
@@ -141,7 +141,7 @@ def judge_section(judged: dict) -> Section:
         return Section(title, [
             "judged by nobody (--judge none): every context's answer is distilled, but those of "
             f"contexts named {CONTRAST}..., which only teach the gate"])
-    if judged["chosen"] == RuleJudge.name:
+    if judged["chosen"] == Rule.name:
         return Section(title, ["judged by a rule, not by the model"])
     found, chosen = [f"judge: {judged['chosen']}"], judged["tests"][-1]
     if judged.get("model"):
@@ -189,7 +189,7 @@ def swap_lines(verdicts: Sequence[Verdict]) -> list[str]:
     """The same-prompt control of a rule, which is asked about both orders of two answers: two
     answers to ONE prompt would stand in either place equally often, so the places have to win
     equally often over all orders."""
-    asked = [v.evidence for v in verdicts if v.judge == RuleJudge.name]
+    asked = [v.evidence for v in verdicts if v.judge == Rule.name]
     if not asked:
         return []
     places = Counter(side for both in asked for side in both)

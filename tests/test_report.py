@@ -93,7 +93,7 @@ def test_summary_of_queries_that_somebody_brought(finished: Path, tmp_path: Path
     write_rows(out, "metrics.jsonl", [m for m in rows_of(out, "metrics.jsonl")
                                       if WITHIN.get(m["stage"]) != "queries" != m["stage"]])
     before = contents(out)
-    run = RunFolder(out, read_only=True)
+    run = RunFolder(out)
     args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"])
     text = "\n".join(findings(summarize(run, args)))
     assert f"{2 * QUERIES} queries" in text and "cost: " in text and contents(out) == before

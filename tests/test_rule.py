@@ -18,7 +18,7 @@ from judge import Comparison
 from support.hub import InputError
 from support.personas import CONTRAST, load_personas
 from support.report import swap_lines
-from support.rule import FREE, NoJudge, Rule, RuleJudge
+from support.rule import FREE, NoJudge, Rule
 
 Capture = pytest.CaptureFixture[str]
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -60,7 +60,7 @@ def test_a_rule_is_told_who_asked_what_and_who_said_what(tmp_path: Path) -> None
     path = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
                                          '["q", "shop", "e", "b"] else "base"'))
     asked = [Comparison("q", "text of the context", "e", "b", persona="shop")]
-    assert RuleJudge(Rule(path)).compare(asked) == ([("expert", ["expert", "base"])], FREE)
+    assert Rule(path).compare(asked) == ([("expert", ["expert", "base"])], FREE)
 
 
 @pytest.mark.parametrize(("text", "says"), [
