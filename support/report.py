@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Sequence
 
 from bootstrap import Pair, Verdict
@@ -29,7 +29,7 @@ class Section:
 
     title: str
     found: list[str]
-    details: list[str] = field(default_factory=list)
+    details: Sequence[str] = ()
 
 
 def findings(sections: Sequence[Section]) -> list[str]:
@@ -39,25 +39,11 @@ def findings(sections: Sequence[Section]) -> list[str]:
 
 def write_report(run: RunFolder, model: str, sections: Sequence[Section]) -> None:
     """Write report.md, the last file of a run."""
-    found = [f"- {line}" for line in findings(sections)]
-    parts = [f"# PRISM run: {model}", "\n".join(found)]
+    parts = [f"# PRISM run: {model}", "\n".join(f"- {line}" for line in findings(sections))]
     for section in sections:
         if section.details:
             parts += [f"## {section.title}", *section.details]
     write_file(run.path / "report.md", "\n\n".join(parts) + "\n")
-
-
-def stage_costs(metrics: Sequence[dict]) -> list[dict]:
-    """What each stage cost, summed over its metrics rows."""
-    costs = []
-    for stage in STAGES:
-        rows = [m for m in metrics if WITHIN.get(m["stage"], m["stage"]) == stage]
-        if rows:
-            sums = {f: sum(m.get(f, 0) for m in rows) for f in (
-                "seconds", "prompts", "tokens_read", "tokens_written", "tokens_trained", "flops")}
-            costs.append({"stage": stage, **sums,
-                          "peak_memory": max(m.get("peak_memory", 0) for m in rows)})
-    return costs
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -78,18 +64,23 @@ def share(hits: int, n: int) -> str:
 
 
 def bill_section(metrics: Sequence[dict]) -> Section:
-    """What every stage cost."""
-    rows, costs = [], stage_costs(metrics)
-    for c in costs:
-        tokens = c["tokens_read"] + c["tokens_written"] + c["tokens_trained"]
-        rows.append([c["stage"], c["prompts"], c["tokens_read"], c["tokens_written"],
-                     c["tokens_trained"], f"{c['seconds']:.1f}",
-                     round(tokens / c["seconds"]) if c["seconds"] else "-",
-                     f"{c['flops'] / 1e12:.2f}", f"{c['peak_memory'] / 2**30:.2f}"])
-    seconds, flops = (sum(c[name] for c in costs) for name in ("seconds", "flops"))
-    return Section("Bill", [f"cost: {seconds / 60:.1f} min, {flops / 1e12:.2f} TFLOP"], [
+    """What every stage cost, summed over its metrics rows."""
+    def total(rows: Sequence[dict], name: str) -> float:
+        return sum(m.get(name, 0) for m in rows)
+
+    lines = []
+    for stage in STAGES:
+        rows = [m for m in metrics if WITHIN.get(m["stage"], m["stage"]) == stage]
+        if rows:
+            tokens = [total(rows, f"tokens_{name}") for name in ("read", "written", "trained")]
+            seconds, peak = total(rows, "seconds"), max(m.get("peak_memory", 0) for m in rows)
+            lines.append([stage, total(rows, "prompts"), *tokens, f"{seconds:.1f}",
+                          round(sum(tokens) / seconds) if seconds else "-",
+                          f"{total(rows, 'flops') / 1e12:.2f}", f"{peak / 2**30:.2f}"])
+    return Section("Bill", [f"cost: {total(metrics, 'seconds') / 60:.1f} min, "
+                            f"{total(metrics, 'flops') / 1e12:.2f} TFLOP"], [
         table(("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
-               "TFLOP", "peak GiB so far"), rows)])
+               "TFLOP", "peak GiB so far"), lines)])
 
 
 WAYS = {"instruct": "the model was asked for a message to each expert, as in the paper",
@@ -171,18 +162,33 @@ def judge_section(judged: dict) -> Section:
 
 
 def verdicts_section(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> Section:
-    """Who won, by persona."""
+    """Who won, by persona: verdicts, mean answer lengths in tokens, and who won by length."""
     won = sum(v.target for v in verdicts)
     found = [f"distill / retain: {won} / {len(verdicts) - won} (queries the persona won, on which "
              "the adapter is trained, and all others)", *split_warnings(verdicts, pairs),
              *swap_lines(verdicts)]
-    unclear = no_better_than_base(verdicts)
+    groups: dict[str, list[tuple[Verdict, Pair]]] = {}
+    for v, p in zip(verdicts, pairs):
+        groups.setdefault(v.persona, []).append((v, p))
+    rows, unclear = [], []
+    for name, some in [*groups.items(), ("**all**", list(zip(verdicts, pairs)))]:
+        counts, n = Counter(v.winner for v, _ in some), len(some)
+        longer, decided = longer_wins(*zip(*some))
+        rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
+                     round(sum(len(p.base_ids) for _, p in some) / n),
+                     round(sum(len(p.expert_ids) for _, p in some) / n),
+                     share(counts["expert"], n), f"{longer} of {decided}"])
+        # A sign test. Both judges are symmetric: two answers to one prompt would win equally often.
+        low, _ = interval(counts["expert"], counts["expert"] + counts["base"])
+        if name in groups and low <= 0.5:
+            unclear.append(name)
     if unclear:
         found.append("wins cannot be told from losses (95%): " + ", ".join(unclear))
     return Section("Verdicts", found, [
         "The run's own answers, with the persona (expert) against without (base); \"longer wins\": "
         "of the decided ones with unequal lengths.",
-        verdict_table(verdicts, pairs)])
+        table(("persona", "queries", "expert", "base", "tie", "split", "unparsed", "tokens base",
+               "tokens expert", "expert wins", "longer wins"), rows)])
 
 
 def swap_lines(verdicts: Sequence[Verdict]) -> list[str]:
@@ -210,37 +216,6 @@ def longer_wins(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> tuple[int
               for v, p in zip(verdicts, pairs)
               if v.winner in ("expert", "base") and len(p.expert_ids) != len(p.base_ids)]
     return sum(longer), len(longer)
-
-
-def verdict_table(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> str:
-    """Verdicts, mean answer lengths in tokens, and who won by length, per persona."""
-    groups: dict[str, list[tuple[Verdict, Pair]]] = {}
-    for v, p in zip(verdicts, pairs):
-        groups.setdefault(v.persona, []).append((v, p))
-    rows = []
-    for name, some in [*groups.items(), ("**all**", list(zip(verdicts, pairs)))]:
-        counts, n = Counter(v.winner for v, _ in some), len(some)
-        won, decided = longer_wins(*zip(*some))
-        rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
-                     round(sum(len(p.base_ids) for _, p in some) / n),
-                     round(sum(len(p.expert_ids) for _, p in some) / n),
-                     share(counts["expert"], n), f"{won} of {decided}"])
-    return table(("persona", "queries", "expert", "base", "tie", "split", "unparsed",
-                  "tokens base", "tokens expert", "expert wins", "longer wins"), rows)
-
-
-def no_better_than_base(verdicts: Sequence[Verdict]) -> list[str]:
-    """The personas whose wins cannot be told from their losses (a sign test: the 95% interval of
-    wins among the decided verdicts reaches down to one half).
-
-    Both judges are symmetric, so two answers to the same prompt would win equally often.
-    """
-    names = []
-    for name in dict.fromkeys(v.persona for v in verdicts):
-        counts = Counter(v.winner for v in verdicts if v.persona == name)
-        if interval(counts["expert"], counts["expert"] + counts["base"])[0] <= 0.5:
-            names.append(name)
-    return names
 
 
 def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[str]:
