@@ -31,6 +31,7 @@ from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
 from sampling import derive_seed
+from support.adapter import write_tensors
 from support.card import write_card
 from support.device import batches, choose_device, choose_dtype, memory_of, pad, upload
 from support.distributed import (HEAD_START, exchange, main_first, processes,
@@ -40,8 +41,8 @@ from support.hub import InputError, exit_status, resolve
 from support.memory import PLAN_PROMPT, QUERY_ROOM, choose_sizes, dry_run, training_flops
 from support.messages import conversation
 from support.report import findings, summarize, write_report
-from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
-                          run_date, save_training_state, split_chunks)
+from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory, run_date,
+                          split_chunks, training_state)
 from support.settings import (CLIP, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
                               check, check_judge, choose_personas, parser, run_settings)
 from tokenizer import Tokenizer
@@ -243,7 +244,8 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY)
     per_epoch = math.ceil(len(samples) / args.batch_size)
     steps = per_epoch * args.epochs
-    first = load_training_state(run.path, parameters, optimizer)
+    checkpoint = run.path / "checkpoint.safetensors"
+    first = load_training_state(checkpoint, parameters, optimizer)
     bar = tqdm(range(first, steps), "lora", steps, initial=first, unit="step", dynamic_ncols=True,
                disable=not run.writes)
     for step in bar:
@@ -268,7 +270,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                    seconds=round(time.perf_counter() - begun, 3))
         bar.set_postfix({args.loss: f"{loss:.4f}"})
         if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
-            save_training_state(run.path, parameters, optimizer)
+            write_tensors(checkpoint, training_state(parameters, optimizer))
 
 
 def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[str, str],
@@ -330,7 +332,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     args.persona_names = list(personas)
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
-        judge_fingerprint = check_judge(args, folder)
+        check_judge(args, folder)
     net = load(folder, device, choose_dtype(args.dtype, device))
     net.name = args.model
     tokenizer = Tokenizer(folder)
@@ -341,7 +343,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     longest = max(len(tokenizer.render(conversation("", text))) for text in personas.values())
     prompt = max(PLAN_PROMPT, longest + QUERY_ROOM)
     net.sizes = choose_sizes(prism, args, memory_of(device), prompt)
-    settings = run_settings(args, net, folder, personas, judge_fingerprint)
+    settings = run_settings(args, net, folder, personas)
     with RunFolder(args.out) as run:
         with main_first():
             run.begin(settings, args.overwrite, args.redo)

@@ -79,18 +79,17 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
                 "training": training_flops(prism, ids.numel(), 0) / seconds(train, net.device)}
 
 
-def seconds(work: Callable[[], object], device: torch.device, about: float = 0.5) -> float:
-    """Seconds that one call takes, from as many as fit into `about` seconds after a first one."""
-    def wait() -> None:
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes, from as many as fit into half a second after a first one."""
+    def finish() -> None:
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    work()
-    wait()
+    finish()
     begun, calls = time.perf_counter(), 0
-    while time.perf_counter() - begun < about:
-        work()
-        wait()
+    while time.perf_counter() - begun < 0.5:
+        finish()
         calls += 1
     return (time.perf_counter() - begun) / calls
 

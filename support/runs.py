@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support.adapter import check_tensors, read_tensors, write_tensors
+from support.adapter import check_tensors, read_tensors
 from support.distributed import exchange, main_first, rank, world
 from support.fields import read_fields
 from support.hub import InputError, optional_json, write_file
@@ -359,16 +359,10 @@ def training_state(parameters: Sequence[nn.Parameter],
     return tensors
 
 
-def save_training_state(folder: Path, parameters: Sequence[nn.Parameter],
-                        optimizer: torch.optim.AdamW) -> None:
-    """Write `training_state` to checkpoint.safetensors."""
-    write_tensors(folder / "checkpoint.safetensors", training_state(parameters, optimizer))
-
-
-def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
+def load_training_state(path: Path, parameters: Sequence[nn.Parameter],
                         optimizer: torch.optim.AdamW) -> int:
-    """Restore what `save_training_state` wrote and return its step; 0 if there is none."""
-    path, here = folder / "checkpoint.safetensors", training_state(parameters, optimizer)
+    """Restore a `training_state` from its file and return its step; 0 if there is none."""
+    here = training_state(parameters, optimizer)
     if not path.exists():
         return 0
     try:

@@ -159,25 +159,25 @@ def choose_personas(args: argparse.Namespace) -> dict[str, str]:
     return {name: bundled[name] for name in (QUICK_PERSONAS if args.quick else bundled)}
 
 
-def check_judge(args: argparse.Namespace, folder: Path) -> str | None:
+def check_judge(args: argparse.Namespace, folder: Path) -> None:
     """Refuse a judge that could not read two answers at once: after the stages before it, it would
-    cost hours. Returns the fingerprint of --judge-model."""
+    cost hours."""
     if asks_no_model(args.judge):
-        return None
+        return
     judging = resolve(args.judge_model) if args.judge_model else folder
     config = Config.from_json(read_json(judging / "config.json"), str(judging))
     if 2 * args.max_new_tokens >= config.max_position_embeddings:
         raise InputError(f"{judging}: --max-new-tokens is {args.max_new_tokens}, but a judge reads "
                          f"two answers at once, in a context of {config.max_position_embeddings} "
                          "tokens; use fewer, or a --judge-model with a longer context")
-    return fingerprint(judging) if args.judge_model else None
 
 
 def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
-                 personas: dict[str, str], judge_fingerprint: str | None) -> dict:
+                 personas: dict[str, str]) -> dict:
     """Everything that decides the run's files, for run.json."""
     names = [name for stage in SETTINGS.values() for name in stage]
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    judge = fingerprint(resolve(args.judge_model)) if args.judge_model else None
     rule = None
     if args.judge.endswith(".py"):
         rule = hashlib.sha256(Path(args.judge).read_bytes()).hexdigest()
@@ -189,8 +189,8 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
                  "dtype": str(net.dtype).removeprefix("torch."), "slots": net.sizes.slots,
                  "score_tokens": net.sizes.score_tokens, "score_logits": net.sizes.score_logits,
                  "train_tokens": net.sizes.train_tokens,
-                 "judge_fingerprint": judge_fingerprint,
-                 "rule_sha256": rule, "answer_temperature": ANSWER_TEMPERATURE}
+                 "judge_fingerprint": judge, "rule_sha256": rule,
+                 "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.
     for name, rules in (("query_rules", QUERY_RULES), ("verdict_rules", VERDICT_RULES),
                         ("gate_rules", GATE_RULES), ("lora_rules", LORA_RULES)):

@@ -22,7 +22,7 @@ from bootstrap import Pair, Verdict
 from queries import Candidate, Query
 from support.hub import InputError
 from support.runs import (FILES, SOURCES, STAGES, WITHIN, RunFolder, load_training_state,
-                          save_training_state, split_chunks)
+                          split_chunks, training_state)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,12 +299,12 @@ def trained(steps: int) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
 def test_damaged_checkpoint_is_named(change: Callable, reason: str, tmp_path: Path) -> None:
     """A checkpoint that is not this run's would not be named, or be trained from by half."""
     path = tmp_path / "checkpoint.safetensors"
-    save_training_state(tmp_path, *trained(3))
+    save_file(training_state(*trained(3)), path)
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
     parameters, optimizer = trained(0)
     with pytest.raises(InputError, match=rf"checkpoint\.safetensors.*{reason}.*delete it"):
-        load_training_state(tmp_path, parameters, optimizer)
+        load_training_state(path, parameters, optimizer)
     assert all(bool((p == 1).all()) for p in parameters)
     assert not any(value.any() for state in optimizer.state.values() for value in state.values())

@@ -56,7 +56,7 @@ def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_pa
     args, copy = parsed("--model", str(folder)), copy_folder(folder, tmp_path / "copy")
 
     def found(text: str = "Be brief.") -> dict:
-        return run_settings(args, net, copy, {"p": text}, None)
+        return run_settings(args, net, copy, {"p": text})
 
     def differ(after: dict) -> set[str]:
         return {name for name in before if before[name] != after[name]}
@@ -79,7 +79,7 @@ def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_pa
 def test_settings_reach_run_json(command: list[str], folder: Path, net: Transformer) -> None:
     """run.json without a setting could not tell two runs apart."""
     args = parsed(*command)
-    assert set(vars(args)) - set(run_settings(args, net, folder, {"p": "x"}, None)) == {
+    assert set(vars(args)) - set(run_settings(args, net, folder, {"p": "x"})) == {
         "out", "quick", "stop_after", "redo", "dry_run", "gpu_memory", "overwrite"}
 
 
