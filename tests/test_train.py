@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import Capture, Patch, copy_folder
+from conftest import Capture, Patch
 from safetensors.torch import load_file
 from sampling import Sampling
 from support.messages import conversation
@@ -233,12 +233,6 @@ def test_steps_are_adamw_on_the_kl(net: Transformer, samples: list[Sample], tmp_
 
 # --------------------------------------------------------------------------------------------------
 # The command
-
-
-@pytest.fixture
-def out(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, which a test may change."""
-    return copy_folder(finished, tmp_path / "out")
 
 
 def stamps(out: Path, *names: str) -> list[int]:
