@@ -37,10 +37,10 @@ from support.device import batches, choose_device, choose_dtype, memory_of, pad,
 from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
-from support.hub import InputError, exit_status, resolve
+from support.hub import InputError, exit_status, resolve, write_file
 from support.memory import PLAN_PROMPT, QUERY_ROOM, choose_sizes, dry_run, training_flops
 from support.messages import conversation
-from support.report import findings, summarize, write_report
+from support.report import summarize
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory, run_date,
                           split_chunks, training_state)
 from support.settings import (CLIP, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
@@ -83,9 +83,9 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dic
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
-        sections = summarize(run, args)
-        write_card(run, args.persona_names, findings(sections))
-        write_report(run, args.model, sections)
+        found, report = summarize(run, args)
+        write_card(run, args.persona_names, found)
+        write_file(run.path / "report.md", report)  # the last file of a run
     return 0
 
 
@@ -358,7 +358,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         status = run_stages(run, prism, tokenizer, personas, args)
         run.end()
     if rank() == 0:
-        print("", *findings(summarize(run, args)), "", sep="\n")
+        found, _ = summarize(run, args)
+        print("", *found, "", sep="\n")
         print(f"saved in {run.path}; report.md has more")
         if status == 3:
             print("nothing to distil: the persona won no query, so there is no adapter; the data "

@@ -10,8 +10,8 @@ import pytest
 from tiny_run import QUERIES, contents, pair, rows_of, verdict, write_rows
 
 from bootstrap import Pair, Verdict
-from support.report import (adapter_section, bill_section, findings, gate_section, judge_section,
-                            quoted, split_warnings, style_trial, summarize, verdicts_section)
+from support.report import (adapter_section, bill_section, gate_section, judge_section, quoted,
+                            split_warnings, style_trial, summarize, verdicts_section)
 from support.runs import WITHIN, RunFolder
 
 
@@ -81,9 +81,9 @@ def test_the_bill_is_the_sum_of_the_metrics() -> None:
                 "tokens_trained": 8 * 3**i, "peak_memory": 2**30 * i}
                for i, stage in enumerate(("queries", "quality", "answers", "lora", "kl", "lora"))]
     metrics.append({"stage": "verdicts", "step": 0})
-    section = bill_section(metrics)
-    assert section.found == ["cost: 364.0 min, 728.00 TFLOP"]
-    assert section.details[0].splitlines()[2:] == [
+    _, found, [table] = bill_section(metrics)
+    assert found == ["cost: 364.0 min, 728.00 TFLOP"]
+    assert table.splitlines()[2:] == [
         "| queries | 4 | 28 | 20 | 32 | 240.0 | 0 | 8.00 | 1.00 |",
         "| answers | 9 | 63 | 45 | 72 | 540.0 | 0 | 18.00 | 2.00 |",
         "| verdicts | 0 | 0 | 0 | 0 | 0.0 | - | 0.00 | 0.00 |",
@@ -96,9 +96,10 @@ def test_summary_of_queries_that_somebody_brought(out: Path) -> None:
                                       if WITHIN.get(m["stage"]) != "queries" != m["stage"]])
     before = contents(out)
     run = RunFolder(out)
-    args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"])
-    text = "\n".join(findings(summarize(run, args)))
-    assert f"{2 * QUERIES} queries" in text and "cost: " in text and contents(out) == before
+    args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"], model="m")
+    found, _ = summarize(run, args)
+    assert found[0] == f"{2 * QUERIES} queries, not written by stage 1"
+    assert "cost: " in found[-1] and contents(out) == before
 
 
 def test_split_warnings() -> None:
@@ -119,7 +120,7 @@ def test_personas_that_win_no_more_than_they_lose() -> None:
              *verdicts(["expert"] * 2, "few"), *verdicts(["base"] * 20, "harmful"),
              *verdicts(["expert"] * 20 + ["tie"] * 40 + ["split"] * 9, "rarely"),
              *verdicts(["unparsed"] * 9, "mute")]
-    *_, found = verdicts_section(said, [pair(0)] * len(said)).found
+    _, [*_, found], _ = verdicts_section(said, [pair(0)] * len(said))
     assert found == "wins cannot be told from losses (95%): coin, few, harmful, mute"
 
 
@@ -134,13 +135,14 @@ def test_what_is_wrong_with_a_judge_is_a_warning(change: dict, said: list[str]) 
            "letters": 24, "A": 12}
     test = {"judge": "letter", "trusted": True, "blind_to_refusals": False,
             "kinds": {"wrong query": row}} | change
-    section = judge_section({"chosen": "letter", "forced": False, "tests": [test]} | change)
-    warnings = [line for line in section.found if line.startswith("WARNING")]
+    judged = {"chosen": "letter", "forced": False, "tests": [test]} | change
+    _, found, details = judge_section(judged)
+    warnings = [line for line in found if line.startswith("WARNING")]
     assert len(warnings) == len(said) and all(s in w for s, w in zip(said, warnings))
     assert ("| letter | wrong query | 12 | 1.00 [0.76, 1.00] | 0 | 0 | 0 | 0 | 0.50 ["
-            in section.details[-1])
+            in details[-1])
     outside = " of other/model: an outside judge, so this is not self-verification"
-    assert section.found[0] == "judge: letter" + (outside if "model" in change else "")
+    assert found[0] == "judge: letter" + (outside if "model" in change else "")
 
 
 @pytest.mark.parametrize(("stage", "change", "words", "said"), [
@@ -153,8 +155,9 @@ def test_what_is_weak_is_told(stage: str, change: dict, words: str, said: bool,
                               last: dict[str, dict]) -> None:
     """A gate that may be chance, or an adapter that hardly learned its teacher, would pass without
     a word; or good ones would not."""
-    section = {"gate": gate_section, "kl": adapter_section}[stage](last[stage] | change)
-    assert any(words in line for line in [*section.found, *section.details]) is said
+    make = {"gate": gate_section, "kl": adapter_section}[stage]
+    _, found, details = make(last[stage] | change)
+    assert any(words in line for line in [*found, *details]) is said
 
 
 def test_quoted_answers_are_one_line() -> None:
