@@ -138,21 +138,19 @@ def dry_run(args: argparse.Namespace) -> int:
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
     prism = unloaded(config, args)
-    cards = [args.gpu_memory] if args.gpu_memory else [24, 40, 80]
-    chosen = [choose_sizes(prism, args, card * 2**30) for card in cards]
-    plans = [memory_plan(prism, args.max_new_tokens, sizes) for sizes in chosen]
-    for card, plan in zip(cards, plans):
+    rows = []
+    for card in [args.gpu_memory] if args.gpu_memory else [24, 40, 80]:
+        sizes = choose_sizes(prism, args, card * 2**30)
+        plan = memory_plan(prism, args.max_new_tokens, sizes)
         parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
         print(f"{path}, a GPU of {card:g} GB, GiB:\n")
         print(table(("stage", *parts, "sum"), [
             [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
              f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]) + "\n")
-    print("With 1 GiB left to the driver:\n")
-    rows = []
-    for card, c, plan in zip(cards, chosen, plans):
         enough = all(fits(stage, card * 2**30) for stage in plan.values())
-        rows.append([f"{card:g} GB", "yes" if enough else "no", c.slots, c.score_tokens,
-                     c.train_tokens, "yes" if c.recompute else "no"])
+        rows.append([f"{card:g} GB", "yes" if enough else "no", sizes.slots, sizes.score_tokens,
+                     sizes.train_tokens, "yes" if sizes.recompute else "no"])
+    print("With 1 GiB left to the driver:\n")
     print(table(("GPU", "all five stages fit", "slots", "scoring tokens", "training tokens",
                  "layers computed twice"), rows))
     return 0

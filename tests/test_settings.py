@@ -51,8 +51,8 @@ def test_defaults() -> None:
 
 def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_path: Path,
                                           monkeypatch: Patch) -> None:
-    """Rows of two texts of a persona, of two versions of a prompt or a constant, of two chat
-    templates or of two sets of stop tokens would be mixed in one run."""
+    """Rows of two values of a flag, of two texts of a persona, of two versions of a prompt or a
+    constant, of two chat templates or of two sets of stop tokens would be mixed in one run."""
     args, copy = parsed("--model", str(folder)), copy_folder(folder, tmp_path / "copy")
 
     def found(text: str = "Be brief.") -> dict:
@@ -62,6 +62,8 @@ def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_pa
         return {name for name in before if before[name] != after[name]}
 
     before = found()
+    assert set(vars(args)) - set(before) == {"out", "quick", "stop_after", "redo", "dry_run",
+                                             "gpu_memory", "overwrite"}
     assert differ(found("Be long.")) == {"personas_sha256"}
     for constant, stage in (("QUERY_RULES", "queries"), ("VERDICT_RULES", "verdicts"),
                             ("GATE_RULES", "gate"), ("LORA_RULES", "lora"),
@@ -74,13 +76,6 @@ def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_pa
         (copy / name).write_text("{}")
         assert differ(found()) == {"text_fingerprint"}
         before = found()
-
-
-def test_settings_reach_run_json(command: list[str], folder: Path, net: Transformer) -> None:
-    """run.json without a setting could not tell two runs apart."""
-    args = parsed(*command)
-    assert set(vars(args)) - set(run_settings(args, net, folder, {"p": "x"})) == {
-        "out", "quick", "stop_after", "redo", "dry_run", "gpu_memory", "overwrite"}
 
 
 @pytest.mark.parametrize("name", ["letter", "likelihood", "auto"])

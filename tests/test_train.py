@@ -241,7 +241,8 @@ def stamps(out: Path, *names: str) -> list[int]:
 
 
 def test_files_of_a_run(finished: Path, folder: Path) -> None:
-    """A file would be missing or left over, or not say what made the run and its threshold."""
+    """A file would be missing or left over, or not say what made the run and its threshold; a chunk
+    or a step would have no metrics row, or a wrong one. (The bill: test_report.py.)"""
     assert contents(finished).keys() == ALL_FILES
     run, adapter = (json.loads((finished / f"{name}.json").read_text())
                     for name in ("run", "prism"))
@@ -250,16 +251,12 @@ def test_files_of_a_run(finished: Path, folder: Path) -> None:
                 "dtype": "float32", "device": "cpu"}  # all: test_settings.py
     assert expected.items() <= run["settings"].items()
     assert run["versions"]["torch"] == torch.__version__
-    [gate] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
-    assert adapter["threshold"] == gate["threshold"] and adapter["gate_layer"] == 0
 
-
-def test_metrics_of_a_run(finished: Path) -> None:
-    """A chunk or a step would have no metrics row, or a wrong one. (The bill: test_report.py.)"""
     answers, verdicts, held = read_verdicts(finished)
     metrics = rows_of(finished, "metrics.jsonl")
     by = {s: [m for m in metrics if m["stage"] == s] for s in (*STAGES, *WITHIN)}
     assert all(by.values()) and sum(map(len, by.values())) == len(metrics)
+    assert adapter["threshold"] == by["gate"][0]["threshold"] and adapter["gate_layer"] == 0
     assert all(m["flops"] > 0 and m["seconds"] >= 0 for m in metrics)
     assert [m["prompts"] for m in by["answers"]] == [64, 4]  # chunks of 32 queries, two each
     assert [m["prompts"] for m in by["verdicts"]] == [256, 16]  # four readings an answer
