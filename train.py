@@ -83,8 +83,8 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dic
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
-        found, report = summarize(run, args)
-        write_card(run, args.persona_names, found)
+        found, report = summarize(run)
+        write_card(run, found)
         write_file(run.path / "report.md", report)  # the last file of a run
     return 0
 
@@ -329,7 +329,6 @@ def _main(args: argparse.Namespace) -> int:
 def run_all(args: argparse.Namespace, device: torch.device) -> int:
     """Load the model, then run the stages in the locked output folder; returns the exit status."""
     personas = choose_personas(args)
-    args.persona_names = list(personas)
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
         check_judge(args, folder)
@@ -358,7 +357,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         status = run_stages(run, prism, tokenizer, personas, args)
         run.end()
     if rank() == 0:
-        found, _ = summarize(run, args)
+        found, _ = summarize(run)
         print("", *found, "", sep="\n")
         print(f"saved in {run.path}; report.md has more")
         if status == 3:

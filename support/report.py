@@ -6,7 +6,6 @@ has the findings, their details by stage, the bill, and samples to read.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from typing import Sequence
@@ -25,13 +24,14 @@ GATE_WORDS = {"verdict": "the verdicts", "intent": "the win rate of each query's
 Section = tuple[str, list[str], list[str]]
 
 
-def summarize(run: RunFolder, args: argparse.Namespace) -> tuple[list[str], str]:
+def summarize(run: RunFolder) -> tuple[list[str], str]:
     """What was found, a line each, and the text of report.md, from the run folder's files alone."""
-    metrics, last = run.metrics(), run.latest()
+    settings, metrics, last = run.settings, run.metrics(), run.latest()
+    queries = run.read("queries.jsonl", Query)
     pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
-    queries, kept = run.read("queries.jsonl", Query), Counter(dict.fromkeys(args.persona_names, 0))
+    kept = Counter(dict.fromkeys(settings["personas"], 0))
     kept.update(q.persona for q in queries)
-    sections = [queries_section(last, args.queries, kept)]
+    sections = [queries_section(last, settings["queries"], kept)]
     if "judge" in last:
         sections.append(judge_section(last["judge"]))
     if verdicts:
@@ -47,7 +47,7 @@ def summarize(run: RunFolder, args: argparse.Namespace) -> tuple[list[str], str]
         if details:
             parts += [f"## {title}", *details]
     listed = "\n".join(f"- {line}" for line in found)
-    return found, "\n\n".join([f"# PRISM run: {args.model}", listed, *parts]) + "\n"
+    return found, "\n\n".join([f"# PRISM run: {settings['model']}", listed, *parts]) + "\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

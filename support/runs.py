@@ -143,8 +143,7 @@ class RunFolder:
                 self._done, self._begun = None, time.perf_counter()
                 if rank() < len(wave):
                     yield chunks[wave[rank()]]
-                for number, done in zip(wave, exchange(self._done)):
-                    new, values = done
+                for number, (new, values) in zip(wave, exchange(self._done)):
                     rows += [kind(**row) for row in new]
                     self.record(stage, number, **values)
                     self.write(name, rows)
@@ -173,6 +172,11 @@ class RunFolder:
         self._write("metrics.jsonl", [*kept, {"stage": stage, "step": step, **values}])
 
     # -- settings ----------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> dict:
+        """The settings of the run, by `begin`."""
+        return self._about()["settings"]
 
     @property
     def complete(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -96,8 +95,7 @@ def test_summary_of_queries_that_somebody_brought(out: Path) -> None:
                                       if WITHIN.get(m["stage"]) != "queries" != m["stage"]])
     before = contents(out)
     run = RunFolder(out)
-    args = argparse.Namespace(queries=QUERIES, persona_names=["chemist", "pirate"], model="m")
-    found, _ = summarize(run, args)
+    found, _ = summarize(run)
     assert found[0] == f"{2 * QUERIES} queries, not written by stage 1"
     assert "cost: " in found[-1] and contents(out) == before
 
