@@ -38,7 +38,7 @@ from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve, write_file
-from support.memory import PLAN_PROMPT, QUERY_ROOM, choose_sizes, dry_run, training_flops
+from support.memory import choose_sizes, dry_run, training_flops
 from support.messages import conversation
 from support.report import summarize
 from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory, run_date,
@@ -340,8 +340,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
     longest = max(len(tokenizer.render(conversation("", text))) for text in personas.values())
-    prompt = max(PLAN_PROMPT, longest + QUERY_ROOM)
-    net.sizes = choose_sizes(prism, args, memory_of(device), prompt)
+    net.sizes = choose_sizes(prism, args, memory_of(device), longest)
     settings = run_settings(args, net, folder, personas)
     with RunFolder(args.out) as run:
         with main_first():

@@ -70,9 +70,9 @@ def unloaded(config: Config, args: argparse.Namespace) -> PRISM:
 
 
 def memory_plan(prism: PRISM, new_tokens: int, sizes: Sizes,
-                prompt: int = PLAN_PROMPT) -> dict[str, dict[str, int]]:
-    """Stage -> part -> bytes on the device; `prompt` is the longest context and its query."""
-    config = prism.net.config
+                context: int = 0) -> dict[str, dict[str, int]]:
+    """Stage -> part -> bytes on the device."""
+    config, prompt = prism.net.config, max(PLAN_PROMPT, context + QUERY_ROOM)
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
     weights = size * sum(p.numel() for p in prism.net.parameters())
     trained = sum(p.numel() for p in prism.adapter.parameters())
@@ -109,9 +109,10 @@ def fits(plan: dict[str, int], size: float) -> bool:
 
 
 def choose_sizes(prism: PRISM, args: argparse.Namespace, size: float | None,
-                 prompt: int = PLAN_PROMPT) -> Sizes:
+                 context: int = 0) -> Sizes:
     """What runs at once: one set for CPUs (`size` is None); on a GPU of `size` bytes, or of
-    --gpu-memory, of each the most that its plan has room for. --slots is heeded."""
+    --gpu-memory, of each the most that its plan has room for, with contexts of up to `context`
+    tokens. --slots is heeded."""
     activations = activation_bytes(prism.net.config, Sizes.train_tokens, prism.rank)
     sizes = Sizes(args.slots or Sizes.slots, recompute=activations > RECOMPUTE_ABOVE)
     if size is None:
@@ -122,7 +123,7 @@ def choose_sizes(prism: PRISM, args: argparse.Namespace, size: float | None,
             continue
         for value in values:
             larger = replace(sizes, **{name: value})
-            plan = memory_plan(prism, args.max_new_tokens, larger, prompt)
+            plan = memory_plan(prism, args.max_new_tokens, larger, context)
             if fits(plan[stage], USED * size):
                 sizes = larger
                 break

@@ -18,7 +18,6 @@ from support.personas import load_personas, persona_hash
 from support.rule import NOBODY, asks_no_model, judge_in_place
 from support.runs import SETTINGS, STAGES
 
-HERE = Path(__file__).parent.parent
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10}
 QUICK = {"queries": 10, "max_new_tokens": 64, "epochs": 4}
 JUDGE_NAMES = ("auto", *JUDGES, NOBODY)
@@ -155,7 +154,7 @@ def choose_personas(args: argparse.Namespace) -> dict[str, str]:
     """Those of --personas; without it the bundled ones, four of them with --quick."""
     if args.personas is not None:
         return load_personas(args.personas)
-    bundled = load_personas(HERE / "personas")
+    bundled = load_personas(Path(__file__).parent.parent / "personas")
     return {name: bundled[name] for name in (QUICK_PERSONAS if args.quick else bundled)}
 
 
