@@ -31,11 +31,8 @@ TEST_PAIRS = 10  # known pairs that a judge reads, as many of the answers being 
 
 
 def expected_flops(prism: PRISM, settings: dict, queries: int | None = None) -> dict[str, float]:
-    """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training".
-
-    Args:
-        queries: how many there are already; None where stage 1 is to write them.
-    """
+    """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training". `queries`
+    says how many there are already; None where stage 1 is to write them."""
     flops, written, scored = prism.net.flops, 0, 0
     if queries is None:
         queries = len(settings["personas"]) * settings["queries"]

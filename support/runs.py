@@ -321,13 +321,8 @@ def split_chunks(rows: Sequence, size: int = CHUNK) -> list[Sequence]:
 
 
 def cost_of(net: nn.Module, prompts: int, read: int, written: int = 0, scored: int = 0) -> dict:
-    """What a piece of work cost, for metrics.jsonl.
-
-    Args:
-        net: the Transformer that did it.
-        read, written: tokens that went through the layers as input, and that were generated.
-        scored: input tokens whose probability was read, so that the head ran on them as well.
-    """
+    """What a piece of work of the Transformer `net` cost, for metrics.jsonl: tokens read as input,
+    written, and scored (input whose probability was read, so that the head ran on it as well)."""
     return {"prompts": prompts, "tokens_read": read, "tokens_written": written,
             "flops": net.flops(read + written, written + scored)}
 
