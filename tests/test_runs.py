@@ -189,8 +189,9 @@ def test_out_of_an_unknown_run_is_refused(command: list[str], tmp_path: Path, na
                                           capfd: Capture) -> None:
     """Files of some other program would be written over: status 2, one line."""
     (tmp_path / name).write_text(text)
-    assert run_train(*command, "--out", tmp_path) == 2
-    assert name in error_of(capfd) and contents(tmp_path) == {name: text.encode()}
+    for more in ([], ["--from", "queries"]):
+        assert run_train(*command, "--out", tmp_path, *more) == 2
+        assert name in error_of(capfd) and contents(tmp_path) == {name: text.encode()}
 
 
 # --------------------------------------------------------------------------------------------------
