@@ -31,7 +31,7 @@ from support.device import choose_dtype
 from support.hub import DEFAULT_MODEL, resolve
 from support.runs import RunFolder
 from tokenizer import Tokenizer
-from tiny import END_OF_TURN, VOCAB, randomize_adapter, tiny_llama, tiny_tokenizer
+from tiny import randomize_adapter, tiny_llama
 from tiny_run import command, finished, personas
 
 __all__ = ["command", "finished", "personas"]  # fixtures
@@ -67,8 +67,8 @@ FAMILY_EXTRAS: dict[str, dict] = {
                                     "original_max_position_embeddings": 64}}}
 
 
-def build_tiny(family: str, folder: Path, with_tokenizer: bool = False, seed: int = 0,
-               max_shard_size: str = "1GB", **overrides: object) -> Path:
+def build_tiny(family: str, folder: Path, max_shard_size: str = "1GB",
+               **overrides: object) -> Path:
     """Write a random checkpoint (fp32) of `family` to `folder` with transformers' save_pretrained;
     `overrides` are fields of its config."""
     fields = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
@@ -76,20 +76,16 @@ def build_tiny(family: str, folder: Path, with_tokenizer: bool = False, seed: in
                   initializer_range=0.2, rms_norm_eps=1e-2, tie_word_embeddings=False,
                   bos_token_id=None, eos_token_id=None, pad_token_id=None,
                   rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    if with_tokenizer:
-        fields.update(vocab_size=VOCAB, eos_token_id=END_OF_TURN)
     fields.update(FAMILY_EXTRAS[family] | overrides)
     config = AutoConfig.for_model(family, **fields)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in net.parameters():
                 if parameter.ndim == 1:  # norms start at one and biases at zero: hide nothing there
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
     net.save_pretrained(folder, max_shard_size=max_shard_size)
-    if with_tokenizer:
-        tiny_tokenizer(folder)
     return folder
 
 
@@ -186,16 +182,15 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: Folders) -> Tiny:
-    """`tiny_checkpoint(family, with_tokenizer=False, **overrides) -> folder`, built once a session
-    per distinct call; a test that wants to damage one copies it first."""
+    """`tiny_checkpoint(family, **overrides) -> folder`, built once a session per distinct call; a
+    test that wants to damage one copies it first."""
     built: dict[str, Path] = {}
 
-    def make(family: str, with_tokenizer: bool = False, **overrides: object) -> Path:
+    def make(family: str, **overrides: object) -> Path:
         assert family in FAMILIES
-        key = repr((family, with_tokenizer, sorted(overrides.items())))
+        key = repr((family, sorted(overrides.items())))
         if key not in built:
-            built[key] = build_tiny(family, tmp_path_factory.mktemp(family), with_tokenizer,
-                                    **overrides)
+            built[key] = build_tiny(family, tmp_path_factory.mktemp(family), **overrides)
         return built[key]
 
     return make
