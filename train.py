@@ -252,7 +252,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
         begun = time.perf_counter()
         epoch, at = divmod(step, per_epoch)
         order = sorted(samples, key=lambda s: derive_seed(args.seed, "epoch", epoch, s.name))
-        batch = order[at * args.batch_size:(at + 1) * args.batch_size]
+        batch = split_chunks(order, args.batch_size)[at]
         loss = batch_gradient(prism, batch, step, args)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
         if not (math.isfinite(loss) and math.isfinite(norm)):
