@@ -282,9 +282,9 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[
         return
     begun = time.perf_counter()
     samples = distill_samples(prism.net, tokenizer, personas, won, args.max_len)
-    names = {f"{persona}/{index}" for persona, index in held}
-    fit = [s for s in samples if s.name not in names]
-    test = [s for s in samples if s.name in names]
+    names, fit, test = {f"{persona}/{index}" for persona, index in held}, [], []
+    for s in samples:
+        (test if s.name in names else fit).append(s)
     if not fit:
         raise InputError(f"no answer fits in --max-len {args.max_len} beside its persona; raise it")
     before = held_out_kl(prism, test)  # B is zero: this is the base model
