@@ -50,7 +50,7 @@ from support.device import choose_device, choose_dtype, memory_of, pad
 from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve,
                          write_file)
-from support.memory import choose_sizes, count_parameters, training_flops
+from support.memory import choose_sizes, training_flops
 from support.personas import load_personas
 from support.runs import peak_memory, split_chunks
 from tokenizer import Tokenizer
@@ -149,8 +149,7 @@ class Setup:
         self.work = ON_GPU if where.type == "cuda" else ON_CPU
         self.prism = PRISM(self.net, gate_layer=len(self.net.layers) // train.GATE_DEPTH)
         defaults = train.parser().parse_args(["--max-new-tokens", str(NEW_TOKENS)])
-        self.net.sizes = choose_sizes(self.net.config, count_parameters(
-            self.net, self.prism.adapter), defaults, memory_of(where))
+        self.net.sizes = choose_sizes(self.prism, defaults, memory_of(where))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for module in self.prism.adapter.modules():

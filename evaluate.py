@@ -1247,7 +1247,7 @@ def _main(args: argparse.Namespace) -> int:
                                  rule, args)
         probes = None
         if prompts:
-            queries = RunFolder(args.adapter, read_only=True).read("queries.jsonl", Query)
+            queries = RunFolder(args.adapter).read("queries.jsonl", Query)
             probes = measure_probes(prism, tokenizer, queries, prompts, args.seed)
         write_results(args, e, rows, personas, strategies, skipped, probes)
     return 0

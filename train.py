@@ -31,19 +31,19 @@ from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
 from sampling import derive_seed
+from support.adapter import write_tensors
 from support.card import write_card
 from support.device import batches, choose_device, choose_dtype, memory_of, pad, upload
 from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world)
 from support.estimate import announce, seconds
-from support.hub import InputError, exit_status, resolve
-from support.memory import (PLAN_PROMPT, QUERY_ROOM, choose_sizes, count_parameters, dry_run,
-                            training_flops)
+from support.hub import InputError, exit_status, resolve, write_file
+from support.memory import choose_sizes, dry_run, training_flops
 from support.messages import conversation
-from support.report import findings, summarize, write_report
-from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory,
-                          run_date, save_training_state, split_chunks)
-from support.settings import (CLIP, FIRST_STAGE, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
+from support.report import summarize
+from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory, run_date,
+                          split_chunks, training_state)
+from support.settings import (CLIP, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
                               check, check_judge, choose_personas, parser, run_settings)
 from tokenizer import Tokenizer
 
@@ -83,9 +83,9 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dic
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
     if run.writes:
-        sections = summarize(run, args)
-        write_card(run, args.persona_names, findings(sections))
-        write_report(run, args.model, sections)
+        found, report = summarize(run)
+        write_card(run, found)
+        write_file(run.path / "report.md", report)  # the last file of a run
     return 0
 
 
@@ -244,14 +244,15 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY)
     per_epoch = math.ceil(len(samples) / args.batch_size)
     steps = per_epoch * args.epochs
-    first = load_training_state(run.path, parameters, optimizer)
+    checkpoint = run.path / "checkpoint.safetensors"
+    first = load_training_state(checkpoint, parameters, optimizer)
     bar = tqdm(range(first, steps), "lora", steps, initial=first, unit="step", dynamic_ncols=True,
                disable=not run.writes)
     for step in bar:
         begun = time.perf_counter()
         epoch, at = divmod(step, per_epoch)
         order = sorted(samples, key=lambda s: derive_seed(args.seed, "epoch", epoch, s.name))
-        batch = order[at * args.batch_size:(at + 1) * args.batch_size]
+        batch = split_chunks(order, args.batch_size)[at]
         loss = batch_gradient(prism, batch, step, args)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -269,7 +270,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                    seconds=round(time.perf_counter() - begun, 3))
         bar.set_postfix({args.loss: f"{loss:.4f}"})
         if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
-            save_training_state(run.path, parameters, optimizer, step + 1)
+            write_tensors(checkpoint, training_state(parameters, optimizer))
 
 
 def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[str, str],
@@ -328,10 +329,9 @@ def _main(args: argparse.Namespace) -> int:
 def run_all(args: argparse.Namespace, device: torch.device) -> int:
     """Load the model, then run the stages in the locked output folder; returns the exit status."""
     personas = choose_personas(args)
-    args.persona_names = list(personas)
     with main_first():  # it may have to fetch them
         folder = resolve(args.model)
-        judge_fingerprint = check_judge(args, folder)
+        check_judge(args, folder)
     net = load(folder, device, choose_dtype(args.dtype, device))
     net.name = args.model
     tokenizer = Tokenizer(folder)
@@ -339,14 +339,12 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         args.gate_layer = len(net.layers) // GATE_DEPTH
     prism = PRISM(net, args.rank, args.alpha, args.gate_layer, args.gate_pool, args.dropout,
                   args.seed)
-    counts = count_parameters(net, prism.adapter)
     longest = max(len(tokenizer.render(conversation("", text))) for text in personas.values())
-    net.sizes = choose_sizes(net.config, counts, args, memory_of(device),
-                             max(PLAN_PROMPT, longest + QUERY_ROOM))
-    settings = run_settings(args, net, folder, personas, judge_fingerprint)
+    net.sizes = choose_sizes(prism, args, memory_of(device), longest)
+    settings = run_settings(args, net, folder, personas)
     with RunFolder(args.out) as run:
         with main_first():
-            run.begin(settings, FIRST_STAGE, args.overwrite, args.redo)
+            run.begin(settings, args.overwrite, args.redo)
         if run.complete:
             if rank() == 0:
                 print(f"{run.path}: complete already; --overwrite runs it again, --from STAGE a "
@@ -358,7 +356,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         status = run_stages(run, prism, tokenizer, personas, args)
         run.end()
     if rank() == 0:
-        print("", *findings(summarize(run, args)), "", sep="\n")
+        found, _ = summarize(run)
+        print("", *found, "", sep="\n")
         print(f"saved in {run.path}; report.md has more")
         if status == 3:
             print("nothing to distil: the persona won no query, so there is no adapter; the data "

@@ -53,14 +53,14 @@ Behind a server that holds base and adapter, let the gate choose which of the tw
 """
 
 
-def write_card(run: RunFolder, personas: Sequence[str], findings: Sequence[str]) -> None:
+def write_card(run: RunFolder, findings: Sequence[str]) -> None:
     """Write README.md of a finished run from its files; the warnings are among its `findings`."""
     settings, last = read_settings(run.path), run.latest()
     gate, kl, confusion = last["gate"], last["kl"], last["gate"]["confusion"]
     low, high = gate["auc_interval"]
     warnings = [f"- {line}" for line in findings if line.startswith("WARNING")]
     write_file(run.path / "README.md", CARD.format(
-        base=settings["base_model"], contexts=", ".join(personas),
+        base=settings["base_model"], contexts=", ".join(run.settings["personas"]),
         gate_layer=settings["gate_layer"], queries=gate["queries"],
         distilled=confusion["true_open"] + confusion["false_closed"],
         judge=last["judge"]["chosen"], before=number(kl["before"], 4), after=number(kl["after"], 4),

@@ -22,6 +22,7 @@ from typing import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from support.hub import InputError
@@ -138,7 +139,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     for p in parameters:
         if p.grad is None:  # a batch with fewer samples than processes
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    gradients = [p.grad for p in parameters]
+    flat = parameters_to_vector(gradients)
     _wait(dist.all_reduce, flat)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(part.view_as(p))
+    vector_to_parameters(flat, gradients)

@@ -31,11 +31,8 @@ TEST_PAIRS = 10  # known pairs that a judge reads, as many of the answers being 
 
 
 def expected_flops(prism: PRISM, settings: dict, queries: int | None = None) -> dict[str, float]:
-    """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training".
-
-    Args:
-        queries: how many there are already; None where stage 1 is to write them.
-    """
+    """FLOPs of a run by the kind of work: "writing" tokens, "reading" them, "training". `queries`
+    says how many there are already; None where stage 1 is to write them."""
     flops, written, scored = prism.net.flops, 0, 0
     if queries is None:
         queries = len(settings["personas"]) * settings["queries"]
@@ -58,8 +55,7 @@ def expected_flops(prism: PRISM, settings: dict, queries: int | None = None) -> 
 def machine_speed(prism: PRISM) -> dict[str, float]:
     """FLOP/s here while writing, reading and training, each from half a second of work."""
     net = prism.net
-    ids = torch.randint(net.config.vocab_size, (4, 64), device=net.device,
-                        generator=torch.Generator(net.device).manual_seed(0))
+    ids = torch.zeros(4, 64, dtype=torch.long, device=net.device)
     cache = KVCache(net, net.sizes.slots, 128)
     start = torch.full((net.sizes.slots,), 100, device=net.device)
     token = torch.zeros(net.sizes.slots, 1, dtype=torch.long, device=net.device)
@@ -79,18 +75,17 @@ def machine_speed(prism: PRISM) -> dict[str, float]:
                 "training": training_flops(prism, ids.numel(), 0) / seconds(train, net.device)}
 
 
-def seconds(work: Callable[[], object], device: torch.device, about: float = 0.5) -> float:
-    """Seconds that one call takes, from as many as fit into `about` seconds after a first one."""
-    def wait() -> None:
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes, from as many as fit into half a second after a first one."""
+    def finish() -> None:
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    work()
-    wait()
+    finish()
     begun, calls = time.perf_counter(), 0
-    while time.perf_counter() - begun < about:
-        work()
-        wait()
+    while time.perf_counter() - begun < 0.5:
+        finish()
         calls += 1
     return (time.perf_counter() - begun) / calls
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from model import Sizes, Transformer
 from prism import KL_CHUNK_ELEMENTS, PRISM
@@ -62,33 +61,27 @@ def training_flops(prism: PRISM, tokens: int, answer_tokens: int) -> int:
     return prism.net.flops(tokens * (layers + adapted) // layers, 3 * answer_tokens)
 
 
-def parameter_counts(config: Config, args: argparse.Namespace) -> tuple[int, int]:
-    """Numbers of the base and of the adapter, from their shapes: nothing is loaded."""
+def unloaded(config: Config, args: argparse.Namespace) -> PRISM:
+    """What a run with these settings trains, by its shapes: nothing is loaded."""
     with torch.device("meta"):
         net = Transformer(config)
     gate_layer = config.num_layers // GATE_DEPTH if args.gate_layer is None else args.gate_layer
-    adapter = PRISM(net, args.rank, args.alpha, gate_layer).adapter
-    return count_parameters(net, adapter)
+    return PRISM(net, args.rank, args.alpha, gate_layer)
 
 
-def count_parameters(*parts: nn.Module) -> tuple[int, ...]:
-    """How many numbers each part has."""
-    return tuple(sum(p.numel() for p in part.parameters()) for part in parts)
-
-
-def memory_plan(config: Config, counts: tuple[int, int], rank: int,
-                new_tokens: int, sizes: Sizes,
-                prompt: int = PLAN_PROMPT) -> dict[str, dict[str, int]]:
-    """Stage -> part -> bytes on the device; `counts` as of `parameter_counts`, `prompt` the tokens
-    of the longest context and its query."""
+def memory_plan(prism: PRISM, new_tokens: int, sizes: Sizes,
+                context: int = 0) -> dict[str, dict[str, int]]:
+    """Stage -> part -> bytes on the device."""
+    config, prompt = prism.net.config, max(PLAN_PROMPT, context + QUERY_ROOM)
     size, d, wide = config.dtype.itemsize, config.hidden_size, config.intermediate_size
-    weights, trained = counts[0] * size, counts[1]
+    weights = size * sum(p.numel() for p in prism.net.parameters())
+    trained = sum(p.numel() for p in prism.adapter.parameters())
     token = cache_bytes(config, config.dtype)
     held = max(kept_tokens(config, config.dtype), sizes.score_tokens)  # one call may need more
     reading = 4 * (d + wide) * size  # what one layer holds of a token while it computes
     if config.attention_cap is not None:  # its scores, three times in fp32
         reading += config.num_heads * prompt * 12
-    activations = activation_bytes(config, sizes.train_tokens, rank)
+    activations = activation_bytes(config, sizes.train_tokens, prism.rank)
     if sizes.recompute:  # every layer's input, and all of one layer
         activations = (config.num_layers * sizes.train_tokens * d * size
                        + activations // config.num_layers)
@@ -115,11 +108,12 @@ def fits(plan: dict[str, int], size: float) -> bool:
     return sum(plan.values()) <= size - DRIVER
 
 
-def choose_sizes(config: Config, counts: tuple[int, int], args: argparse.Namespace,
-                 size: float | None, prompt: int = PLAN_PROMPT) -> Sizes:
+def choose_sizes(prism: PRISM, args: argparse.Namespace, size: float | None,
+                 context: int = 0) -> Sizes:
     """What runs at once: one set for CPUs (`size` is None); on a GPU of `size` bytes, or of
-    --gpu-memory, of each the most that its plan has room for. --slots is heeded."""
-    activations = activation_bytes(config, Sizes.train_tokens, args.rank)
+    --gpu-memory, of each the most that its plan has room for, with contexts of up to `context`
+    tokens. --slots is heeded."""
+    activations = activation_bytes(prism.net.config, Sizes.train_tokens, prism.rank)
     sizes = Sizes(args.slots or Sizes.slots, recompute=activations > RECOMPUTE_ABOVE)
     if size is None:
         return sizes
@@ -129,7 +123,7 @@ def choose_sizes(config: Config, counts: tuple[int, int], args: argparse.Namespa
             continue
         for value in values:
             larger = replace(sizes, **{name: value})
-            plan = memory_plan(config, counts, args.rank, args.max_new_tokens, larger, prompt)
+            plan = memory_plan(prism, args.max_new_tokens, larger, context)
             if fits(plan[stage], USED * size):
                 sizes = larger
                 break
@@ -144,22 +138,20 @@ def dry_run(args: argparse.Namespace) -> int:
     config = Config.from_json(read_json(path), str(path))
     config.dtype = choose_dtype("bfloat16" if args.dtype == "auto" else args.dtype,
                                 torch.device("cpu"))
-    counts = parameter_counts(config, args)
-    cards = [args.gpu_memory] if args.gpu_memory else [24, 40, 80]
-    chosen = [choose_sizes(config, counts, args, card * 2**30) for card in cards]
-    plans = [memory_plan(config, counts, args.rank, args.max_new_tokens, c) for c in chosen]
-    for card, plan in zip(cards, plans):
+    prism = unloaded(config, args)
+    rows = []
+    for card in [args.gpu_memory] if args.gpu_memory else [24, 40, 80]:
+        sizes = choose_sizes(prism, args, card * 2**30)
+        plan = memory_plan(prism, args.max_new_tokens, sizes)
         parts = list(dict.fromkeys(part for stage in plan.values() for part in stage))
         print(f"{path}, a GPU of {card:g} GB, GiB:\n")
         print(table(("stage", *parts, "sum"), [
             [name, *(f"{stage[p] / 2**30:.2f}" if p in stage else "" for p in parts),
              f"{sum(stage.values()) / 2**30:.2f}"] for name, stage in plan.items()]) + "\n")
-    print("With 1 GiB left to the driver:\n")
-    rows = []
-    for card, c, plan in zip(cards, chosen, plans):
         enough = all(fits(stage, card * 2**30) for stage in plan.values())
-        rows.append([f"{card:g} GB", "yes" if enough else "no", c.slots, c.score_tokens,
-                     c.train_tokens, "yes" if c.recompute else "no"])
+        rows.append([f"{card:g} GB", "yes" if enough else "no", sizes.slots, sizes.score_tokens,
+                     sizes.train_tokens, "yes" if sizes.recompute else "no"])
+    print("With 1 GiB left to the driver:\n")
     print(table(("GPU", "all five stages fit", "slots", "scoring tokens", "training tokens",
                  "layers computed twice"), rows))
     return 0

@@ -93,7 +93,7 @@ def read_verdicts(folder: Path) -> tuple[list[Pair], list[Verdict], set[tuple[st
     Raises:
         InputError: the folder is not that of a whole run.
     """
-    run, seed = RunFolder(folder, read_only=True), run_settings(folder)["seed"]
+    run, seed = RunFolder(folder), run_settings(folder)["seed"]
     for name in ("verdicts.jsonl", "answers.jsonl"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; --adapter is not a whole run")
@@ -106,7 +106,7 @@ def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gat
     """A run's gate as stage 4 would fit it without the held-out queries, and its threshold: what
     the run's own queries have to be routed by. The saved gate has learned their verdicts."""
     pairs, verdicts, held = read_verdicts(folder)
-    settings, run = run_settings(folder), RunFolder(folder, read_only=True)
+    settings, run = run_settings(folder), RunFolder(folder)
     kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
     features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])
     ordinary, _ = gate_features(prism, tokenizer, [conversation(t) for t in read_traffic(run)])

@@ -6,58 +6,48 @@ has the findings, their details by stage, the bill, and samples to read.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Sequence
 
 from bootstrap import Pair, Verdict
 from queries import OPENINGS, Query
-from support.hub import write_file
 from support.personas import CONTRAST
-from support.rule import NOBODY, RuleJudge
+from support.rule import NOBODY, Rule
 from support.runs import STAGES, WITHIN, RunFolder
 from support.stats import interval
 
 GATE_WORDS = {"verdict": "the verdicts", "intent": "the win rate of each query's persona (intent)"}
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the report: what was found, which train.py prints as well, and the details."""
-
-    title: str
-    found: list[str]
-    details: list[str] = field(default_factory=list)
+# A part of the report: its title, what was found (train.py prints that as well), and the details.
+Section = tuple[str, list[str], list[str]]
 
 
-def findings(sections: Sequence[Section]) -> list[str]:
-    """What was found, a line each: what train.py prints."""
-    return [line for section in sections for line in section.found]
-
-
-def write_report(run: RunFolder, model: str, sections: Sequence[Section]) -> None:
-    """Write report.md, the last file of a run."""
-    found = [f"- {line}" for line in findings(sections)]
-    parts = [f"# PRISM run: {model}", "\n".join(found)]
-    for section in sections:
-        if section.details:
-            parts += [f"## {section.title}", *section.details]
-    write_file(run.path / "report.md", "\n\n".join(parts) + "\n")
-
-
-def stage_costs(metrics: Sequence[dict]) -> list[dict]:
-    """What each stage cost, summed over its metrics rows."""
-    costs = []
-    for stage in STAGES:
-        rows = [m for m in metrics if WITHIN.get(m["stage"], m["stage"]) == stage]
-        if rows:
-            sums = {f: sum(m.get(f, 0) for m in rows) for f in (
-                "seconds", "prompts", "tokens_read", "tokens_written", "tokens_trained", "flops")}
-            costs.append({"stage": stage, **sums,
-                          "peak_memory": max(m.get("peak_memory", 0) for m in rows)})
-    return costs
+def summarize(run: RunFolder) -> tuple[list[str], str]:
+    """What was found, a line each, and the text of report.md, from the run folder's files alone."""
+    settings, metrics, last = run.settings, run.metrics(), run.latest()
+    queries = run.read("queries.jsonl", Query)
+    pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
+    kept = Counter(dict.fromkeys(settings["personas"], 0))
+    kept.update(q.persona for q in queries)
+    sections = [queries_section(last, settings["queries"], kept)]
+    if "judge" in last:
+        sections.append(judge_section(last["judge"]))
+    if verdicts:
+        sections.append(verdicts_section(verdicts, pairs))
+    if "gate" in last:
+        sections.append(gate_section(last["gate"]))
+    if "kl" in last:
+        sections.append(adapter_section(last["kl"]))
+    sections += [bill_section(metrics), samples_section(queries, pairs, verdicts)]
+    found, parts = [], []
+    for title, lines, details in sections:
+        found += lines
+        if details:
+            parts += [f"## {title}", *details]
+    listed = "\n".join(f"- {line}" for line in found)
+    return found, "\n\n".join([f"# PRISM run: {settings['model']}", listed, *parts]) + "\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -78,18 +68,23 @@ def share(hits: int, n: int) -> str:
 
 
 def bill_section(metrics: Sequence[dict]) -> Section:
-    """What every stage cost."""
-    rows, costs = [], stage_costs(metrics)
-    for c in costs:
-        tokens = c["tokens_read"] + c["tokens_written"] + c["tokens_trained"]
-        rows.append([c["stage"], c["prompts"], c["tokens_read"], c["tokens_written"],
-                     c["tokens_trained"], f"{c['seconds']:.1f}",
-                     round(tokens / c["seconds"]) if c["seconds"] else "-",
-                     f"{c['flops'] / 1e12:.2f}", f"{c['peak_memory'] / 2**30:.2f}"])
-    seconds, flops = (sum(c[name] for c in costs) for name in ("seconds", "flops"))
-    return Section("Bill", [f"cost: {seconds / 60:.1f} min, {flops / 1e12:.2f} TFLOP"], [
-        table(("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
-               "TFLOP", "peak GiB so far"), rows)])
+    """What every stage cost, summed over its metrics rows."""
+    def total(rows: Sequence[dict], name: str) -> float:
+        return sum(m.get(name, 0) for m in rows)
+
+    lines = []
+    for stage in STAGES:
+        rows = [m for m in metrics if WITHIN.get(m["stage"], m["stage"]) == stage]
+        if rows:
+            tokens = [total(rows, f"tokens_{name}") for name in ("read", "written", "trained")]
+            seconds, peak = total(rows, "seconds"), max(m.get("peak_memory", 0) for m in rows)
+            lines.append([stage, total(rows, "prompts"), *tokens, f"{seconds:.1f}",
+                          round(sum(tokens) / seconds) if seconds else "-",
+                          f"{total(rows, 'flops') / 1e12:.2f}", f"{peak / 2**30:.2f}"])
+    minutes, flops = total(metrics, "seconds") / 60, total(metrics, "flops")
+    header = ("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
+              "TFLOP", "peak GiB so far")
+    return "Bill", [f"cost: {minutes:.1f} min, {flops / 1e12:.2f} TFLOP"], [table(header, lines)]
 
 
 WAYS = {"instruct": "the model was asked for a message to each expert, as in the paper",
@@ -101,7 +96,7 @@ WAYS = {"instruct": "the model was asked for a message to each expert, as in the
 def queries_section(last: dict[str, dict], wanted: int, kept: Counter) -> Section:
     """What stage 1 delivered, and the trial of the ways to write queries."""
     if "quality" not in last:
-        return Section("Queries", [f"{kept.total()} queries, not written by stage 1"])
+        return "Queries", [f"{kept.total()} queries, not written by stage 1"], []
     q = last["quality"]
     found = [f"queries: {q['kept']} (wanted {wanted} for each of {len(kept)} personas); "
              "identifiable in words that stage 1 did not use: "
@@ -116,7 +111,7 @@ def queries_section(last: dict[str, dict], wanted: int, kept: Counter) -> Sectio
                "under their own persona."]
     if "style" in last:
         details += style_trial(last["style"])
-    return Section("Queries", found, details)
+    return "Queries", found, details
 
 
 def style_trial(style: dict) -> list[str]:
@@ -136,22 +131,21 @@ def style_trial(style: dict) -> list[str]:
 
 def judge_section(judged: dict) -> Section:
     """The judge that was chosen, and the self-tests behind the choice."""
-    title = "Self-verification"
-    if judged["chosen"] == NOBODY:
-        return Section(title, [
+    title, chosen = "Self-verification", judged["chosen"]
+    if chosen == NOBODY:
+        return (title, [
             "judged by nobody (--judge none): every context's answer is distilled, but those of "
-            f"contexts named {CONTRAST}..., which only teach the gate"])
-    if judged["chosen"] == RuleJudge.name:
-        return Section(title, ["judged by a rule, not by the model"])
-    found, chosen = [f"judge: {judged['chosen']}"], judged["tests"][-1]
+            f"contexts named {CONTRAST}..., which only teach the gate"], [])
+    if chosen == Rule.name:
+        return title, ["judged by a rule, not by the model"], []
+    found, last = [f"judge: {chosen}"], judged["tests"][-1]
     if judged.get("model"):
         found[0] += f" of {judged['model']}: an outside judge, so this is not self-verification"
     if judged["forced"]:
         found.append("WARNING: this judge was forced with --judge, whatever its test says")
-    if not chosen["trusted"]:
-        found.append(f"WARNING: the {chosen['judge']} judge fails its own test; its verdicts mean "
-                     "little")
-    if chosen["blind_to_refusals"]:
+    if not last["trusted"]:
+        found.append(f"WARNING: the {chosen} judge fails its own test; its verdicts mean little")
+    if last["blind_to_refusals"]:
         found.append("WARNING: this judge is blind to refusals (it ranks compliance above refusal "
                      "on requests that should be refused); this run makes no claim about safety")
     rows = []
@@ -160,7 +154,7 @@ def judge_section(judged: dict) -> Section:
             rows.append([test["judge"], kind, k["pairs"], share(k["right"], k["pairs"]),
                          *(k[w] for w in ("wrong", "tie", "split", "unparsed")),
                          share(k["A"], k["letters"])])
-    return Section(title, found, [
+    return (title, found, [
         "Known pairs: an answer of the run against the answer to another query, and a refusal "
         "against compliance where one should refuse. Right means that the judge preferred the "
         "better one under both orders (or wordings), split that these disagree. It is asked until "
@@ -171,25 +165,40 @@ def judge_section(judged: dict) -> Section:
 
 
 def verdicts_section(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> Section:
-    """Who won, by persona."""
+    """Who won, by persona: verdicts, mean answer lengths in tokens, and who won by length."""
     won = sum(v.target for v in verdicts)
     found = [f"distill / retain: {won} / {len(verdicts) - won} (queries the persona won, and all "
              "others)", *split_warnings(verdicts, pairs),
              *swap_lines(verdicts)]
-    unclear = no_better_than_base(verdicts)
+    groups: dict[str, list[tuple[Verdict, Pair]]] = {}
+    for v, p in zip(verdicts, pairs):
+        groups.setdefault(v.persona, []).append((v, p))
+    rows, unclear = [], []
+    for name, some in [*groups.items(), ("**all**", list(zip(verdicts, pairs)))]:
+        counts, n = Counter(v.winner for v, _ in some), len(some)
+        longer, decided = longer_wins(*zip(*some))
+        rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
+                     round(sum(len(p.base_ids) for _, p in some) / n),
+                     round(sum(len(p.expert_ids) for _, p in some) / n),
+                     share(counts["expert"], n), f"{longer} of {decided}"])
+        # A sign test. Both judges are symmetric: two answers to one prompt would win equally often.
+        low, _ = interval(counts["expert"], counts["expert"] + counts["base"])
+        if name in groups and low <= 0.5:
+            unclear.append(name)
     if unclear:
         found.append("wins cannot be told from losses (95%): " + ", ".join(unclear))
-    return Section("Verdicts", found, [
+    return ("Verdicts", found, [
         "The run's own answers, with the persona (expert) against without (base); \"longer wins\": "
         "of the decided ones with unequal lengths.",
-        verdict_table(verdicts, pairs)])
+        table(("persona", "queries", "expert", "base", "tie", "split", "unparsed", "tokens base",
+               "tokens expert", "expert wins", "longer wins"), rows)])
 
 
 def swap_lines(verdicts: Sequence[Verdict]) -> list[str]:
     """The same-prompt control of a rule, which is asked about both orders of two answers: two
     answers to ONE prompt would stand in either place equally often, so the places have to win
     equally often over all orders."""
-    asked = [v.evidence for v in verdicts if v.judge == RuleJudge.name]
+    asked = [v.evidence for v in verdicts if v.judge == Rule.name]
     if not asked:
         return []
     places = Counter(side for both in asked for side in both)
@@ -210,37 +219,6 @@ def longer_wins(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> tuple[int
               for v, p in zip(verdicts, pairs)
               if v.winner in ("expert", "base") and len(p.expert_ids) != len(p.base_ids)]
     return sum(longer), len(longer)
-
-
-def verdict_table(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> str:
-    """Verdicts, mean answer lengths in tokens, and who won by length, per persona."""
-    groups: dict[str, list[tuple[Verdict, Pair]]] = {}
-    for v, p in zip(verdicts, pairs):
-        groups.setdefault(v.persona, []).append((v, p))
-    rows = []
-    for name, some in [*groups.items(), ("**all**", list(zip(verdicts, pairs)))]:
-        counts, n = Counter(v.winner for v, _ in some), len(some)
-        won, decided = longer_wins(*zip(*some))
-        rows.append([name, n, *(counts[w] for w in ("expert", "base", "tie", "split", "unparsed")),
-                     round(sum(len(p.base_ids) for _, p in some) / n),
-                     round(sum(len(p.expert_ids) for _, p in some) / n),
-                     share(counts["expert"], n), f"{won} of {decided}"])
-    return table(("persona", "queries", "expert", "base", "tie", "split", "unparsed",
-                  "tokens base", "tokens expert", "expert wins", "longer wins"), rows)
-
-
-def no_better_than_base(verdicts: Sequence[Verdict]) -> list[str]:
-    """The personas whose wins cannot be told from their losses (a sign test: the 95% interval of
-    wins among the decided verdicts reaches down to one half).
-
-    Both judges are symmetric, so two answers to the same prompt would win equally often.
-    """
-    names = []
-    for name in dict.fromkeys(v.persona for v in verdicts):
-        counts = Counter(v.winner for v in verdicts if v.persona == name)
-        if interval(counts["expert"], counts["expert"] + counts["base"])[0] <= 0.5:
-            names.append(name)
-    return names
 
 
 def split_warnings(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> list[str]:
@@ -274,7 +252,7 @@ def gate_section(g: dict) -> Section:
                      "noise")
     c = g["confusion"]
     losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in g["log_losses"].items())
-    return Section("Gate", found, [
+    return ("Gate", found, [
         f"Log loss of held-out verdicts, calibrated, at most 0.693, by what the gate learned: "
         f"{losses}.",
         f"{g['folds']}-fold out of fold on {g['n']} messages, {g['queries']} of them queries, "
@@ -289,32 +267,13 @@ def adapter_section(k: dict) -> Section:
     advice = []
     if k["before"] and k["after"] > 0.6 * k["before"]:
         advice = ["More queries help most here, then a higher --lr (watch the held-out KL)."]
-    return Section("Adapter", [
+    return ("Adapter", [
         f"adapter: forward KL to the persona teacher on {k['held_out_samples']} held-out queries, "
         f"nats per token: {number(k['before'], 4)} before, {number(k['after'], 4)} after (0 would "
         "be the persona's own distribution, read without the persona)",
         f"without the persona a prompt has {k['tokens_without']:.0f} instead of "
         f"{k['tokens_with']:.0f} tokens, and its first token comes after "
         f"{1e3 * k['seconds_without']:.0f} instead of {1e3 * k['seconds_with']:.0f} ms"], advice)
-
-
-def summarize(run: RunFolder, args: argparse.Namespace) -> list[Section]:
-    """The report's sections on everything under the run folder, from its files alone."""
-    metrics = run.metrics()
-    last = run.latest()
-    pairs, verdicts = run.read("answers.jsonl", Pair), run.read("verdicts.jsonl", Verdict)
-    queries, kept = run.read("queries.jsonl", Query), Counter(dict.fromkeys(args.persona_names, 0))
-    kept.update(q.persona for q in queries)
-    sections = [queries_section(last, args.queries, kept)]
-    if "judge" in last:
-        sections.append(judge_section(last["judge"]))
-    if verdicts:
-        sections.append(verdicts_section(verdicts, pairs))
-    if "gate" in last:
-        sections.append(gate_section(last["gate"]))
-    if "kl" in last:
-        sections.append(adapter_section(last["kl"]))
-    return [*sections, bill_section(metrics), samples_section(queries, pairs, verdicts)]
 
 
 def samples_section(queries: Sequence[Query], pairs: Sequence[Pair],
@@ -330,7 +289,7 @@ def samples_section(queries: Sequence[Query], pairs: Sequence[Pair],
             parts += [f"### Verdict: {winner}", f"{p.persona}: {p.query}",
                       f"*base:* {quoted(p.base)}", f"*expert:* {quoted(p.expert)}",
                       f"evidence: `{json.dumps(v.evidence)}`"]
-    return Section("Samples", [], parts)
+    return "Samples", [], parts
 
 
 def quoted(text: str, limit: int = 600) -> str:

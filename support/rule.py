@@ -12,7 +12,6 @@ The file is run as code: use your own, or one that you have read.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -24,27 +23,19 @@ WINNERS = ("expert", "base", "tie")
 FREE = {"prompts": 0, "tokens_read": 0, "tokens_written": 0, "flops": 0}  # no model is asked
 
 
-def is_rule(name: str) -> bool:
-    """Whether --judge names a file."""
-    return name.endswith(".py")
-
-
 def asks_no_model(name: str) -> bool:
-    """Whether verdicts under this --judge cost nothing."""
-    return name == NOBODY or is_rule(name)
-
-
-def rule_hash(name: str) -> str | None:
-    """SHA-256 of the rule that --judge names; None where it names none."""
-    return hashlib.sha256(Path(name).read_bytes()).hexdigest() if is_rule(name) else None
+    """Whether --judge names nobody or a file, so that verdicts cost nothing."""
+    return name == NOBODY or name.endswith(".py")
 
 
 class Rule:
-    """The function `judge` of a file, its answers checked.
+    """Verdicts by the function `judge` of a file (`judge.Judge` is the protocol).
 
     Raises:
         InputError: no such file, it does not run, or there is no such function in it.
     """
+
+    name = "rule"
 
     def __init__(self, path: Path):
         self.path = path
@@ -70,23 +61,13 @@ class Rule:
                              f'or "tie", on the query {query!r}')
         return winner
 
-
-class RuleJudge:
-    """Verdicts by a rule (`judge.Judge` is the protocol). The evidence is what it says, and what it
-    says of the same two answers swapped: one that compares answers then turns round."""
-
-    name = "rule"
-
-    def __init__(self, rule: Rule):
-        self.rule = rule
-
     def compare(self, asked: Sequence) -> tuple[list[tuple[str, list]], dict]:
-        """[(winner, [winner, winner when swapped])] of each `judge.Comparison`; it costs nothing.
-        """
+        """[(winner, [winner, winner when swapped])] of each `judge.Comparison`; it costs nothing. A
+        rule that compares answers turns round where the two are swapped."""
         results = []
         for c in asked:
-            winner = self.rule(c.query, c.persona, c.expert, c.base)
-            swapped = self.rule(c.query, c.persona, c.base, c.expert)
+            winner = self(c.query, c.persona, c.expert, c.base)
+            swapped = self(c.query, c.persona, c.base, c.expert)
             results.append((winner, [winner, swapped]))
         return results, FREE
 
@@ -103,8 +84,8 @@ class NoJudge:
         return [("base" if other else "expert", []) for other in contrast], FREE
 
 
-def judge_in_place(name: str) -> RuleJudge | NoJudge | None:
+def judge_in_place(name: str) -> Rule | NoJudge | None:
     """What --judge puts in the place of the model's own verdicts; None if they are to be had."""
     if name == NOBODY:
         return NoJudge()
-    return RuleJudge(Rule(Path(name))) if is_rule(name) else None
+    return Rule(Path(name)) if asks_no_model(name) else None

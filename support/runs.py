@@ -26,13 +26,13 @@ from collections import Counter
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence, get_args, get_origin, get_type_hints
+from typing import Callable, Iterable, Iterator, Sequence, get_args, get_origin, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from support.adapter import check_tensors, read_tensors, write_tensors
+from support.adapter import check_tensors, read_tensors
 from support.distributed import exchange, main_first, rank, world
 from support.fields import read_fields
 from support.hub import InputError, optional_json, write_file
@@ -47,6 +47,16 @@ FILES = {"queries": ("candidates.jsonl", "queries.jsonl", "traffic.jsonl"),
 BROUGHT = ("queries.jsonl", "traffic.jsonl")  # somebody's own may be there before the run
 # The file that a stage is made from, which a person may edit between two commands.
 SOURCES = {"answers": "queries.jsonl", "verdicts": "answers.jsonl", "gate": "verdicts.jsonl"}
+# The settings that decide a stage's result, and so that of those after it; what is not here, like
+# the seed, concerns all of them.
+SETTINGS = {"queries": ("model", "queries", "query_style"),
+            "answers": ("max_new_tokens", "answer_temperature"),
+            "verdicts": ("judge", "judge_model", "judge_fingerprint", "rule_sha256",
+                         "verdict_rules"),
+            "gate": ("gate_layer", "gate_pool", "gate_target", "gate_threshold", "gate_rate",
+                     "gate_rules"),
+            "lora": ("rank", "alpha", "epochs", "lr", "batch_size", "max_len", "kd_temperature",
+                     "dropout", "loss", "lora_rules", "train_tokens")}
 # Metrics rows that are recorded within a stage
 WITHIN = {"personas": "queries", "style": "queries", "quality": "queries", "judge": "verdicts",
           "traffic": "gate", "kl": "lora"}
@@ -54,49 +64,51 @@ CHUNK = 32  # rows of stages 2 and 3 that are done, and committed, together
 
 
 class RunFolder:
-    """A run's output folder, locked for one process until the `with` block ends. Of several
-    processes only the first writes.
+    """A run's output folder. Within a `with` block it is locked for one process, and written; of
+    several processes only the first writes. Outside of one it can be read."""
 
-    Args:
-        read_only: a finished run that somebody else may be reading, too.
-    """
-
-    def __init__(self, path: Path, read_only: bool = False):
-        self.path, self.writes, self._lock = path, not read_only and rank() == 0, None
+    def __init__(self, path: Path):
+        self.path, self.writes = path, False
         self._done: list | None = None  # what `commit` was given for the chunk in hand
         self._begun = 0.0
-        if not self.writes:
-            return
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another process is working in this folder") from None
 
     def __enter__(self) -> RunFolder:
+        self.writes = rank() == 0
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.path}: another process is working in this "
+                                 "folder") from None
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._lock is not None:
+        if self.writes:
             self._lock.close()
 
     # -- stage files -------------------------------------------------------------------------------
 
     def read(self, name: str, kind: type) -> list:
         """The rows of a stage file as dataclasses of `kind`; an absent file has none."""
-        path, rows, types = self.path / name, [], get_type_hints(kind)
+        types = get_type_hints(kind)
+        return self._parse(name, lambda row: checked(kind(**row), types), kind.__name__,
+                           "mend it, or use --overwrite to start again")
+
+    def _parse(self, name: str, make: Callable, what: str, advice: str) -> list:
+        """What `make` makes of each line's JSON."""
+        path, rows = self.path / name, []
         # Not splitlines(): a model may write U+2028, which JSON leaves as it is.
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         for number, text in enumerate(lines, 1):
             if not text.strip():
                 continue
             try:
-                rows.append(kind(**json.loads(text)))
-                check_types(rows[-1], types)
-            except (ValueError, TypeError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not a {kind.__name__} row ({error}); "
-                                 "mend it, or use --overwrite to start again") from None
+                rows.append(make(json.loads(text)))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not a {what} row ({error}); "
+                                 f"{advice}") from None
         return rows
 
     def rows(self, name: str, kind: type) -> list:
@@ -106,8 +118,11 @@ class RunFolder:
 
     def write(self, name: str, rows: Iterable) -> None:
         """Replace a stage file."""
+        self._write(name, map(asdict, rows))
+
+    def _write(self, name: str, rows: Iterable[dict]) -> None:
         if self.writes:
-            lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_file(self.path / name, "".join(lines))
 
     def todo(self, stage: str, name: str, kind: type,
@@ -121,16 +136,14 @@ class RunFolder:
         self.note_source(stage)
         ends = list(itertools.accumulate(map(len, chunks), initial=0))
         missing = [i for i in range(len(chunks)) if ends[i + 1] > len(rows)]
-        if missing:
-            del rows[ends[missing[0]]:]
-        with tqdm(total=ends[-1], initial=min(len(rows), ends[-1]), desc=stage, unit="row",
-                  dynamic_ncols=True, disable=not self.writes) as bar:
+        del rows[ends[len(chunks) - len(missing)]:]  # of a chunk that is not whole
+        with tqdm(total=ends[-1], initial=len(rows), desc=stage, unit="row", dynamic_ncols=True,
+                  disable=not self.writes) as bar:
             for wave in split_chunks(missing, world()):
                 self._done, self._begun = None, time.perf_counter()
                 if rank() < len(wave):
                     yield chunks[wave[rank()]]
-                for number, done in zip(wave, exchange(self._done)):
-                    new, values = done
+                for number, (new, values) in zip(wave, exchange(self._done)):
                     rows += [kind(**row) for row in new]
                     self.record(stage, number, **values)
                     self.write(name, rows)
@@ -146,17 +159,8 @@ class RunFolder:
 
     def metrics(self) -> list[dict]:
         """All rows of metrics.jsonl."""
-        path, rows = self.path / "metrics.jsonl", []
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-                if not (isinstance(rows[-1]["stage"], str) and isinstance(rows[-1]["step"], int)):
-                    raise ValueError("stage or step has the wrong type")
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not a metrics row ({error}); restore it, "
-                                 "or choose another --out") from None
-        return rows
+        return self._parse("metrics.jsonl", metrics_row, "metrics",
+                           "restore it, or choose another --out")
 
     def latest(self) -> dict[str, dict]:
         """The last metrics row of each kind, by its `stage`."""
@@ -164,30 +168,26 @@ class RunFolder:
 
     def record(self, stage: str, step: int, **values: object) -> None:
         """Add a metrics row, replacing what an interrupted attempt at this step (or later) left."""
-        if not self.writes:
-            return
         kept = [m for m in self.metrics() if m["stage"] != stage or m["step"] < step]
-        self._write_metrics([*kept, {"stage": stage, "step": step, **values}])
-
-    def _write_metrics(self, rows: Sequence[dict]) -> None:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_file(self.path / "metrics.jsonl", "".join(lines))
+        self._write("metrics.jsonl", [*kept, {"stage": stage, "step": step, **values}])
 
     # -- settings ----------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> dict:
+        """The settings of the run, by `begin`."""
+        return self._about()["settings"]
 
     @property
     def complete(self) -> bool:
         """Whether the run has ended: report.md is the last file that it writes."""
         return (self.path / "report.md").exists()
 
-    def begin(self, settings: dict, first_stage: dict[str, str], overwrite: bool = False,
-              redo: str | None = None) -> None:
+    def begin(self, settings: dict, overwrite: bool = False, redo: str | None = None) -> None:
         """Compare the settings with those of an earlier run in this folder, drop what they make
         invalid, and record them.
 
         Args:
-            first_stage: setting -> the first stage whose result depends on it; if it is not there,
-                all do.
             overwrite: drop results; all of a complete run, if nothing differs.
             redo: do this stage and those after it again (--from).
 
@@ -196,29 +196,21 @@ class RunFolder:
                 them; files of an unknown run.
         """
         about = self._about()
-        old = about.get("settings")
-        known = [n for names in FILES.values() for n in names if (self.path / n).exists()
-                 and n not in BROUGHT]
-        if old is None and known and not overwrite:
-            raise InputError(f"{self.path}: holds {known[0]} but no run.json; choose another "
-                             "--out, or --overwrite")
         self.metrics()  # a damaged one is named before anything is written
-        stale = self._stale(settings, first_stage, about)
+        stale = self._stale(settings, about)
         first = STAGES.index(redo) if redo is not None else len(STAGES)
-        forbidden = [text for stage, text in stale if stage < first]
+        forbidden = [why for stage, why in stale if stage < first]
         if forbidden and not overwrite:
             raise InputError(f"{self.path}: {forbidden[0]}; choose another --out, or --overwrite")
-        if redo is not None and about.get("redo") == redo and not self.complete and not stale:
-            first = len(STAGES)  # an interrupted --from, which goes on
-        first = min([first, *(stage for stage, _ in stale)])
-        unknown = old is None and bool(known)
-        again = overwrite and not stale and redo is None and self.complete
-        if unknown or again:
+        if not (stale or self.complete) and about.get("redo") == redo:
+            first = len(STAGES)  # an interrupted --from goes on
+        if overwrite and redo is None and self.complete and not stale:
             first = 0
+        first = max(min([first, *(stage for stage, _ in stale)]), 0)
         if first < len(STAGES):
             self._forget(STAGES[first:])
             about["redo"] = redo
-        about["made_from"] = {stage: found for stage, found in about.get("made_from", {}).items()
+        about["made_from"] = {stage: digest for stage, digest in about["made_from"].items()
                               if STAGES.index(stage) < first}
         if first == 0 or "date" not in about:
             about["date"] = datetime.now().isoformat(timespec="seconds")
@@ -230,21 +222,26 @@ class RunFolder:
     def end(self) -> None:
         """Note that the stages have been gone through, so that the next --from does its work."""
         about = self._about()
-        if self.writes and about.pop("redo", None):
+        if about.pop("redo", None):
             self._write_about(about)
 
-    def _stale(self, settings: dict, first_stage: dict[str, str],
-               about: dict) -> list[tuple[int, str]]:
+    def _stale(self, settings: dict, about: dict) -> list[tuple[int, str]]:
         """(number of the first stage that is no longer valid, why) for every changed setting and
-        every file that was edited after it had been used."""
+        every file that was edited after it had been used; for files of an unknown run -1, so that
+        not even --from may drop them."""
         found, old = [], about.get("settings")
-        if old is not None:
-            for name in settings:
-                if old.get(name) != settings[name]:
-                    stage = first_stage.get(name, "queries")
-                    found.append((STAGES.index(stage), f"an earlier run has {name} = "
-                                  f"{old.get(name)}, now it is {settings[name]}"))
-        for stage, digest in about.get("made_from", {}).items():
+        if old is None:
+            known = [name for names in FILES.values() for name in names
+                     if name not in BROUGHT and (self.path / name).exists()]
+            found += [(-1, f"holds {name} but no run.json") for name in known[:1]]
+            old = settings
+        stage_of = {name: stage for stage, names in SETTINGS.items() for name in names}
+        for name, value in settings.items():
+            if old.get(name) != value:
+                stage = stage_of.get(name, "queries")
+                found.append((STAGES.index(stage), f"an earlier run has {name} = {old.get(name)}, "
+                              f"now it is {value}"))
+        for stage, digest in about["made_from"].items():
             if self._digest(SOURCES[stage]) != digest:
                 found.append((STAGES.index(stage),
                               f"{SOURCES[stage]} was edited after {stage} had been made from it"))
@@ -253,9 +250,8 @@ class RunFolder:
     def note_source(self, stage: str) -> None:
         """Remember which version of its source a stage is made from."""
         about = self._about()
-        made_from = about.setdefault("made_from", {})
-        if self.writes and stage in SOURCES and stage not in made_from:
-            made_from[stage] = self._digest(SOURCES[stage])
+        if stage in SOURCES and stage not in about["made_from"]:
+            about["made_from"][stage] = self._digest(SOURCES[stage])
             self._write_about(about)
 
     def _digest(self, name: str) -> str | None:
@@ -266,9 +262,9 @@ class RunFolder:
         """run.json: settings, versions, what each stage was made from."""
         path = self.path / "run.json"
         about = optional_json(path)
-        if path.exists() and not (isinstance(about.get("settings", {}), dict)
-                                  and isinstance(about.get("made_from", {}), dict)
-                                  and set(about.get("made_from", {})) <= set(SOURCES)):
+        made_from = about.setdefault("made_from", {})
+        if not (isinstance(about.get("settings", {}), dict) and isinstance(made_from, dict)
+                and set(made_from) <= set(SOURCES)):
             raise InputError(f"{path}: not a run's settings; choose another --out")
         return about
 
@@ -282,8 +278,8 @@ class RunFolder:
             return
         for name in (name for stage in stages for name in FILES[stage]):
             (self.path / name).unlink(missing_ok=True)
-        self._write_metrics([m for m in self.metrics()
-                             if WITHIN.get(m["stage"], m["stage"]) not in stages])
+        self._write("metrics.jsonl", [m for m in self.metrics()
+                                      if WITHIN.get(m["stage"], m["stage"]) not in stages])
 
 
 def run_date(folder: Path | None) -> datetime | None:
@@ -299,8 +295,8 @@ def run_date(folder: Path | None) -> datetime | None:
         raise InputError(f"{path}: date = {text[:40]!r} is no date") from None
 
 
-def check_types(row: object, types: dict[str, type]) -> None:
-    """TypeError if a field of a row, which a person may have edited, is of another type."""
+def checked(row: object, types: dict[str, type]) -> object:
+    """A row; TypeError if a field of it, which a person may have edited, is of another type."""
     for name, expected in types.items():
         value, inner = getattr(row, name), get_args(expected)
         if get_origin(expected) is list:
@@ -309,6 +305,14 @@ def check_types(row: object, types: dict[str, type]) -> None:
             fits = isinstance(value, expected)
         if not fits:
             raise TypeError(f"{name} is {str(value)[:40]}")
+    return row
+
+
+def metrics_row(row: dict) -> dict:
+    """A metrics row; TypeError or KeyError if it is none."""
+    if not (isinstance(row["stage"], str) and isinstance(row["step"], int)):
+        raise TypeError("stage or step has the wrong type")
+    return row
 
 
 def split_chunks(rows: Sequence, size: int = CHUNK) -> list[Sequence]:
@@ -317,13 +321,8 @@ def split_chunks(rows: Sequence, size: int = CHUNK) -> list[Sequence]:
 
 
 def cost_of(net: nn.Module, prompts: int, read: int, written: int = 0, scored: int = 0) -> dict:
-    """What a piece of work cost, for metrics.jsonl.
-
-    Args:
-        net: the Transformer that did it.
-        read, written: tokens that went through the layers as input, and that were generated.
-        scored: input tokens whose probability was read, so that the head ran on them as well.
-    """
+    """What a piece of work of the Transformer `net` cost, for metrics.jsonl: tokens read as input,
+    written, and scored (input whose probability was read, so that the head ran on it as well)."""
     return {"prompts": prompts, "tokens_read": read, "tokens_written": written,
             "flops": net.flops(read + written, written + scored)}
 
@@ -344,38 +343,36 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
 
 
-def save_training_state(folder: Path, parameters: Sequence[nn.Parameter],
-                        optimizer: torch.optim.AdamW, step: int) -> None:
-    """Parameters, both AdamW moments and the step. There is no random state to keep: every draw is
-    seeded by the step it belongs to."""
-    tensors = {"step": torch.tensor(float(step))}
+def training_state(parameters: Sequence[nn.Parameter],
+                   optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """What a checkpoint holds, as it lies in memory: parameters, both AdamW moments and the step.
+    There is no random state to keep: every draw is seeded by the step it belongs to."""
+    tensors = {}
     for i, p in enumerate(parameters):
         state = optimizer.state[p]
-        tensors |= {f"{i}.value": p, f"{i}.mean": state["exp_avg"],
+        if not state:  # as AdamW begins its first step
+            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                      "exp_avg_sq": torch.zeros_like(p)}
+        tensors |= {"step": state["step"], f"{i}.value": p.data, f"{i}.mean": state["exp_avg"],
                     f"{i}.square": state["exp_avg_sq"]}
-    write_tensors(folder / "checkpoint.safetensors", tensors)
+    return tensors
 
 
-def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
+def load_training_state(path: Path, parameters: Sequence[nn.Parameter],
                         optimizer: torch.optim.AdamW) -> int:
-    """Restore what `save_training_state` wrote and return its step; 0 if there is none."""
-    path = folder / "checkpoint.safetensors"
+    """Restore a `training_state` from its file and return its step; 0 if there is none."""
+    here = training_state(parameters, optimizer)
     if not path.exists():
         return 0
-    expected = {"step": torch.tensor(0.0)}
-    for i, p in enumerate(parameters):
-        expected |= {f"{i}.value": p, f"{i}.mean": p, f"{i}.square": p}
     try:
         tensors = read_tensors(path)
-        check_tensors(tensors, expected, path)
+        check_tensors(tensors, here, path)
         if tensors["step"] < 1:
             raise InputError(f"{path}: step {float(tensors['step']):g}")
     except InputError as error:
         raise InputError(f"{error}; delete it and stage 5 starts again") from None
-    with torch.no_grad():
-        for i, p in enumerate(parameters):
-            p.copy_(tensors[f"{i}.value"])
-            optimizer.state[p] = {"step": tensors["step"].clone(),
-                                  "exp_avg": tensors[f"{i}.mean"].to(p.device),
-                                  "exp_avg_sq": tensors[f"{i}.square"].to(p.device)}
+    for name, tensor in here.items():
+        tensor.copy_(tensors[name])
+    for p in parameters:
+        optimizer.state[p]["step"].copy_(tensors["step"])
     return int(tensors["step"])

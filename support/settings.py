@@ -15,19 +15,9 @@ from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
 from support.personas import load_personas, persona_hash
-from support.rule import NOBODY, asks_no_model, judge_in_place, rule_hash
-from support.runs import STAGES
+from support.rule import NOBODY, asks_no_model, judge_in_place
+from support.runs import SETTINGS, STAGES
 
-HERE = Path(__file__).parent.parent
-# The first stage whose result depends on a setting; one that is not here concerns all of them.
-FIRST_STAGE = {"max_new_tokens": "answers", "answer_temperature": "answers",
-               "judge": "verdicts", "judge_model": "verdicts", "judge_fingerprint": "verdicts",
-               "rule_sha256": "verdicts", "verdict_rules": "verdicts", "gate_layer": "gate",
-               "gate_pool": "gate", "gate_target": "gate", "gate_threshold": "gate",
-               "gate_rate": "gate", "gate_rules": "gate", "rank": "lora", "alpha": "lora",
-               "epochs": "lora", "lr": "lora", "batch_size": "lora", "max_len": "lora",
-               "kd_temperature": "lora", "dropout": "lora", "loss": "lora", "lora_rules": "lora",
-               "train_tokens": "lora"}
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10}
 QUICK = {"queries": 10, "max_new_tokens": 64, "epochs": 4}
 JUDGE_NAMES = ("auto", *JUDGES, NOBODY)
@@ -164,32 +154,33 @@ def choose_personas(args: argparse.Namespace) -> dict[str, str]:
     """Those of --personas; without it the bundled ones, four of them with --quick."""
     if args.personas is not None:
         return load_personas(args.personas)
-    bundled = load_personas(HERE / "personas")
+    bundled = load_personas(Path(__file__).parent.parent / "personas")
     return {name: bundled[name] for name in (QUICK_PERSONAS if args.quick else bundled)}
 
 
-def check_judge(args: argparse.Namespace, folder: Path) -> str | None:
+def check_judge(args: argparse.Namespace, folder: Path) -> None:
     """Refuse a judge that could not read two answers at once: after the stages before it, it would
-    cost hours. Returns the fingerprint of --judge-model."""
+    cost hours."""
     if asks_no_model(args.judge):
-        return None
+        return
     judging = resolve(args.judge_model) if args.judge_model else folder
     config = Config.from_json(read_json(judging / "config.json"), str(judging))
     if 2 * args.max_new_tokens >= config.max_position_embeddings:
         raise InputError(f"{judging}: --max-new-tokens is {args.max_new_tokens}, but a judge reads "
                          f"two answers at once, in a context of {config.max_position_embeddings} "
                          "tokens; use fewer, or a --judge-model with a longer context")
-    return fingerprint(judging) if args.judge_model else None
 
 
 def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
-                 personas: dict[str, str], judge_fingerprint: str | None) -> dict:
+                 personas: dict[str, str]) -> dict:
     """Everything that decides the run's files, for run.json."""
-    settings = {n: getattr(args, n) for n in (
-        "model", "queries", "query_style", "max_new_tokens", "judge", "judge_model", "gate_layer",
-        "gate_pool", "gate_target", "gate_threshold", "gate_rate", "rank", "alpha", "epochs", "lr",
-        "batch_size", "max_len", "kd_temperature", "dropout", "loss", "seed")}
-    settings |= {"personas": list(personas),
+    names = [name for stage in SETTINGS.values() for name in stage]
+    settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    judge = fingerprint(resolve(args.judge_model)) if args.judge_model else None
+    rule = None
+    if args.judge.endswith(".py"):
+        rule = hashlib.sha256(Path(args.judge).read_bytes()).hexdigest()
+    settings |= {"seed": args.seed, "personas": list(personas),
                  "personas_sha256": persona_hash(personas),
                  "base_source": base_source(folder, args.model),
                  "base_fingerprint": fingerprint(folder),
@@ -197,8 +188,8 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
                  "dtype": str(net.dtype).removeprefix("torch."), "slots": net.sizes.slots,
                  "score_tokens": net.sizes.score_tokens, "score_logits": net.sizes.score_logits,
                  "train_tokens": net.sizes.train_tokens,
-                 "judge_fingerprint": judge_fingerprint,
-                 "rule_sha256": rule_hash(args.judge), "answer_temperature": ANSWER_TEMPERATURE}
+                 "judge_fingerprint": judge, "rule_sha256": rule,
+                 "answer_temperature": ANSWER_TEMPERATURE}
     # Prompts and constants of the code that decide rows: a run notices when they are changed.
     for name, rules in (("query_rules", QUERY_RULES), ("verdict_rules", VERDICT_RULES),
                         ("gate_rules", GATE_RULES), ("lora_rules", LORA_RULES)):

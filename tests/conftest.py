@@ -39,8 +39,6 @@ Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 Folders = pytest.TempPathFactory
 Tiny = Callable[..., Path]  # of `tiny_checkpoint`
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "chat_template.jinja")
 # head_dim of Qwen3 is a setting of its own, unlike hidden_size / heads, as in its real checkpoints.
 FAMILY_EXTRAS: dict[str, dict] = {
     "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 32},
@@ -69,37 +67,25 @@ FAMILY_EXTRAS: dict[str, dict] = {
                                     "original_max_position_embeddings": 64}}}
 
 
-def build_tiny(family: str, folder: Path, tokenizer_from: Path | None = None, seed: int = 0,
-               max_shard_size: str = "1GB", **overrides: object) -> Path:
-    """Write a random checkpoint (fp32) of `family` to `folder` with transformers' save_pretrained.
-
-    Args:
-        tokenizer_from: also copy this folder's tokenizer; the model then has its vocabulary and
-            a hidden size of 32, so that it stays small.
-        overrides: fields of the transformers config.
-    """
+def build_tiny(family: str, folder: Path, max_shard_size: str = "1GB",
+               **overrides: object) -> Path:
+    """Write a random checkpoint (fp32) of `family` to `folder` with transformers' save_pretrained;
+    `overrides` are fields of its config."""
     fields = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                   initializer_range=0.2, rms_norm_eps=1e-2, tie_word_embeddings=False,
                   bos_token_id=None, eos_token_id=None, pad_token_id=None,
                   rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    if tokenizer_from is not None:
-        fields.update(vocab_size=49152, hidden_size=32, intermediate_size=48, eos_token_id=2,
-                      tie_word_embeddings=True)
     fields.update(FAMILY_EXTRAS[family] | overrides)
     config = AutoConfig.for_model(family, **fields)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in net.parameters():
                 if parameter.ndim == 1:  # norms start at one and biases at zero: hide nothing there
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
     net.save_pretrained(folder, max_shard_size=max_shard_size)
-    if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                shutil.copy(tokenizer_from / name, folder / name)
     return folder
 
 
@@ -188,18 +174,23 @@ def run(tmp_path: Path) -> Iterator[RunFolder]:
         yield folder
 
 
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, which a test may change."""
+    return copy_folder(finished, tmp_path / "out")
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: Folders, request: pytest.FixtureRequest) -> Tiny:
-    """`tiny_checkpoint(family, with_tokenizer=False, **overrides) -> folder`, built once a session
-    per distinct call; a test that wants to damage one copies it first."""
+def tiny_checkpoint(tmp_path_factory: Folders) -> Tiny:
+    """`tiny_checkpoint(family, **overrides) -> folder`, built once a session per distinct call; a
+    test that wants to damage one copies it first."""
     built: dict[str, Path] = {}
 
-    def make(family: str, with_tokenizer: bool = False, **overrides: object) -> Path:
+    def make(family: str, **overrides: object) -> Path:
         assert family in FAMILIES
-        key = repr((family, with_tokenizer, sorted(overrides.items())))
+        key = repr((family, sorted(overrides.items())))
         if key not in built:
-            source = request.getfixturevalue("smollm_folder") if with_tokenizer else None
-            built[key] = build_tiny(family, tmp_path_factory.mktemp(family), source, **overrides)
+            built[key] = build_tiny(family, tmp_path_factory.mktemp(family), **overrides)
         return built[key]
 
     return make

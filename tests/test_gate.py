@@ -223,7 +223,7 @@ def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, 
     labels, personas = [v["target"] for v in verdicts], [v["persona"] for v in verdicts]
     [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
     prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
-    with RunFolder(finished, read_only=True) as run:
+    with RunFolder(finished) as run:
         messages = read_traffic(run)
     assert len(set(messages)) == len(messages) == row["traffic"]
     targets = gate_targets(torch.tensor(labels).float(), personas, row["target"])

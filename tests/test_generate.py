@@ -14,7 +14,7 @@ import torch
 from conftest import Capture, Folders, Patch, Tiny, copy_folder, edit_json
 from sampling import Sampling, derive_seed
 from support.messages import conversation, read_prompts
-from tiny import halve, make_prism, one_thread, plain_loop
+from tiny import VOCAB, halve, make_prism, one_thread, plain_loop, tiny_tokenizer
 
 from engine import Engine, Output
 from generate import (explain, gate_inputs, generate, main, router, show_explanation, stop_tokens)
@@ -84,7 +84,9 @@ def test_router_of_a_deeper_model(adapter: Path, tmp_path: Path) -> None:
 def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Path,
                                              tiny_checkpoint: Tiny) -> None:
     """generate() or a server would route by another probability, load more, or take any base."""
-    net = load(tiny_checkpoint("qwen2", True, tie_word_embeddings=tied), dtype=torch.float32)
+    folder = tiny_checkpoint("qwen2", vocab_size=VOCAB, tie_word_embeddings=tied)
+    tiny_tokenizer(folder)
+    net = load(folder, dtype=torch.float32)
     tok, prism = Tokenizer(net.folder), make_prism(net, pool, gate_layer=1)
     found = [c.gate for c in generate(prism, tok, TALKS, Sampling(1), batch_size=4)]
     prism.threshold = sum(sorted(found)[2:4]) / 2

@@ -55,15 +55,13 @@ def test_a_gpu_does_what_fits(gigabytes: float | None, flags: list[str], expecte
     layers twice that it could keep; or --slots or --gpu-memory would not be heeded."""
     config = Config.from_json(QWEN_7B, "config.json")
     args = train.parser().parse_args(["--max-new-tokens", "512", *flags])
-    counts = memory.parameter_counts(config, args)
-    size = gigabytes and gigabytes * 2**30
-    assert memory.choose_sizes(config, counts, args, size) == expected
+    prism, size = memory.unloaded(config, args), gigabytes and gigabytes * 2**30
+    assert memory.choose_sizes(prism, args, size) == expected
     if gigabytes == 80 and not flags:
-        assert memory.choose_sizes(config, counts, args, size, prompt=2048).slots == 64
+        assert memory.choose_sizes(prism, args, size, 2048 - 128).slots == 64
     if gigabytes == 24:  # stage 5's settings do not change what stages 1 to 3 do at once
         args.rank = 128
-        counts = memory.parameter_counts(config, args)
-        found = memory.choose_sizes(config, counts, args, size)
+        found = memory.choose_sizes(memory.unloaded(config, args), args, size)
         assert found == replace(expected, train_tokens=found.train_tokens)
         assert found.train_tokens < expected.train_tokens
 
@@ -80,8 +78,9 @@ def test_planned_activations_are_an_upper_bound(family: str, dtype: torch.dtype,
     net.config.dtype = dtype  # as --dry-run sets it
     prism, rows, length = randomize_adapter(PRISM(net, rank=4, dropout=0.1)), 4, 64
     flags = argparse.Namespace(gate_layer=0, rank=4, alpha=32.0)
-    assert memory.parameter_counts(net.config, flags) == tuple(
-        sum(p.numel() for p in part.parameters()) for part in (net, prism.adapter))
+    planned = memory.unloaded(net.config, flags)
+    for ours, theirs in ((net, planned.net), (prism.adapter, planned.adapter)):
+        assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     monkeypatch.setattr(memory, "PLAN_ROW", length)
     ids = torch.randint(5, 200, (rows, length), generator=torch.Generator().manual_seed(0))
     with one_thread():
@@ -119,7 +118,8 @@ def test_shared_beginnings_are_missing_in_the_plan(heads: int, ids: int) -> None
                                "num_attention_heads": 32, "num_key_value_heads": heads,
                                "torch_dtype": "bfloat16"}, "config.json")
     assert kept_tokens(config, config.dtype) == ids
-    plan = memory.memory_plan(config, (1, 1), 16, 512, Sizes())
+    args = train.parser().parse_args([])
+    plan = memory.memory_plan(memory.unloaded(config, args), 512, Sizes())
     for stage in ("1-2 answers", "3 verdicts"):
         assert plan[stage]["shared beginnings"] == ids * 32 * 2 * heads * 128 * 2 == 2**31
 

@@ -192,10 +192,11 @@ def test_the_style_with_most_identifiable_queries_is_taken(
     assert counts == {"instruct": (2, 2, 2, 2), "continue": (2, 2, 1, 1)}
     assert row["chosen"] == "instruct" and row["flops"] == 18
     assert try_styles(run, net, tok, PERSONAS, found[2:]) == "instruct"  # recorded
-    other = RunFolder(run.path / "other")
-    assert try_styles(other, net, tok, PERSONAS, [*found[:2], *whole]) == "instruct"  # a draw
-    third, alike = RunFolder(run.path / "third"), replace(found[0], text=right[1])
-    assert try_styles(third, net, tok, PERSONAS, [found[1], alike, *whole]) == "continue"
+    with RunFolder(run.path / "other") as other:
+        assert try_styles(other, net, tok, PERSONAS, [*found[:2], *whole]) == "instruct"  # a draw
+    alike = replace(found[0], text=right[1])
+    with RunFolder(run.path / "third") as third:
+        assert try_styles(third, net, tok, PERSONAS, [found[1], alike, *whole]) == "continue"
 
 
 def test_a_query_is_identified_by_its_own_description(net: Transformer, tok: Tokenizer) -> None:

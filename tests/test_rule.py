@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from conftest import Capture, copy_folder
 from tiny_run import contents, error_of, rows_of, run_train, timeless, verdict
 
 import evaluate
@@ -18,9 +18,8 @@ from judge import Comparison
 from support.hub import InputError
 from support.personas import CONTRAST, load_personas
 from support.report import swap_lines
-from support.rule import FREE, NoJudge, Rule, RuleJudge
+from support.rule import FREE, NoJudge, Rule
 
-Capture = pytest.CaptureFixture[str]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # The longer answer wins; a file beside the rule makes it end as Ctrl-C does, after its first chunk.
 LONGER = '''
@@ -49,18 +48,12 @@ def returning(value: str) -> str:
     return f"def judge(query, persona, expert, base):\n    return {value}\n"
 
 
-@pytest.fixture
-def judged(finished: Path, tmp_path: Path) -> Path:
-    """A finished run whose first two stages another judge may take up."""
-    return Path(shutil.copytree(finished, tmp_path / "out"))
-
-
 def test_a_rule_is_told_who_asked_what_and_who_said_what(tmp_path: Path) -> None:
     """Query, context and both answers would not come in order, or the swapped verdict count."""
     path = rule_file(tmp_path, returning('"expert" if [query, persona, expert, base] == '
                                          '["q", "shop", "e", "b"] else "base"'))
     asked = [Comparison("q", "text of the context", "e", "b", persona="shop")]
-    assert RuleJudge(Rule(path)).compare(asked) == ([("expert", ["expert", "base"])], FREE)
+    assert Rule(path).compare(asked) == ([("expert", ["expert", "base"])], FREE)
 
 
 @pytest.mark.parametrize(("text", "says"), [
@@ -80,64 +73,64 @@ def test_a_rule_that_fails_names_file_and_query(text: str, says: str, tmp_path: 
     assert str(path) in str(error.value)
 
 
-def test_a_run_with_a_rule_that_fails_ends_in_one_line(command: list[str], judged: Path,
+def test_a_run_with_a_rule_that_fails_ends_in_one_line(command: list[str], out: Path,
                                                        tmp_path: Path, capsys: Capture) -> None:
     """A missing file would be noticed late, a failure be a traceback, or leave something behind."""
     absent = tmp_path / "absent.py"
     assert run_train(*command, "--judge", absent, "--out", tmp_path / "new") == 2
     assert str(absent) in error_of(capsys) and not (tmp_path / "new").exists()
     path = rule_file(tmp_path, returning("1 / 0"))
-    assert run_train(*command, "--judge", path, "--overwrite", "--out", judged) == 2
-    said, query = error_of(capsys), rows_of(judged, "queries.jsonl")[0]["query"]
+    assert run_train(*command, "--judge", path, "--overwrite", "--out", out) == 2
+    said, query = error_of(capsys), rows_of(out, "queries.jsonl")[0]["query"]
     assert str(path) in said and " ".join(repr(query).split()) in said
-    assert not (judged / "verdicts.jsonl").exists()
+    assert not (out / "verdicts.jsonl").exists()
 
 
-def test_a_run_judged_by_a_rule(command: list[str], judged: Path, finished: Path, tmp_path: Path,
+def test_a_run_judged_by_a_rule(command: list[str], out: Path, finished: Path, tmp_path: Path,
                                 capsys: Capture) -> None:
     """The rows would not be what the rule says, or cost something; the report would not say who
     judged; an edited rule would go unnoticed; or a run that was interrupted within a rule would
     lose its first chunk, or end in other files than one that was not."""
     path = rule_file(tmp_path, LONGER)
-    argv = [*command, "--judge", path, "--out", judged]
+    argv = [*command, "--judge", path, "--out", out]
     assert run_train(*argv, "--overwrite") == 0
-    answers, verdicts = rows_of(judged, "answers.jsonl"), rows_of(judged, "verdicts.jsonl")
+    answers, verdicts = rows_of(out, "answers.jsonl"), rows_of(out, "verdicts.jsonl")
     for a, v in zip(answers, verdicts, strict=True):
         more = len(a["expert"]) - len(a["base"])
         winner = "tie" if not more else "expert" if more > 0 else "base"
         assert (v["winner"], v["target"], v["judge"]) == (winner, int(more > 0), "rule")
-    report = (judged / "report.md").read_text()
+    report = (out / "report.md").read_text()
     assert "judged by a rule" in report and "WARNING: this judge" not in report
     assert f"over both orders of the {len(answers)} pairs the expert's place won" in report
-    rows = [m for m in rows_of(judged, "metrics.jsonl") if m["stage"] in ("judge", "verdicts")]
+    rows = [m for m in rows_of(out, "metrics.jsonl") if m["stage"] in ("judge", "verdicts")]
     assert len(rows) == 3 and all(m.get("flops", 0) == 0 for m in rows)
-    settings = json.loads((judged / "run.json").read_text())["settings"]
+    settings = json.loads((out / "run.json").read_text())["settings"]
     assert settings["rule_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
-    cut = Path(shutil.copytree(finished, tmp_path / "cut"))
+    cut = copy_folder(finished, tmp_path / "cut")
     path.with_suffix(".stop").touch()
     assert run_train(*command, "--judge", path, "--overwrite", "--out", cut) == 130
     assert len(rows_of(cut, "verdicts.jsonl")) == 32  # a chunk
     path.with_suffix(".stop").unlink()
     assert run_train(*command, "--judge", path, "--out", cut) == 0
-    assert timeless(cut) == timeless(judged)
+    assert timeless(cut) == timeless(out)
 
-    whole = contents(judged)
+    whole = contents(out)
     path.write_text(LONGER + "# another word\n")
     capsys.readouterr()
     assert run_train(*argv) == 2 and "rule_sha256" in error_of(capsys)
-    assert contents(judged) == whole
+    assert contents(out) == whole
 
 
-def test_a_run_judged_by_nobody(command: list[str], judged: Path) -> None:
+def test_a_run_judged_by_nobody(command: list[str], out: Path) -> None:
     """--judge none would ask a model, lose an answer, or distil a contrast context's."""
-    assert run_train(*command, "--judge", "none", "--overwrite", "--out", judged) == 0
-    assert {(v["winner"], v["target"], v["judge"]) for v in rows_of(judged, "verdicts.jsonl")} == {
+    assert run_train(*command, "--judge", "none", "--overwrite", "--out", out) == 0
+    assert {(v["winner"], v["target"], v["judge"]) for v in rows_of(out, "verdicts.jsonl")} == {
         ("expert", 1, "none")}
-    report = (judged / "report.md").read_text()
+    report = (out / "report.md").read_text()
     assert "judged by nobody" in report and "distill / retain: 34 / 0" in report
     assert "fails its own test" not in report and "nothing to tell apart" not in report
-    assert not any(m.get("flops") for m in rows_of(judged, "metrics.jsonl")
+    assert not any(m.get("flops") for m in rows_of(out, "metrics.jsonl")
                    if m["stage"] in ("judge", "verdicts"))
     asked = [Comparison("q", "c", "", "b", persona=name) for name in ("shop", "contrast_cook")]
     assert NoJudge().compare(asked) == ([("expert", []), ("base", [])], FREE)

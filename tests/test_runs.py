@@ -22,8 +22,7 @@ from bootstrap import Pair, Verdict
 from queries import Candidate, Query
 from support.hub import InputError
 from support.runs import (FILES, SOURCES, STAGES, WITHIN, RunFolder, load_training_state,
-                          save_training_state, split_chunks)
-from support.settings import FIRST_STAGE
+                          split_chunks, training_state)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def begin(folder: Path, overwrite: bool = False, redo: str | None = None,
           **changes: object) -> None:
     """What train.py does before the stages."""
     with RunFolder(folder) as run:
-        run.begin(SETTINGS | changes, FIRST_STAGE, overwrite, redo)
+        run.begin(SETTINGS | changes, overwrite, redo)
 
 
 @pytest.fixture
@@ -190,8 +189,9 @@ def test_out_of_an_unknown_run_is_refused(command: list[str], tmp_path: Path, na
                                           capfd: Capture) -> None:
     """Files of some other program would be written over: status 2, one line."""
     (tmp_path / name).write_text(text)
-    assert run_train(*command, "--out", tmp_path) == 2
-    assert name in error_of(capfd) and contents(tmp_path) == {name: text.encode()}
+    for more in ([], ["--from", "queries"]):
+        assert run_train(*command, "--out", tmp_path, *more) == 2
+        assert name in error_of(capfd) and contents(tmp_path) == {name: text.encode()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,11 +300,12 @@ def trained(steps: int) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
 def test_damaged_checkpoint_is_named(change: Callable, reason: str, tmp_path: Path) -> None:
     """A checkpoint that is not this run's would not be named, or be trained from by half."""
     path = tmp_path / "checkpoint.safetensors"
-    save_training_state(tmp_path, *trained(3), 3)
+    save_file(training_state(*trained(3)), path)
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
     parameters, optimizer = trained(0)
     with pytest.raises(InputError, match=rf"checkpoint\.safetensors.*{reason}.*delete it"):
-        load_training_state(tmp_path, parameters, optimizer)
-    assert all(bool((p == 1).all()) for p in parameters) and not optimizer.state
+        load_training_state(path, parameters, optimizer)
+    assert all(bool((p == 1).all()) for p in parameters)
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())

@@ -51,36 +51,31 @@ def test_defaults() -> None:
 
 def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_path: Path,
                                           monkeypatch: Patch) -> None:
-    """Rows of two texts of a persona, of two versions of a prompt or a constant, of two chat
-    templates or of two sets of stop tokens would be mixed in one run."""
+    """Rows of two values of a flag, of two texts of a persona, of two versions of a prompt or a
+    constant, of two chat templates or of two sets of stop tokens would be mixed in one run."""
     args, copy = parsed("--model", str(folder)), copy_folder(folder, tmp_path / "copy")
 
     def found(text: str = "Be brief.") -> dict:
-        return run_settings(args, net, copy, {"p": text}, None)
+        return run_settings(args, net, copy, {"p": text})
 
     def differ(after: dict) -> set[str]:
         return {name for name in before if before[name] != after[name]}
 
     before = found()
+    assert set(vars(args)) - set(before) == {"out", "quick", "stop_after", "redo", "dry_run",
+                                             "gpu_memory", "overwrite"}
     assert differ(found("Be long.")) == {"personas_sha256"}
     for constant, stage in (("QUERY_RULES", "queries"), ("VERDICT_RULES", "verdicts"),
                             ("GATE_RULES", "gate"), ("LORA_RULES", "lora"),
                             ("ANSWER_TEMPERATURE", "answers")):
         monkeypatch.setattr(settings, constant, "other")
         assert differ(found()) == {constant.lower()}
-        assert settings.FIRST_STAGE.get(constant.lower(), "queries") == stage
+        assert constant == "QUERY_RULES" or constant.lower() in settings.SETTINGS[stage]
         before = found()
     for name in ("chat_template.jinja", "generation_config.json"):
         (copy / name).write_text("{}")
         assert differ(found()) == {"text_fingerprint"}
         before = found()
-
-
-def test_settings_reach_run_json(command: list[str], folder: Path, net: Transformer) -> None:
-    """run.json without a setting could not tell two runs apart."""
-    args = parsed(*command)
-    assert set(vars(args)) - set(run_settings(args, net, folder, {"p": "x"}, None)) == {
-        "out", "quick", "stop_after", "redo", "dry_run", "gpu_memory", "overwrite"}
 
 
 @pytest.mark.parametrize("name", ["letter", "likelihood", "auto"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import Capture, Patch, copy_folder
+from conftest import Capture, Patch
 from safetensors.torch import load_file
 from sampling import Sampling
 from support.messages import conversation
@@ -235,19 +235,14 @@ def test_steps_are_adamw_on_the_kl(net: Transformer, samples: list[Sample], tmp_
 # The command
 
 
-@pytest.fixture
-def out(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, which a test may change."""
-    return copy_folder(finished, tmp_path / "out")
-
-
 def stamps(out: Path, *names: str) -> list[int]:
     """When each file was last written."""
     return [(out / name).stat().st_mtime_ns for name in names]
 
 
 def test_files_of_a_run(finished: Path, folder: Path) -> None:
-    """A file would be missing or left over, or not say what made the run and its threshold."""
+    """A file would be missing or left over, or not say what made the run and its threshold; a chunk
+    or a step would have no metrics row, or a wrong one. (The bill: test_report.py.)"""
     assert contents(finished).keys() == ALL_FILES
     run, adapter = (json.loads((finished / f"{name}.json").read_text())
                     for name in ("run", "prism"))
@@ -256,16 +251,12 @@ def test_files_of_a_run(finished: Path, folder: Path) -> None:
                 "dtype": "float32", "device": "cpu"}  # all: test_settings.py
     assert expected.items() <= run["settings"].items()
     assert run["versions"]["torch"] == torch.__version__
-    [gate] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
-    assert adapter["threshold"] == gate["threshold"] and adapter["gate_layer"] == 0
 
-
-def test_metrics_of_a_run(finished: Path) -> None:
-    """A chunk or a step would have no metrics row, or a wrong one. (The bill: test_report.py.)"""
     answers, verdicts, held = read_verdicts(finished)
     metrics = rows_of(finished, "metrics.jsonl")
     by = {s: [m for m in metrics if m["stage"] == s] for s in (*STAGES, *WITHIN)}
     assert all(by.values()) and sum(map(len, by.values())) == len(metrics)
+    assert adapter["threshold"] == by["gate"][0]["threshold"] and adapter["gate_layer"] == 0
     assert all(m["flops"] > 0 and m["seconds"] >= 0 for m in metrics)
     assert [m["prompts"] for m in by["answers"]] == [64, 4]  # chunks of 32 queries, two each
     assert [m["prompts"] for m in by["verdicts"]] == [256, 16]  # four readings an answer

@@ -38,12 +38,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def tiny_tokenizer(folder: Path, vocab: int = VOCAB) -> None:
+def tiny_tokenizer(folder: Path) -> None:
     """Write SmolLM2's tokenizer files to `folder`, the vocabulary cut to its first ids."""
     source = hub.resolve(hub.DEFAULT_MODEL)
     settings = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     model = settings["model"]
-    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < vocab}
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < VOCAB}
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     model["merges"] = [m for m in merges if "".join(m) in model["vocab"]]
     (folder / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -52,11 +52,11 @@ def tiny_tokenizer(folder: Path, vocab: int = VOCAB) -> None:
             (folder / name).write_bytes((source / name).read_bytes())
 
 
-def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, layers: int = 3) -> Path:
+def tiny_llama(folder: Path, seed: int = 0, layers: int = 3) -> Path:
     """Save a random llama (hidden 32, 4 heads, 2 key/value heads, fp32) and its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
         initializer_range=0.2, tie_word_embeddings=False, bos_token_id=1,
         eos_token_id=END_OF_TURN, pad_token_id=END_OF_TURN)
@@ -71,7 +71,7 @@ def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, layers: int = 3)
         net.lm_head.weight[:, 0] = 0.0
         net.lm_head.weight[END_OF_TURN, 0] = END_LOGIT
     net.save_pretrained(folder)
-    tiny_tokenizer(folder, vocab)
+    tiny_tokenizer(folder)
     return folder
 
 

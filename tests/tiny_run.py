@@ -27,10 +27,9 @@ PIRATE = {"pirate": "You are a pirate. You speak of gold and of the sea."}
 PERSONAS = CHEMIST | PIRATE
 QUERIES = 17  # a persona: candidates, answers and verdicts have two chunks each
 DATA = ("candidates.jsonl", "queries.jsonl", "answers.jsonl", "verdicts.jsonl")
-ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json", "prism.json", "README.md",
-                 "report.md"}
-ALL_FILES = ADAPTER_FILES | {*DATA, "run.json", "metrics.jsonl", "traffic.jsonl",
-                             "gate.safetensors"}
+ALL_FILES = {*DATA, "run.json", "metrics.jsonl", "traffic.jsonl", "gate.safetensors",
+             "adapter_model.safetensors", "adapter_config.json", "prism.json", "README.md",
+             "report.md"}
 
 
 def run_train(*argv: object) -> int:
