@@ -16,7 +16,6 @@ import signal
 import struct
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -358,8 +357,9 @@ def talk_judge(net: Transformer, tok: Tokenizer, reply: str, out: Path) -> list[
     """MT-Bench's judge on this reply."""
     rows = [evaluate.Row("mt_bench", "1", "writing", s, "q", text, None, False, None)
             for s, text in (("base", "other"), ("prism", reply))]
-    return evaluate.judge_talks(rows, [evaluate.Item("mt_bench", "1", "writing", ("q",))], net,
-                                tok, "n", evaluate.Work(out / f"{len(reply)}.jsonl"), Counter())
+    return evaluate.judge_talks(rows, [evaluate.Item("mt_bench", "1", "writing", ("q",))],
+                                evaluate.Weights("n", net, tok),
+                                evaluate.Work(out / f"{len(reply)}.jsonl"))
 
 
 def distil(net: Transformer, tok: Tokenizer, persona: str, query: str) -> None:
