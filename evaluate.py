@@ -41,8 +41,8 @@ from model import Transformer, load
 from prism import PRISM, distill_loss
 from sampling import Sampling, derive_seed
 from support.adapter import ADAPTER_FILE, read_settings
-from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
-                                read_mmlu, score_refusal, text)
+from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_mmlu,
+                                score_refusal)
 from support.checkpoint import fingerprint
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
@@ -907,13 +907,13 @@ def plot(results: dict, folder: Path) -> list[str]:
     for task, category, metrics in bars:
         metric = next(iter(metrics))
         cells = {s: c for s, c in metrics[metric].items() if c.get("mean") is not None}
-        error = np.array([[c["difference"] - c["interval"][0], c["interval"][1] - c["difference"]]
-                          if "interval" in c else [0, 0] for c in cells.values()] or [[0, 0]]).T
-        plt.figure(figsize=(max(4, len(cells)), 3))
         if not cells:
-            plt.close()
             continue
-        plt.bar(list(cells), [c["mean"] for c in cells.values()], yerr=error.clip(0), capsize=3)
+        low, high = np.array([c.get("interval", [0, 0]) for c in cells.values()]).T
+        middle = np.array([c.get("difference", 0) for c in cells.values()])
+        plt.figure(figsize=(max(4, len(cells)), 3))
+        plt.bar(list(cells), [c["mean"] for c in cells.values()], capsize=3,
+                yerr=np.stack((middle - low, high - middle)).clip(0))
         name = f"{task}, {category}: {metric}".replace("$", r"\$")
         plt.title(f"{name}\n95% interval of the difference to base")
         plt.xticks(rotation=45, ha="right")
@@ -1090,16 +1090,14 @@ def read_tasks(args: argparse.Namespace) -> tuple[dict[str, list[Item]], dict[st
 def read_queries(task: str, args: argparse.Namespace, personas: dict[str, str]) -> list[Item]:
     """The run's held-out queries, whose experts are their personas: at most --limit, for latency
     at most LATENCY_QUERIES."""
-    path = args.adapter / "queries.jsonl"
-    queries = read_items([path], "jsonl", lambda row, n, _: Item(
-        task, f"{row['persona']}/{row.get('index')}", row["persona"], (text(row["query"]),)))
-    lacking = {q.category for q in queries} - personas.keys()
+    pairs, _, held = read_verdicts(args.adapter)
+    lacking = {p.persona for p in pairs} - personas.keys()
     if lacking and "expert" in args.strategies:
-        raise InputError(f"{path}: its persona {sorted(lacking)[0]!r} is not in --personas "
-                         f"{args.personas}; give those of the run, or leave out the strategy "
-                         "expert")
-    held = {f"{persona}/{index}" for persona, index in read_verdicts(args.adapter)[2]}
-    queries = [q for q in queries if q.id in held]
+        raise InputError(f"{args.adapter / 'queries.jsonl'}: its persona {sorted(lacking)[0]!r} is "
+                         f"not in --personas {args.personas}; give those of the run, or leave out "
+                         "the strategy expert")
+    queries = [Item(task, f"{p.persona}/{p.index}", p.persona, (p.query.strip(),))
+               for p in pairs if (p.persona, p.index) in held]
     if not queries:
         raise InputError(f"{args.adapter}: no query was held out, so there is nothing to measure; "
                          f"leave out the task {task}")

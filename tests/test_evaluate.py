@@ -585,7 +585,8 @@ def test_work_keeps_whole_chunks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "old", "new", "said"), [
     ("run/verdicts.jsonl", '"index": 0', '"index": 1', "verdicts.jsonl"),
     ("run/answers.jsonl", None, None, "not a whole run"),
-    ("experts/stem.txt", "You are", "We are", "not the contexts")])
+    ("experts/stem.txt", "You are", "We are", "not the contexts"),
+    ("experts/stem.txt", None, None, "'stem' is not in --personas")])
 def test_files_behind_a_figure_are_checked(
         name: str, old: str | None, new: str | None, said: str, arguments: list[object],
         trained: Path, experts: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -596,7 +597,7 @@ def test_files_behind_a_figure_are_checked(
     (tmp_path / name).unlink()
     if old:
         (tmp_path / name).write_text(text.replace(old, new, 1))
-    assert run(*arguments, "--tasks", "kl", "--adapter", tmp_path / "run", "--personas",
+    assert run(*arguments, "--tasks", "kl,latency", "--adapter", tmp_path / "run", "--personas",
                tmp_path / "experts", "--out", tmp_path / "out") == 2
     assert said in error_of(capsys)
 

@@ -456,7 +456,7 @@ FLAGS = {  # wrong flags, by what the one line has to name
         ("--data", "--data ''"), ("--judge", "--tasks own --adapter {adapter}"),
         ("no stem.txt", "--tasks mmlu --strategies expert"), ("do_harm", "--tasks harmbench"),
         ("mt_bench/question.jsonl", "--tasks routing --adapter {tmp}/oddrun --data {tmp}/none"),
-        ("queries.jsonl", "--adapter {tmp}/oddrun --tasks latency --strategies expert"),
+        ("run.json", "--adapter {tmp}/oddrun --tasks latency --strategies expert"),
         ("config.json", "--judge-model {tmp}/none --tasks mt_bench")],
     "bench": [("config.json", "--model {tmp}/none"), ("absent", "--json {tmp}/absent/x.json")]}
 BAD = [(command, flag.strip("-").replace("-", "."), [flag, value])
