@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import importlib.util
 import json
 import platform
 import statistics
@@ -142,7 +141,7 @@ class Setup:
     def __init__(self, name: str, device: str, dtype: str, repeats: int, shape: Path | None = None,
                  with_peer: bool = True):
         where = choose_device(device)
-        self.repeats, self.shape, self.with_peer = repeats, shape, with_peer
+        self.repeats, self.shape = repeats, shape
         if shape is None:
             self.net = load(name, where, choose_dtype(dtype, where))
             self.tokenizer = Tokenizer(self.net.folder)
@@ -160,8 +159,7 @@ class Setup:
             for module in self.prism.adapter.modules():
                 for b in module.B if isinstance(module, LoRA) else ():
                     b.copy_(torch.randn(b.shape, generator=generator) * 0.01)
-        installed = all(map(importlib.util.find_spec, ("transformers", "peft")))
-        self.has_peer = with_peer and installed
+        self.has_peer = with_peer and peers_installed()
 
     @functools.cached_property
     def peer(self) -> torch.nn.Module:
@@ -199,6 +197,16 @@ class Setup:
         return [self.tokenizer.render([{"role": "user", "content": "Explain this to a child: "
                                         + " ".join(words[i * 7:i * 7 + 5 + i * 37 % 120])}])
                 for i in range(n)]
+
+
+def peers_installed() -> bool:
+    """Whether transformers and peft can be imported."""
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def random_net(path: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
