@@ -46,7 +46,7 @@ from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettere
 from support.checkpoint import fingerprint
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
-from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
+from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status,
                          resolve_adapter, write_file)
 from support.messages import conversation, merge_system, with_system
 from support.personas import is_contrast, load_personas, persona_hash
@@ -648,8 +648,7 @@ def check_run(folder: Path, personas: dict[str, str]) -> None:
     Raises:
         InputError: the folder is no whole run, or the personas are not the run's.
     """
-    settings = read_json(folder / "run.json").get("settings", {})
-    if settings.get("personas_sha256") != persona_hash(personas):
+    if run_settings(folder).get("personas_sha256") != persona_hash(personas):
         raise InputError(f"--personas: not the contexts that {folder} was trained with (they are "
                          "the teacher that kl and latency compare with)")
     if not held_out(folder):
@@ -675,9 +674,11 @@ def run_latency(e: Evaluator, strategies: Sequence[Strategy], items: Sequence[It
         asked = {}
         for s in chosen:
             talk = conversation(item.turns[0], s.system(item, False))
-            ids, mask = e.tokenizer.render_with_user_mask(talk)
-            pooled = s.gate and e.prism.gate_pool == "mean"
-            asked[s.name] = Request(ids, user_mask=mask if pooled else None)
+            if s.gate and e.prism.gate_pool == "mean":
+                ids, mask = e.tokenizer.render_with_user_mask(talk)
+            else:
+                ids, mask = e.tokenizer.render(talk), None
+            asked[s.name] = Request(ids, user_mask=mask)
         out = {}
         for repeat in range(6):
             for s in chosen:
@@ -1233,15 +1234,15 @@ def _main(args: argparse.Namespace) -> int:
                       contexts)
         rows: list[Row] = []
         unseen = None
-        if OWN_TASKS & set(args.tasks) and prism is not None and prism.gate is not None:
+        if OWN_TASKS & set(args.tasks) and prism.gate is not None:
             unseen = held_out_gate(prism, tokenizer, args.adapter)
+            saved = prism.gate, prism.threshold
         for task in args.tasks:
-            saved = prism and (prism.gate, prism.threshold)
-            if unseen and task in OWN_TASKS:
-                prism.gate, prism.threshold = unseen
+            if unseen:
+                prism.gate, prism.threshold = unseen if task in OWN_TASKS else saved
             rows += run_task(e, task, items.get(task, []), shots, strategies, personas, rule, args)
-            if saved:
-                prism.gate, prism.threshold = saved
+        if unseen:
+            prism.gate, prism.threshold = saved
         probes = None
         if prompts:
             queries = RunFolder(args.adapter, read_only=True).read("queries.jsonl", Query)
