@@ -903,25 +903,25 @@ def plot(results: dict, folder: Path) -> list[str]:
         plt.close()
         made.append(name)
 
-    bars = [(task, c, metrics) for task, categories in results["tasks"].items()
-            for c, metrics in categories.items() if c == "all" or "all" not in categories]
-    for task, category, metrics in bars:
-        metric = next(iter(metrics))
-        cells = {s: c for s, c in metrics[metric].items() if c.get("mean") is not None}
-        if not cells:
-            continue
-        low, high = np.array([c.get("interval", [0, 0]) for c in cells.values()]).T
-        middle = np.array([c.get("difference", 0) for c in cells.values()])
-        plt.figure(figsize=(max(4, len(cells)), 3))
-        plt.bar(list(cells), [c["mean"] for c in cells.values()], capsize=3,
-                yerr=np.stack((middle - low, high - middle)).clip(0))
-        name = f"{task}, {category}: {metric}".replace("$", r"\$")
-        plt.title(f"{name}\n95% interval of the difference to base")
-        plt.xticks(rotation=45, ha="right")
-        safe = re.sub(r"[^\w-]", "_", category)
-        save(f"{task}.png" if category == "all" else f"{task}_{safe}.png")
-    rows = [(f"{t}/{c}", next(iter(m.values()))) for t, cs in results["tasks"].items()
-            for c, m in cs.items() if any(s.startswith("persona:") for s in next(iter(m.values())))]
+    rows = []  # of the persona matrix
+    for task, categories in results["tasks"].items():
+        for category, metrics in categories.items():
+            metric, cells = next(iter(metrics.items()))
+            if any(s.startswith("persona:") for s in cells):
+                rows.append((f"{task}/{category}", cells))
+            cells = {s: c for s, c in cells.items() if c.get("mean") is not None}
+            if not cells or (category != "all" and "all" in categories):
+                continue
+            low, high = np.array([c.get("interval", [0, 0]) for c in cells.values()]).T
+            middle = np.array([c.get("difference", 0) for c in cells.values()])
+            plt.figure(figsize=(max(4, len(cells)), 3))
+            plt.bar(list(cells), [c["mean"] for c in cells.values()], capsize=3,
+                    yerr=np.stack((middle - low, high - middle)).clip(0))
+            name = f"{task}, {category}: {metric}".replace("$", r"\$")
+            plt.title(f"{name}\n95% interval of the difference to base")
+            plt.xticks(rotation=45, ha="right")
+            safe = re.sub(r"[^\w-]", "_", category)
+            save(f"{task}.png" if category == "all" else f"{task}_{safe}.png")
     if rows:
         names = [s for s in rows[0][1] if s.startswith("persona:")]
         grid = np.array([[cells[s].get("difference", 0.0) for s in names] for _, cells in rows])
