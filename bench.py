@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import platform
@@ -97,9 +98,11 @@ def medians(functions: dict[str, Callable[[], object]], repeats: int,
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def columns(found: dict[str, float], scale: float) -> Iterator[float | None]:
-    """A row's figures of ours, the peer and the floor, None for what was not measured."""
-    return (found[n] * scale if n in found else None for n in ("ours", "peer", "floor"))
+def row(part: str, unit: str, found: dict[str, float], scale: float = 1.0) -> Row:
+    """A row of the figures found of "ours", the "peer" and the "floor", some of which may not have
+    been measured."""
+    return Row(part, unit, **{name: found[name] * scale for name in ("ours", "peer", "floor")
+                              if name in found})
 
 
 def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterable[list[int]]:
@@ -138,7 +141,7 @@ class Setup:
     def __init__(self, name: str, device: str, dtype: str, repeats: int, shape: Path | None = None,
                  with_peer: bool = True):
         where = choose_device(device)
-        self.repeats, self.shape, self.with_peer = repeats, shape, with_peer
+        self.repeats, self.shape = repeats, shape
         if shape is None:
             self.net = load(name, where, choose_dtype(dtype, where))
             self.tokenizer = Tokenizer(self.net.folder)
@@ -155,41 +158,25 @@ class Setup:
             for module in self.prism.adapter.modules():
                 for b in module.B if isinstance(module, LoRA) else ():
                     b.copy_(torch.randn(b.shape, generator=generator) * 0.01)
-        self._peer = self._peer_lora = None
+        self.has_peer = with_peer and peers_installed()
 
-    @property
-    def has_peer(self) -> bool:
-        """Whether transformers and peft are wanted and installed."""
-        if not self.with_peer:
-            return False
-        try:
-            import peft  # noqa: F401
-            import transformers  # noqa: F401
-        except ImportError:
-            return False
-        return True
-
-    @property
+    @functools.cached_property
     def peer(self) -> torch.nn.Module:
         """The same checkpoint in transformers."""
-        if self._peer is None:
-            self._peer = self.peer_model().eval()
-        return self._peer
+        return self.peer_model().eval()
 
-    @property
+    @functools.cached_property
     def peer_lora(self) -> torch.nn.Module:
         """That checkpoint with our adapter in peft, on a copy of its own."""
-        if self._peer_lora is None:
-            from peft import PeftModel
-            with tempfile.TemporaryDirectory() as folder:
-                self.prism.save(folder)
-                path = Path(folder) / "adapter_config.json"  # saved for inference: no dropout
-                path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.05}))
-                model = self.peer_model()
-                with torch.inference_mode(False):
-                    self._peer_lora = PeftModel.from_pretrained(
-                        model, folder, is_trainable=True, autocast_adapter_dtype=False)
-        return self._peer_lora.eval()
+        from peft import PeftModel
+        with tempfile.TemporaryDirectory() as folder:
+            self.prism.save(folder)
+            path = Path(folder) / "adapter_config.json"  # saved for inference: no dropout
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.05}))
+            model = self.peer_model()
+            with torch.inference_mode(False):
+                return PeftModel.from_pretrained(
+                    model, folder, is_trainable=True, autocast_adapter_dtype=False).eval()
 
     def peer_model(self) -> torch.nn.Module:
         """transformers' model of the checkpoint, or of the shape."""
@@ -209,6 +196,16 @@ class Setup:
         return [self.tokenizer.render([{"role": "user", "content": "Explain this to a child: "
                                         + " ".join(words[i * 7:i * 7 + 5 + i * 37 % 120])}])
                 for i in range(n)]
+
+
+def peers_installed() -> bool:
+    """Whether transformers and peft can be imported."""
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def random_net(path: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -256,7 +253,7 @@ print(*times)"""
 
 def generation(s: Setup) -> list[Row]:
     """The stage-2 workload end to end."""
-    rows, prompts, stop = [], s.prompts(s.work.prompts), s.stop
+    prompts, stop = s.prompts(s.work.prompts), s.stop
     counts: dict[str, int] = {}
 
     def ours() -> None:
@@ -264,30 +261,29 @@ def generation(s: Setup) -> list[Row]:
         counts["ours"] = sum(len(o.ids) for o in engine.run(
             [Request(p, derive_seed("bench", i)) for i, p in enumerate(prompts)]))
 
-    def theirs(batch: int) -> Callable[[], None]:
-        def run() -> None:
-            torch.manual_seed(0)
-            counts[f"at batch {batch}"] = sum(
-                len(ids) for some in by_length(prompts, batch)
-                for ids in peer_generate(s, [prompts[i] for i in some], NEW_TOKENS, stop, 0.7))
-        return run
+    def theirs(name: str, batch: int) -> None:
+        torch.manual_seed(0)
+        counts[name] = 0
+        for some in by_length(prompts, batch):
+            answers = peer_generate(s, [prompts[i] for i in some], NEW_TOKENS, stop, 0.7)
+            counts[name] += sum(map(len, answers))
 
     def continuous() -> None:
-        counts["by continuous batching"] = sum(map(len, peer_continuous(
-            s, prompts, NEW_TOKENS, stop, 0.7)))
+        answers = peer_continuous(s, prompts, NEW_TOKENS, stop, 0.7)
+        counts["; peer by continuous batching"] = sum(map(len, answers))
 
     functions: dict[str, Callable] = {"ours": ours}
     list(Engine(s.net, Sampling(4, 0.7), stop).run([Request(p) for p in prompts[:2]]))  # warms up
     if s.has_peer:
         peer_generate(s, prompts[:2], 4, stop, 0.7)  # loads it
-        functions |= {f"at batch {b}": theirs(b) for b in s.work.peer_batches}
-        functions["by continuous batching"] = continuous
+        for batch in s.work.peer_batches:
+            name = f"; peer at batch {batch}"
+            functions[name] = functools.partial(theirs, name, batch)
+        functions["; peer by continuous batching"] = continuous
     seconds = medians(functions, max(1, s.repeats // 3), warmup=0)
     speed = {name: counts[name] / t for name, t in seconds.items()}
-    for name in list(speed)[1:] or [None]:
-        rows.append(Row("generation, stage-2 workload" + (f"; peer {name}" if name else ""),
-                        "tokens/s", speed["ours"], speed.get(name)))
-    return rows
+    return [Row(f"generation, stage-2 workload{name}", "tokens/s", speed["ours"], speed.get(name))
+            for name in list(speed)[1:] or [""]]
 
 
 def decoding(s: Setup) -> list[Row]:
@@ -303,9 +299,8 @@ def decoding(s: Setup) -> list[Row]:
     if s.has_peer:
         functions["peer"] = lambda: peer_generate(s, [prompt], 64, set(), 0.0)
     t = medians(functions, s.repeats)
-    rows.append(Row("single stream, 64 tokens", "tokens/s", 64 / t["ours"],
-                    64 / t["peer"] if "peer" in t else None))
-    return rows
+    speed = {name: 64 / seconds for name, seconds in t.items()}
+    return [*rows, row("single stream, 64 tokens", "tokens/s", speed)]
 
 
 @torch.inference_mode()
@@ -344,15 +339,14 @@ def decode_step(s: Setup, batch: int, keys: int = 200) -> list[Row]:
     functions = {"ours": our_step(s, batch, 0, keys), "floor": floor_step(net, batch)}
     if s.has_peer:
         functions["peer"] = peer_step(s.peer, s, batch, keys)
-    t = {name: 1e3 * seconds for name, seconds in
-         medians(functions, 4 * s.repeats, warmup=2).items()}
+    t = medians(functions, 4 * s.repeats, warmup=2)
     name = f"decode step, batch {batch}, {keys} keys (floor: "
-    rows = [Row(name + "the products alone)", "ms", t["ours"], t.get("peer"), t["floor"])]
+    rows = [row(name + "the products alone)", "ms", t, 1e3)]
     if net.device.type == "cuda":
         read = sum(p.numel() * p.element_size() for p in net.parameters())
         read += batch * keys * cache_bytes(net.config, net.dtype)
-        rows.append(Row(name + "weights and cache at the rate of a copy)", "ms", t["ours"],
-                        t.get("peer"), 1e3 * read / copy_rate(net.device)))
+        t["floor"] = read / copy_rate(net.device)
+        rows.append(row(name + "weights and cache at the rate of a copy)", "ms", t, 1e3))
     return rows
 
 
@@ -415,6 +409,7 @@ def routing(s: Setup) -> list[Row]:
     """Time to the first token with the gate in the way, and decoding with adapted rows."""
     rows, prompt = [], sum(s.prompts(40), [])[:s.work.routed]
     ids, lengths = pad([prompt], s.net.device)
+    peer = s.peer_lora.eval() if s.has_peer else None
 
     @torch.inference_mode()
     def routed() -> None:
@@ -428,35 +423,35 @@ def routing(s: Setup) -> list[Row]:
 
     @torch.inference_mode()
     def twice() -> None:  # the authors' way: the base's states for the gate, then once more
-        with s.peer_lora.disable_adapter():
-            s.peer_lora(input_ids=ids, output_hidden_states=True, use_cache=False,
-                        logits_to_keep=1)
-        s.peer_lora(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+        with peer.disable_adapter():
+            peer(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        peer(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
 
     for route, threshold in (("adapter", 0.0), ("base", 1.1)):
         s.prism.threshold = threshold
         functions = {"ours": routed, "floor": base} | ({"peer": twice} if s.has_peer else {})
         t = medians(functions, 2 * s.repeats)
-        rows.append(Row(f"time to first token, {len(prompt)} tokens, routed to the {route} (floor: "
-                        "base model; peer: two forwards)", "ms", *columns(t, 1e3)))
+        rows.append(row(f"time to first token, {len(prompt)} tokens, routed to the {route} (floor: "
+                        "base model; peer: two forwards)", "ms", t, 1e3))
     s.prism.threshold = 0.5
     functions = {"base": our_step(s, 8, 0, 200), "all": our_step(s, 8, 8, 200),
                  "half": our_step(s, 8, 4, 200)}
     if s.has_peer:
-        functions["peer base"] = peer_step(s.peer, s, 8, 200)
-        functions["peer all"] = peer_step(s.peer_lora, s, 8, 200)
-        functions["peer half"] = peer_step(s.peer_lora, s, 8, 200,
-                                           adapter_names=["default"] * 4 + ["__base__"] * 4)
+        half = ["default"] * 4 + ["__base__"] * 4
+        functions |= {"peer base": peer_step(s.peer, s, 8, 200),
+                      "peer all": peer_step(peer, s, 8, 200),
+                      "peer half": peer_step(peer, s, 8, 200, adapter_names=half)}
     t = medians(functions, 4 * s.repeats, warmup=2)
     for name in ("all", "half"):
-        relative = t[f"peer {name}"] / t["peer base"] if s.has_peer else None
-        rows += [Row(f"decode step, {name} of 8 rows gated", "ms", 1e3 * t[name],
-                     1e3 * t[f"peer {name}"] if s.has_peer else None, 1e3 * t["base"]),
-                 Row(f"decode step, {name} of 8 rows gated, relative to none", "x",
-                     t[name] / t["base"], relative, 1.0)]
-    rows.append(Row("un-gated rows bit-equal to the base (1 = yes)", "count", float(bit_equal(s)),
-                    None, 1.0))
-    return rows
+        step, relative = {"ours": t[name], "floor": t["base"]}, {"ours": t[name] / t["base"]}
+        if s.has_peer:
+            step["peer"] = t[f"peer {name}"]
+            relative["peer"] = t[f"peer {name}"] / t["peer base"]
+        rows += [row(f"decode step, {name} of 8 rows gated", "ms", step, 1e3),
+                 row(f"decode step, {name} of 8 rows gated, relative to none", "x",
+                     relative | {"floor": 1.0})]
+    return [*rows, Row("un-gated rows bit-equal to the base (1 = yes)", "count",
+                       float(bit_equal(s)), floor=1.0)]
 
 
 @torch.inference_mode()
@@ -474,7 +469,7 @@ def bit_equal(s: Setup) -> bool:
 def lora(s: Setup) -> list[Row]:
     """The adapter while training, dropout included on both sides: forward and backward of a layer's
     adapted linears against the frozen ones, what a layer keeps in between, and a whole step."""
-    s._peer = None  # peft has a copy of its own
+    vars(s).pop("peer", None)  # peft has a copy of its own
     net, block, adapter = s.net, s.net.layers[-1], s.prism.adapter[-1]
     linears = {name.rpartition(".")[2]: m for name, m in block.named_modules()
                if isinstance(m, GatedLoRALinear)}
@@ -501,16 +496,13 @@ def lora(s: Setup) -> list[Row]:
     if s.has_peer:
         functions["peer"], kept["peer"], kept["peer floor"] = peer_layer(s, x, dy)
     t = medians(functions, 2 * s.repeats)
-    step, rows = training_step(s), [
-        Row("adapted linears of a layer, forward + backward, 4,096 tokens (floor: frozen)", "ms",
-            *columns(t, 1e3)),
-        Row("memory a whole layer keeps for backward (floor: frozen)", "MiB",
-            *columns(kept, 2**-20))]
+    rows = [row("adapted linears of a layer, forward + backward, 4,096 tokens (floor: frozen)",
+                "ms", t, 1e3),
+            row("memory a whole layer keeps for backward (floor: frozen)", "MiB", kept, 2**-20)]
     if s.has_peer:
-        rows.append(Row("adapted layer minus frozen one, the same", "MiB",
-                        (kept["ours"] - kept["floor"]) / 2**20,
-                        (kept["peer"] - kept["peer floor"]) / 2**20))
-    return rows + step
+        more = {"ours": kept["ours"] - kept["floor"], "peer": kept["peer"] - kept["peer floor"]}
+        rows.append(row("adapted layer minus frozen one, the same", "MiB", more, 2**-20))
+    return rows + training_step(s)
 
 
 def peer_layer(s: Setup, x: dict[str, Tensor],
@@ -616,13 +608,12 @@ def training_step(s: Setup) -> list[Row]:
     t = medians(functions, max(1, s.repeats // 3))
     peaks = {}
     for name in progress_bar("peak memory", "step", [*functions]):
-        peaks[name] = peak_bytes(functions[name], s.net.device) / 2**30
+        peaks[name] = peak_bytes(functions[name], s.net.device)
     name = f"training step, {rows} x {tokens} tokens, exact KL (peer: peft, whole logits, naive KL)"
     flops = training_flops(s.prism, rows * tokens, rows * tokens // 2)
-    floor = flops / product_rate(s.net.device, s.net.dtype)
-    return [Row(name + "; floor: its FLOPs at a bare product's rate", "s", t["ours"], t.get("peer"),
-                floor),
-            Row(name + ", peak", "GiB", peaks["ours"], peaks.get("peer"))]
+    t["floor"] = flops / product_rate(s.net.device, s.net.dtype)
+    return [row(name + "; floor: its FLOPs at a bare product's rate", "s", t),
+            row(name + ", peak", "GiB", peaks, 2**-30)]
 
 
 def kl(s: Setup) -> list[Row]:
@@ -636,43 +627,34 @@ def kl(s: Setup) -> list[Row]:
     weight, teacher = random(QWEN_VOCAB) * 0.02, random(256)
     student = (teacher + 0.1 * random(256)).requires_grad_()
 
-    def ours() -> Tensor:
-        student.grad = None
-        LinearKL.apply(student, teacher, weight, 1.0).backward()
-        return student.grad
-
-    def naive() -> Tensor:
-        student.grad = None
-        with torch.no_grad():
-            target = teacher @ weight.T
-        naive_kl(student @ weight.T, target).backward()
-        return student.grad
-
     def part(some: Tensor, targets: Tensor) -> Tensor:
         return naive_kl(some @ weight.T, targets @ weight.T)
 
-    def chunked() -> Tensor:  # as TRL's trainers do: each chunk's logits are made twice
-        student.grad = None
-        sum(checkpoint(part, *both, use_reentrant=False)
-            for both in zip(student.split(64), teacher.split(64))).backward()
-        return student.grad
+    def ours() -> None:
+        torch.autograd.grad(LinearKL.apply(student, teacher, weight, 1.0), student)
 
+    def naive() -> None:
+        torch.autograd.grad(part(student, teacher), student)
+
+    def chunked() -> None:  # as TRL's trainers do: each chunk's logits are made twice
+        parts = zip(student.split(64), teacher.split(64))
+        loss = sum(checkpoint(part, *both, use_reentrant=False) for both in parts)
+        torch.autograd.grad(loss, student)
+
+    @torch.no_grad()
     def floor() -> None:
-        with torch.no_grad():
-            teacher @ weight.T
-            z = student @ weight.T
-            z @ weight
+        teacher @ weight.T
+        (student @ weight.T) @ weight
 
-    t = medians({"ours": ours, "naive": naive, "chunked": chunked, "floor": floor}, s.repeats)
-    peak = {f: peak_bytes(f, s.net.device) / 2**20 for f in (ours, naive, chunked)}
+    functions = {"ours": ours, "naive": naive, "chunked": chunked}
+    t = medians(functions | {"floor": floor}, s.repeats)
+    peak = {name: peak_bytes(f, s.net.device) for name, f in functions.items()}
     rows = []
-    for peer in (naive, chunked):
-        name = peer.__name__
-        times = {"ours": t["ours"], "peer": t[name], "floor": t["floor"]}
-        rows += [Row(f"exact KL, 256 tokens x 151,936, forward + backward (peer: {name})", "ms",
-                     *columns(times, 1e3)),
-                 Row(f"exact KL, peak memory beside its inputs (peer: {name})", "MiB", peak[ours],
-                     peak[peer])]
+    for name in ("naive", "chunked"):
+        rows += [row(f"exact KL, 256 tokens x 151,936, forward + backward (peer: {name})", "ms",
+                     t | {"peer": t[name]}, 1e3),
+                 row(f"exact KL, peak memory beside its inputs (peer: {name})", "MiB",
+                     peak | {"peer": peak[name]}, 2**-20)]
     return rows
 
 
@@ -701,8 +683,7 @@ def sampler(s: Setup) -> list[Row]:
     sampling = Sampling(1, 0.7)
     t = medians({"ours": lambda: sample(logits, sampling, uniform),
                  "peer": lambda: torch.multinomial((logits / 0.7).softmax(-1), 1)}, 6 * s.repeats)
-    return [Row("sampler, 8 x 151,936 (peer: torch.multinomial)", "ms", 1e3 * t["ours"],
-                1e3 * t["peer"])]
+    return [row("sampler, 8 x 151,936 (peer: torch.multinomial)", "ms", t, 1e3)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -738,11 +719,14 @@ def pipeline(s: Setup) -> list[Row]:
                     seconds[name][m["stage"]] += m["seconds"]
                     amounts[name][m["stage"]] += m.get("prompts", m.get("samples", 0))
 
-    def label(stage: str) -> str:
+    rows = []
+    for stage in seconds["ours"]:
+        name = f"train.py --quick: {stage}"
         counts = [f"{amount[stage]:,} {who}" for who, amount in amounts.items() if amount[stage]]
-        return f"train.py --quick: {stage}" + (f" (rows: {', '.join(counts)})" if counts else "")
-    return [Row(label(stage), "s", t, seconds.get("peer", {}).get(stage))
-            for stage, t in seconds["ours"].items()]
+        if counts:
+            name += f" (rows: {', '.join(counts)})"
+        rows.append(row(name, "s", {who: t[stage] for who, t in seconds.items() if stage in t}))
+    return rows
 
 
 def replacements(s: Setup) -> dict[str, object]:
@@ -765,6 +749,12 @@ def replacements(s: Setup) -> dict[str, object]:
                 yield from (Output(i, ids, "eos" if ids[-1] in self.stop_ids else "length")
                             for i, ids in zip(some, rows))
 
+    def read_whole(model: torch.nn.Module, rows: Sequence, batch: int) -> Iterator:
+        """The index and the logits or last states of rows read whole, `batch` at a time."""
+        for some in by_length(rows, batch):
+            ids = pad([rows[i] for i in some], s.net.device)[0]
+            yield from zip(some, model(input_ids=ids)[0])
+
     @torch.inference_mode()
     def log_probabilities(net: Transformer, prompts: Sequence, targets: Sequence,
                           shared: Sequence | None = None, bar: str | None = None,
@@ -772,35 +762,29 @@ def replacements(s: Setup) -> dict[str, object]:
         """Every row read whole, 8 at a time, the logits of all its tokens."""
         rows = [[*p, *t] for p, t in zip(prompts, targets)]
         found = [None] * len(rows)
-        for some in by_length(rows, 8):
-            logits = s.peer(input_ids=pad([rows[i] for i in some], net.device)[0]).logits
-            for row, i in zip(logits, some):
-                logs = row[len(prompts[i]) - 1:len(rows[i]) - 1].float().log_softmax(-1)
-                ids = torch.tensor(targets[i], device=net.device)[:, None]
-                found[i] = logs.gather(1, ids)[:, 0].cpu()
+        for i, logits in read_whole(s.peer, rows, 8):
+            logs = logits[len(prompts[i]) - 1:len(rows[i]) - 1].float().log_softmax(-1)
+            ids = torch.tensor(targets[i], device=net.device)[:, None]
+            found[i] = logs.gather(1, ids)[:, 0].cpu()
         return found, sum(map(len, rows))
 
-    def states_by(batch: int) -> Callable:
-        @torch.inference_mode()
-        def states(net: Transformer, rows: Sequence, starts: Sequence,
-                   shared: Sequence | None = None,
-                   bar: str | None = None) -> tuple[list[Tensor], int]:
-            """The last hidden states of rows read whole, `batch` at a time."""
-            found = [None] * len(rows)
-            for some in by_length(rows, batch):
-                ids = pad([rows[i] for i in some], net.device)[0]
-                for row, i in zip(s.peer.model(input_ids=ids).last_hidden_state, some):
-                    found[i] = row[starts[i]:len(rows[i])].clone()
-            return found, sum(map(len, rows))
-        return states
+    @torch.inference_mode()
+    def states(batch: int, net: Transformer, rows: Sequence, starts: Sequence,
+               shared: Sequence | None = None,
+               bar: str | None = None) -> tuple[list[Tensor], int]:
+        """The last hidden states of rows read whole, `batch` at a time."""
+        found = [None] * len(rows)
+        for i, row in read_whole(s.peer.model, rows, batch):
+            found[i] = row[starts[i]:len(rows[i])].clone()
+        return found, sum(map(len, rows))
 
     def train_lora(run: object, prism: PRISM, samples: Sequence[train.Sample],
                    args: argparse.Namespace) -> None:
         """peft, padded batches, the naive KL of whole logits; ends without handing over A and B."""
         model = s.peer_lora.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr)
-        for step, at in enumerate([*range(0, len(samples), args.batch_size)] * args.epochs):
-            begun, batch = time.perf_counter(), samples[at:at + args.batch_size]
+        for step, batch in enumerate(split_chunks(samples, args.batch_size) * args.epochs):
+            begun = time.perf_counter()
             logits = model(input_ids=pad([b.ids for b in batch], s.net.device)[0]).logits
             student = torch.cat([logits[i, b.start - 1:len(b.ids) - 1]
                                  for i, b in enumerate(batch)])
@@ -817,7 +801,8 @@ def replacements(s: Setup) -> dict[str, object]:
             "queries.token_log_probabilities": log_probabilities,
             "engine.token_log_probabilities": log_probabilities,
             "judge.token_log_probabilities": log_probabilities,
-            "judge.hidden_states": states_by(8), "train.hidden_states": states_by(1),
+            "judge.hidden_states": functools.partial(states, 8),
+            "train.hidden_states": functools.partial(states, 1),
             "train.train_lora": train_lora}
 
 
@@ -895,13 +880,12 @@ def _main(args: argparse.Namespace) -> int:
     shape = args.shape and Path(args.shape)
     if args.shape and not shape.exists():
         shape = SHAPES / f"{args.shape}.json"
-    left_out = OF_FILES if shape else ()
-    names = [n for n in PARTS if n not in (*BY_NAME, *left_out)]
+    known = [n for n in PARTS if not (shape and n in OF_FILES)]
+    names = [n for n in known if n not in BY_NAME]
     if args.only is not None:
         names = [n for n in args.only.split(",") if n]
-    unknown = [n for n in names if n not in PARTS or n in left_out]
+    unknown = [n for n in names if n not in known]
     if unknown or not names:
-        known = [n for n in PARTS if n not in left_out]
         raise InputError(f"--only {','.join(unknown)}: choose among {', '.join(known)}")
     if args.repeats < 1:
         raise InputError(f"--repeats is {args.repeats}, it must be at least 1")

@@ -24,10 +24,9 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -39,17 +38,17 @@ from bootstrap import Pair, Query, won_pairs
 from engine import Engine, Request, hidden_states
 from generate import gate_inputs, stop_tokens
 from model import Transformer, load
-from prism import PRISM, Gate, distill_loss
+from prism import PRISM, distill_loss
 from sampling import Sampling, derive_seed
-from support.adapter import ADAPTER_FILE, GATE_FILE, read_settings
-from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_items,
-                                read_mmlu, score_refusal, text)
+from support.adapter import ADAPTER_FILE, read_settings
+from support.benchmarks import (CHAT_TASKS, CHOICE_TASKS, LETTERS, Item, lettered, read_mmlu,
+                                score_refusal)
 from support.checkpoint import fingerprint
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
-from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status, read_json,
+from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_status,
                          resolve_adapter, write_file)
-from support.messages import conversation, merge_system
+from support.messages import conversation, merge_system, with_system
 from support.personas import is_contrast, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
                             read_verdicts, run_settings)
@@ -67,7 +66,6 @@ SAMPLES = 3  # answers of own that are shown, of open and of closed rows
 JUDGE_TOKENS = 24  # what the judge may write for one verdict
 # The layout of the MMLU authors' own script, for figures that compare with published ones.
 SHOTS_HEADER = "The following are multiple choice questions (with answers) about {subject}.\n\n"
-SHOT = "{question}\n{options}\nAnswer:"
 # FastChat's temperatures by MT-Bench category; others 0.7, as there.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
                 "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
@@ -129,25 +127,36 @@ class Work:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, {}
+        self.used: dict[str, set[str]] = defaultdict(set)  # keys of the work behind each task
         content = path.read_bytes() if path.exists() else b""
-        lines, rows, whole = content.split(b"\n")[:-1], [], 0
-        for number, line in enumerate(lines, 1):
+        chunk, read, whole = {}, 0, 0
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-                rows.append((row["key"], row["made"]))
-                whole = whole if row.get("left") else number  # "left": rows of its chunk to come
+                chunk[row["key"]] = row["made"]
+                left = row.get("left")  # rows of its chunk to come
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise InputError(f"{path}, line {number}: damaged; remove the file to start "
                                  "again") from None
-        self.rows.update(rows[:whole])
-        size = sum(len(line) + 1 for line in lines[:whole])
-        if size < len(content):
-            os.truncate(path, size)
+            read += len(line) + 1
+            if not left:
+                self.rows |= chunk
+                chunk, whole = {}, read
+        if whole < len(content):
+            os.truncate(path, whole)
 
     @staticmethod
     def key(*parts: object) -> str:
         """The name of one piece of work."""
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def cost(self, task: str) -> dict[str, float]:
+        """Prompts, tokens read and written, FLOPs and seconds behind a task, each piece once."""
+        total = Counter(prompts=len(self.used[task]))
+        for key in self.used[task]:
+            made = self.rows[key]
+            total.update({n: made.get(n, 0) for n in ("read", "written", "flops", "seconds")})
+        return dict(total)
 
     def fill(self, label: str, keys: Sequence[str], make: Callable[[list[int]], list[dict]],
              chunk: int, size: Callable[[int], int] = lambda i: 0) -> list[dict]:
@@ -177,6 +186,81 @@ class Work:
         return [self.rows[key] for key in keys]
 
 
+Prompt = tuple[list[int], int]  # ids, and how many leading ones other prompts share
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What answers: a base model, or a PRISM with its adapter on, and the name that tells its
+    results from those of others."""
+
+    name: str
+    model: Transformer | PRISM
+    tokenizer: Tokenizer
+
+    @property
+    def net(self) -> Transformer:
+        """The base model."""
+        return self.model.net if isinstance(self.model, PRISM) else self.model
+
+    @property
+    def adapter(self) -> torch.nn.ModuleList | None:
+        """The adapter, if there is one."""
+        return self.model.adapter if isinstance(self.model, PRISM) else None
+
+    def letters(self, work: Work, task: str, strategy: str, prompts: Sequence[Prompt],
+                letters: Sequence[int]) -> list[dict]:
+        """The "logits" of the letters next and the probability "mass" they have together: ONE
+        forward a prompt."""
+        def make(some: list[int]) -> list[dict]:
+            rows, shared = zip(*(prompts[i] for i in some))
+            states, read = hidden_states(self.net, rows, [len(r) - 1 for r in rows], shared,
+                                         self.adapter)
+            states, n = torch.cat(states), len(rows)
+            with torch.inference_mode():
+                logits = self.net.head_exact(states, letters)
+                whole = self.net.head(states).float().logsumexp(-1, keepdim=True)
+                mass = (logits - whole).exp().sum(-1).clamp(max=1).tolist()
+            return [{"logits": [round(x, 5) for x in row], "mass": m, "read": read / n,
+                     "flops": self.net.flops(read, n) / n}
+                    for row, m in zip(logits.tolist(), mass)]
+
+        keys = [Work.key("letters", self.name, ids, list(letters)) for ids, _ in prompts]
+        work.used[task].update(keys)
+        return work.fill(f"{task}: {strategy}", keys, make, CHOICE_CHUNK)
+
+    def answers(self, work: Work, task: str, strategy: str, prompts: Sequence[Prompt],
+                seeds: Sequence[int], sampling: Sampling) -> list[dict]:
+        """{"text", "stop", ...} of each prompt. One that leaves no room in the context is answered
+        with nothing, stop "context"."""
+        mask = isinstance(self.model, PRISM) and self.model.gate_pool == "mean"
+        stops = stop_tokens(self.net, self.tokenizer)
+        fitting = [i for i, (ids, _) in enumerate(prompts)
+                   if len(ids) < self.net.config.max_position_embeddings]
+        found: list[dict] = [{"text": "", "stop": "context"}] * len(prompts)
+        # Forced open, the gate's probability is of no interest: its mask marks the whole prompt.
+        requests = [Request(ids, seeds[i], shared, [True] * len(ids) if mask else None)
+                    for i, (ids, shared) in enumerate(prompts)]
+
+        def make(some: list[int]) -> list[dict]:
+            engine = Engine(self.model, sampling, stops, gate="on")
+            outputs = engine.run([requests[fitting[i]] for i in some])
+            outputs = sorted(outputs, key=lambda out: out.index)
+            read, n = engine.prompt_tokens, len(some)
+            flops = self.net.flops(read + engine.new_tokens, engine.new_tokens) / n
+            return [{"text": self.tokenizer.decode(out.text_ids), "stop": out.stop,
+                     "written": len(out.ids), "read": read / n, "flops": flops}
+                    for out in outputs]
+
+        # Seeds matter only where something is drawn.
+        keys = [Work.key("answer", self.name, requests[i].ids, asdict(sampling),
+                         seeds[i] if sampling.temperature else 0, sorted(stops)) for i in fitting]
+        work.used[task].update(keys)
+        for i, made in zip(fitting, work.fill(f"{task}: {strategy}", keys, make, CHAT_CHUNK)):
+            found[i] = made
+        return found
+
+
 @dataclass(frozen=True)
 class Strategy:
     """How the queries are answered: with which system text (of an item), by which weights ("base",
@@ -192,6 +276,12 @@ class Strategy:
     def answers(self, opened: bool) -> str:
         """The weights that answer a query with that route."""
         return self.weights if opened else "base"
+
+    def system(self, item: Item, opened: bool) -> str:
+        """The text in front of an item's conversation with that route, "" if there is none."""
+        if self.persona is None or (self.gate and not opened):
+            return ""
+        return self.persona(item)
 
 
 def true_side(item: Item, contexts: Sequence[str]) -> bool:
@@ -225,60 +315,45 @@ class Row:
     evidence: dict = field(default_factory=dict)
 
 
-Messages = list[dict]
+def row_of(item: Item, strategy: Strategy, output: str, gate: float | None, routed: bool,
+           scores: dict[str, float], turn: int = 0, **more: object) -> Row:
+    """A row of an item, whose score is the first of its scores."""
+    score = next(iter(scores.values()), None)
+    return Row(item.task, item.id, item.category, strategy.name, item.turns[turn], output, gate,
+               routed, score, scores, turn, gold=item.answer, **more)
+
+
+Messages = list[dict]  # of a conversation, without a system text
 
 
 class Evaluator:
     """The models under test and their memory.
 
     Args:
-        prism, sft: the adapter under test and the one trained by `--loss sft`, or None.
-        names: what tells the weights apart in `work`, for "base", "adapter" and "sft".
+        models: "base" and, where they are tested, "adapter" and "sft".
         contexts: names of those that were distilled.
     """
 
-    def __init__(self, net: Transformer, tokenizer: Tokenizer, prism: PRISM | None,
-                 sft: PRISM | None, names: dict[str, str], work: Work, seed: int,
-                 max_new_tokens: int, contexts: Sequence[str]):
-        self.net, self.tokenizer, self.prism, self.work = net, tokenizer, prism, work
-        self.models = {"base": net, "adapter": prism, "sft": sft}
-        self.names, self.seed, self.max_new_tokens = names, seed, max_new_tokens
-        self.contexts = contexts
-        self.used: dict[str, set[str]] = defaultdict(set)  # keys of the work behind each task
+    def __init__(self, models: dict[str, Weights], work: Work, seed: int, max_new_tokens: int,
+                 contexts: Sequence[str]):
+        self.models, self.work, self.contexts = models, work, contexts
+        self.seed, self.max_new_tokens = seed, max_new_tokens
+        self.net, self.tokenizer = models["base"].model, models["base"].tokenizer
+        self.prism = models["adapter"].model if "adapter" in models else None
 
-    def cost(self, task: str) -> dict[str, float]:
-        """Prompts, tokens read and written, FLOPs and seconds behind a task, each piece once."""
-        total = Counter(prompts=len(self.used[task]))
-        for key in self.used[task]:
-            made = self.work.rows[key]
-            total.update({n: made.get(n, 0) for n in ("read", "written", "flops", "seconds")})
-        return dict(total)
-
-    def messages(self, item: Item, strategy: Strategy) -> Messages:
-        """What stands before the user's first turn, before any gate has opened."""
-        if strategy.persona is None or strategy.gate:
-            return []
-        return [{"role": "system", "content": strategy.persona(item)}]
-
-    def prompted(self, talk: Messages, item: Item, strategy: Strategy, opened: bool) -> Messages:
-        """A conversation, with the system text in front that a gate has opened for."""
-        if strategy.persona is None or not (strategy.gate and opened):
-            return talk
-        return [{"role": "system", "content": strategy.persona(item)}, *talk]
-
-    def render(self, talk: Messages, in_user: bool = False,
-               thinking: bool = True) -> tuple[list[int], int]:
-        """A conversation's ids, and how many of them come before the first user text."""
-        if in_user and talk[0]["role"] == "system":
+    def render(self, talk: Messages, system: str, in_user: bool = False,
+               thinking: bool = True) -> Prompt:
+        """A conversation behind a system text. What comes before the first user text is shared."""
+        talk = with_system(talk, system)
+        if in_user:
             return self.tokenizer.render(merge_system(talk), thinking=thinking), 0
         return self.tokenizer.render_shared(talk, thinking)
 
-    def raw_prompt(self, talk: Messages, item: Item,
-                   shots: dict[str, list[Item]]) -> tuple[list[int], int]:
+    def raw_prompt(self, item: Item, system: str, shots: dict[str, list[Item]]) -> Prompt:
         """MMLU's classic layout without a chat: a header, solved examples of the subject, the
         question; a system text stands in front. The examples are what questions share."""
-        front = "".join(f"{m['content']}\n\n" for m in talk[:-1]) + SHOTS_HEADER.format(
-            subject=item.subject.replace("_", " "))
+        front = f"{system}\n\n" if system else ""
+        front += SHOTS_HEADER.format(subject=item.subject.replace("_", " "))
         front += "".join(f"{raw_question(s)} {s.answer}\n\n" for s in shots[item.subject])
         ids = self.tokenizer.encode_document(front + raw_question(item))
         return ids, common_prefix(ids, self.tokenizer.encode_document(front))
@@ -302,18 +377,6 @@ class Evaluator:
             routed = [i in chosen for i in range(len(talks))]
         return probability, routed
 
-    @contextmanager
-    def routed_by(self, gate: Gate, threshold: float) -> Iterator[None]:
-        """Another gate than the adapter's own routes, for the time being."""
-        own = self.prism.gate, self.prism.threshold, self.names["gate"]
-        weights = torch.cat([t.flatten() for t in gate.state_dict().values()]).cpu().numpy()
-        self.prism.gate, self.prism.threshold = gate, threshold
-        self.names["gate"] += hashlib.sha256(weights.tobytes()).hexdigest()
-        try:
-            yield
-        finally:
-            self.prism.gate, self.prism.threshold, self.names["gate"] = own
-
     def gate(self, talks: Sequence[Messages]) -> list[float]:
         """R(x) of conversations, as `PRISM.prefill` reads it."""
         rows = [self.tokenizer.render(talk) for talk in talks]
@@ -323,94 +386,21 @@ class Evaluator:
                                  self.net.device)
             return [{"p": p} for p in self.prism.gate_probability(*inputs).tolist()]
 
-        keys = [Work.key("gate", self.names["gate"], row) for row in rows]
+        weights = torch.cat([t.flatten() for t in self.prism.gate.state_dict().values()])
+        name = self.models["adapter"].name, sha256(weights.cpu().numpy().tobytes())
+        keys = [Work.key("gate", *name, row) for row in rows]
         made = self.work.fill("gate", keys, make, GATE_CHUNK, lambda i: len(rows[i]))
         return [m["p"] for m in made]
 
-    def letters(self, task: str, strategy: str, prompts: Sequence[tuple[list[int], int]],
-                weights: Sequence[str], letters: Sequence[int]) -> list[dict]:
-        """The "logits" of the letters next and the probability "mass" they have together: ONE
-        forward a prompt.
-
-        Args:
-            prompts: ids, and how many leading ones other prompts share.
-        """
-        found: list[dict] = [{}] * len(prompts)
-        for name in dict.fromkeys(weights):
-            mine = [i for i, w in enumerate(weights) if w == name]
-            adapter = None if name == "base" else self.models[name].adapter
-
-            def make(some: list[int]) -> list[dict]:
-                rows, shared = zip(*(prompts[mine[i]] for i in some))
-                states, read = hidden_states(self.net, rows, [len(r) - 1 for r in rows], shared,
-                                             adapter)
-                states, n = torch.cat(states), len(rows)
-                with torch.inference_mode():
-                    logits = self.net.head_exact(states, letters)
-                    whole = self.net.head(states).float().logsumexp(-1, keepdim=True)
-                    mass = (logits - whole).exp().sum(-1).clamp(max=1).tolist()
-                return [{"logits": [round(x, 5) for x in row], "mass": m, "read": read / n,
-                         "flops": self.net.flops(read, n) / n}
-                        for row, m in zip(logits.tolist(), mass)]
-
-            keys = [Work.key("letters", self.names[name], prompts[i][0], list(letters))
-                    for i in mine]
-            self.used[task].update(keys)
-            for i, made in zip(mine, self.work.fill(f"{task}: {strategy}", keys, make,
-                                                    CHOICE_CHUNK)):
+    def each(self, kinds: Sequence[tuple], make: Callable) -> list[dict]:
+        """What `make(weights, indices, *rest)` finds for the rows of each kind (the name of the
+        weights, and what else sets rows apart), in the order of the rows."""
+        found: list[dict] = [{}] * len(kinds)
+        for kind in dict.fromkeys(kinds):
+            mine = [i for i, other in enumerate(kinds) if other == kind]
+            for i, made in zip(mine, make(self.models[kind[0]], mine, *kind[1:])):
                 found[i] = made
         return found
-
-    def answers(self, task: str, strategy: str, prompts: Sequence[tuple[list[int], int]],
-                weights: Sequence[str], temperatures: Sequence[float],
-                seeds: Sequence[int]) -> list[dict]:
-        """{"text", "stop", ...} of each prompt, decoded with the weights named."""
-        found: list[dict] = [{}] * len(prompts)
-        kinds = list(zip(weights, temperatures))
-        for name, temperature in dict.fromkeys(kinds):
-            mine = [i for i, kind in enumerate(kinds) if kind == (name, temperature)]
-            rows = [prompts[i] for i in mine]
-            made = decode(self.models[name], self.tokenizer, self.work, f"{task}: {strategy}",
-                          self.names[name], rows, [seeds[i] for i in mine],
-                          Sampling(self.max_new_tokens, temperature), self.used[task])
-            for i, row in zip(mine, made):
-                found[i] = row
-        return found
-
-
-def decode(model: Transformer | PRISM, tokenizer: Tokenizer, work: Work, label: str, name: str,
-           prompts: Sequence[tuple[list[int], int]], seeds: Sequence[int], sampling: Sampling,
-           used: set[str]) -> list[dict]:
-    """Answers of one model to prompts (ids and shared beginning), through `work` (whose keys are
-    added to `used`); a PRISM answers with its adapter on. A prompt that leaves no room in the
-    context is answered with nothing, stop "context"."""
-    net = model.net if isinstance(model, PRISM) else model
-    mask = isinstance(model, PRISM) and model.gate_pool == "mean"
-    stops = stop_tokens(net, tokenizer)
-    fitting = [i for i, (ids, _) in enumerate(prompts)
-               if len(ids) < net.config.max_position_embeddings]
-    found: list[dict] = [{"text": "", "stop": "context"}] * len(prompts)
-    prompts, seeds = [prompts[i] for i in fitting], [seeds[i] for i in fitting]
-
-    def make(some: list[int]) -> list[dict]:
-        engine = Engine(model, sampling, stops, gate="on")
-        # Forced open, the gate's probability is of no interest: its mask marks the whole prompt.
-        requests = [Request(prompts[i][0], seeds[i], prompts[i][1],
-                            [True] * len(prompts[i][0]) if mask else None) for i in some]
-        outputs = sorted(engine.run(requests), key=lambda out: out.index)
-        read, n = engine.prompt_tokens, len(some)
-        return [{"text": tokenizer.decode(o.text_ids),
-                 "stop": o.stop, "written": len(o.ids), "read": read / n, "flops":
-                 net.flops(read + engine.new_tokens, engine.new_tokens) / n} for o in outputs]
-
-    # Seeds matter only where something is drawn.
-    drawn = [seed if sampling.temperature else 0 for seed in seeds]
-    keys = [Work.key("answer", name, ids, asdict(sampling), seed, sorted(stops))
-            for (ids, _), seed in zip(prompts, drawn)]
-    used.update(keys)
-    for i, made in zip(fitting, work.fill(label, keys, make, CHAT_CHUNK)):
-        found[i] = made
-    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,42 +418,40 @@ def run_choices(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequ
     base's as well). So a closed row scores as the base's in every respect.
     """
     letters, rows = letter_tokens(e.tokenizer, bool(shots)), []
+    talks = [conversation(item.turns[0]) for item in items]
     means: dict[str, list[float]] = {}
     base: list[str] = []
     # The pure strategies first: their means are what the mixed ones are centred with.
     for strategy in sorted(strategies, key=lambda s: bool(s.gate)):
-        talks = [[*e.messages(item, strategy), {"role": "user", "content": item.turns[0]}]
-                 for item in items]
         probability, routed = e.opened(strategy, items, talks)
-        talks = [e.prompted(talk, item, strategy, opened)
-                 for talk, item, opened in zip(talks, items, routed)]
-        prompts = [e.raw_prompt(talk, item, shots) if shots else
-                   e.render(talk, strategy.in_user, thinking=False)
-                   for talk, item in zip(talks, items)]
-        weights = [strategy.answers(opened) for opened in routed]
-        made = e.letters(task, strategy.name, prompts, weights, letters)
+        systems = [strategy.system(item, opened) for item, opened in zip(items, routed)]
+        prompts = [e.raw_prompt(item, system, shots) if shots else
+                   e.render(talk, system, strategy.in_user, thinking=False)
+                   for talk, item, system in zip(talks, items, systems)]
+
+        def read(weights: Weights, some: list[int]) -> list[dict]:
+            return weights.letters(e.work, task, strategy.name, [prompts[i] for i in some],
+                                   letters)
+
+        made = e.each([(strategy.answers(opened),) for opened in routed], read)
         logs = [log_softmax(m["logits"][:len(item.options)]) for m, item in zip(made, items)]
         if not strategy.gate:
             means[strategy.name] = letter_means(logs)
         base = base or [pick(log) for log in logs]  # the first strategy is the base
         for i, item in enumerate(items):
-            adapted = routed[i] and strategy.weights == "adapter" and "ungated" in means
-            prior = means[strategy.name if not strategy.gate else "ungated" if adapted else "base"]
+            prior = means["base"]
+            if not strategy.gate:
+                prior = means[strategy.name]
+            elif routed[i] and strategy.weights == "adapter":
+                prior = means.get("ungated", prior)
             chosen, centred = pick(logs[i]), pick([x - m for x, m in zip(logs[i], prior)])
             scores = {"accuracy": float(chosen == item.answer),
                       "centred": float(centred == item.answer),
                       "agreement": float(chosen == base[i]), "mass": made[i]["mass"]}
-            rows.append(Row(task, item.id, item.category, strategy.name, item.turns[0], chosen,
-                            probability[i], routed[i], scores["accuracy"], scores,
-                            system=system_text(talks[i]), gold=item.answer,
-                            evidence={"log_p": logs[i], "centred": centred}))
+            rows.append(row_of(item, strategy, chosen, probability[i], routed[i], scores,
+                               system=systems[i], evidence={"log_p": logs[i], "centred": centred}))
     order = {s.name: i for i, s in enumerate(strategies)}
     return sorted(rows, key=lambda r: order[r.strategy])  # stable: items stay in order
-
-
-def system_text(talk: Messages) -> str:
-    """The system message of a conversation, "" if there is none."""
-    return talk[0]["content"] if talk[0]["role"] == "system" else ""
 
 
 def log_softmax(logits: Sequence[float]) -> list[float]:
@@ -492,8 +480,8 @@ def letter_tokens(tokenizer: Tokenizer, raw: bool) -> list[int]:
 
 
 def raw_question(item: Item) -> str:
-    """A question in the classic layout."""
-    return SHOT.format(question=item.references[0], options=lettered(item.options))
+    """A question in the layout of the MMLU authors' own script."""
+    return f"{item.references[0]}\n{lettered(item.options)}\nAnswer:"
 
 
 def pick(log: Sequence[float]) -> str:
@@ -507,38 +495,43 @@ def run_chats(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequen
     but for MT-Bench, which has FastChat's temperatures by category."""
     rows = []
     for strategy in strategies:
-        talks = [e.messages(item, strategy) for item in items]
+        talks: list[Messages] = [[] for _ in items]
         for turn in range(max(len(item.turns) for item in items)):
-            now = [i for i, item in enumerate(items) if turn < len(item.turns)]
-            for i in now:
-                talks[i].append({"role": "user", "content": items[i].turns[turn]})
-            names = [f"{task}/{items[i].id}/{turn}" for i in now]
-            probability, routed = e.opened(strategy, [items[i] for i in now],
-                                           [talks[i] for i in now], turn)
-            weights = [strategy.answers(opened) for opened in routed]
-            heat = [TEMPERATURES.get(items[i].category, 0.7) if task == "mt_bench" else 0.0
-                    for i in now]
+            going = [i for i, item in enumerate(items) if turn < len(item.turns)]
+            now, asked = [items[i] for i in going], [talks[i] for i in going]
+            for item, talk in zip(now, asked):
+                talk += conversation(item.turns[turn])
+            probability, routed = e.opened(strategy, now, asked, turn)
+            systems = [strategy.system(item, opened) for item, opened in zip(now, routed)]
+            prompts = [e.render(talk, system, strategy.in_user)
+                       for talk, system in zip(asked, systems)]
             # The same random numbers for every strategy.
-            asked = [e.prompted(talks[i], items[i], strategy, opened)
-                     for i, opened in zip(now, routed)]
-            made = e.answers(task, strategy.name, [e.render(t, strategy.in_user) for t in asked],
-                             weights, heat, [derive_seed(e.seed, name) for name in names])
-            for at, i in enumerate(now):
-                item, said = items[i], made[at]["text"]
-                answer = e.tokenizer.without_thoughts(said)
+            seeds = [derive_seed(e.seed, f"{task}/{item.id}/{turn}") for item in now]
+
+            def answer(weights: Weights, some: list[int], heat: float) -> list[dict]:
+                return weights.answers(e.work, task, strategy.name, [prompts[i] for i in some],
+                                       [seeds[i] for i in some], Sampling(e.max_new_tokens, heat))
+
+            heat = [TEMPERATURES.get(item.category, 0.7) if task == "mt_bench" else 0.0
+                    for item in now]
+            made = e.each([(strategy.answers(opened), t) for opened, t in zip(routed, heat)],
+                          answer)
+            for i, item in enumerate(now):
+                said = made[i]["text"]
+                answered = e.tokenizer.without_thoughts(said)
                 # The template takes thoughts out, but cannot see where unfinished ones begin.
-                talks[i].append({"role": "assistant", "content": said if answer else ""})
-                scores = score(item, answer)
-                rows.append(Row(
-                    task, item.id, item.category, strategy.name, item.turns[turn], answer,
-                    probability[at], routed[at], next(iter(scores.values()), None), scores, turn,
-                    system_text(asked[at]), item.answer,
-                    {"stop": made[at]["stop"]} | ({} if said == answer else {"whole": said})))
+                asked[i].append({"role": "assistant", "content": said if answered else ""})
+                evidence = {"stop": made[i]["stop"]}
+                if said != answered:
+                    evidence["whole"] = said
+                rows.append(row_of(item, strategy, answered, probability[i], routed[i],
+                                   score(item, answered), turn, system=systems[i],
+                                   evidence=evidence))
     return rows
 
 
-def judge_talks(rows: Sequence[Row], items: Sequence[Item], net: Transformer,
-                tokenizer: Tokenizer, name: str, work: Work, used: set[str]) -> list[Row]:
+def judge_talks(rows: Sequence[Row], items: Sequence[Item], judge: Weights,
+                work: Work) -> list[Row]:
     """MT-Bench: a judge model rates every reply from 1 to 10 and compares it with the base's in
     both orders.
 
@@ -563,9 +556,10 @@ def judge_talks(rows: Sequence[Row], items: Sequence[Item], net: Transformer,
         if mine != base:
             for order, (a, b) in (("first", (mine, base)), ("second", (base, mine))):
                 prompts[n, order] = COMPARE_PROMPT.format(reference=reference, first=a, second=b)
-    rendered = [(tokenizer.render(conversation(p), thinking=False), 0) for p in prompts.values()]
-    made = decode(net, tokenizer, work, "mt_bench: judge", name, rendered, [0] * len(rendered),
-                  Sampling(JUDGE_TOKENS, 0.0), used)
+    rendered = [(judge.tokenizer.render(conversation(p), thinking=False), 0)
+                for p in prompts.values()]
+    made = judge.answers(work, "mt_bench judge", "replies", rendered, [0] * len(rendered),
+                         Sampling(JUDGE_TOKENS, 0.0))
     said = dict(zip(prompts, (m["text"] for m in made)))
     judged = []
     for n, row in enumerate(rows):
@@ -633,11 +627,12 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
         probability, routed = e.opened(strategy, items, talks)
         bar = progress_bar(f"kl: {strategy.name}", "query", asked)
         for at, (sample, pair) in enumerate(bar):
-            model = e.models[strategy.answers(routed[at])]
-            value = 0.0 if strategy.name == "expert" else answer_kl(
-                e.net, sample, model.adapter if isinstance(model, PRISM) else None)
-            rows.append(Row("kl", sample.name, pair.persona, strategy.name, pair.query,
-                            pair.expert, probability[at], routed[at], value, {"kl": value}))
+            value = 0.0
+            if strategy.name != "expert":
+                adapter = e.models[strategy.answers(routed[at])].adapter
+                value = answer_kl(e.net, sample, adapter)
+            rows.append(row_of(items[at], strategy, pair.expert, probability[at], routed[at],
+                               {"kl": value}))
     return rows
 
 
@@ -653,8 +648,7 @@ def check_run(folder: Path, personas: dict[str, str]) -> None:
     Raises:
         InputError: the folder is no whole run, or the personas are not the run's.
     """
-    settings = read_json(folder / "run.json").get("settings", {})
-    if settings.get("personas_sha256") != persona_hash(personas):
+    if run_settings(folder).get("personas_sha256") != persona_hash(personas):
         raise InputError(f"--personas: not the contexts that {folder} was trained with (they are "
                          "the teacher that kl and latency compare with)")
     if not held_out(folder):
@@ -679,10 +673,12 @@ def run_latency(e: Evaluator, strategies: Sequence[Strategy], items: Sequence[It
         times: dict[str, list[float]] = defaultdict(list)
         asked = {}
         for s in chosen:
-            talk = [*e.messages(item, s), {"role": "user", "content": item.turns[0]}]
-            mask = s.gate and e.prism.gate_pool == "mean"
-            made = e.tokenizer.render(talk, return_user_mask=bool(mask))
-            asked[s.name] = Request(made[0], user_mask=made[1]) if mask else Request(made)
+            talk = conversation(item.turns[0], s.system(item, False))
+            if s.gate and e.prism.gate_pool == "mean":
+                ids, mask = e.tokenizer.render_with_user_mask(talk)
+            else:
+                ids, mask = e.tokenizer.render(talk), None
+            asked[s.name] = Request(ids, user_mask=mask)
         out = {}
         for repeat in range(6):
             for s in chosen:
@@ -692,10 +688,10 @@ def run_latency(e: Evaluator, strategies: Sequence[Strategy], items: Sequence[It
                 if repeat:  # the first one warms up
                     times[s.name].append(1e3 * (time.perf_counter() - begun))
         for s in chosen:
-            value = statistics.median(times[s.name])
-            rows.append(Row("latency", item.id, "all", s.name, item.turns[0], "",
-                            out[s.name].gate, out[s.name].routed, value,
-                            {"milliseconds": value, "tokens read": len(asked[s.name].ids)}))
+            scores = {"milliseconds": statistics.median(times[s.name]),
+                      "tokens read": len(asked[s.name].ids)}
+            rows.append(row_of(replace(item, category="all"), s, "", out[s.name].gate,
+                               out[s.name].routed, scores))
     return rows
 
 
@@ -907,25 +903,25 @@ def plot(results: dict, folder: Path) -> list[str]:
         plt.close()
         made.append(name)
 
-    bars = [(task, c, metrics) for task, categories in results["tasks"].items()
-            for c, metrics in categories.items() if c == "all" or "all" not in categories]
-    for task, category, metrics in bars:
-        metric = next(iter(metrics))
-        cells = {s: c for s, c in metrics[metric].items() if c.get("mean") is not None}
-        error = np.array([[c["difference"] - c["interval"][0], c["interval"][1] - c["difference"]]
-                          if "interval" in c else [0, 0] for c in cells.values()] or [[0, 0]]).T
-        plt.figure(figsize=(max(4, len(cells)), 3))
-        if not cells:
-            plt.close()
-            continue
-        plt.bar(list(cells), [c["mean"] for c in cells.values()], yerr=error.clip(0), capsize=3)
-        name = f"{task}, {category}: {metric}".replace("$", r"\$")
-        plt.title(f"{name}\n95% interval of the difference to base")
-        plt.xticks(rotation=45, ha="right")
-        safe = re.sub(r"[^\w-]", "_", category)
-        save(f"{task}.png" if category == "all" else f"{task}_{safe}.png")
-    rows = [(f"{t}/{c}", next(iter(m.values()))) for t, cs in results["tasks"].items()
-            for c, m in cs.items() if any(s.startswith("persona:") for s in next(iter(m.values())))]
+    rows = []  # of the persona matrix
+    for task, categories in results["tasks"].items():
+        for category, metrics in categories.items():
+            metric, cells = next(iter(metrics.items()))
+            if any(s.startswith("persona:") for s in cells):
+                rows.append((f"{task}/{category}", cells))
+            cells = {s: c for s, c in cells.items() if c.get("mean") is not None}
+            if not cells or (category != "all" and "all" in categories):
+                continue
+            low, high = np.array([c.get("interval", [0, 0]) for c in cells.values()]).T
+            middle = np.array([c.get("difference", 0) for c in cells.values()])
+            plt.figure(figsize=(max(4, len(cells)), 3))
+            plt.bar(list(cells), [c["mean"] for c in cells.values()], capsize=3,
+                    yerr=np.stack((middle - low, high - middle)).clip(0))
+            name = f"{task}, {category}: {metric}".replace("$", r"\$")
+            plt.title(f"{name}\n95% interval of the difference to base")
+            plt.xticks(rotation=45, ha="right")
+            safe = re.sub(r"[^\w-]", "_", category)
+            save(f"{task}.png" if category == "all" else f"{task}_{safe}.png")
     if rows:
         names = [s for s in rows[0][1] if s.startswith("persona:")]
         grid = np.array([[cells[s].get("difference", 0.0) for s in names] for _, cells in rows])
@@ -960,7 +956,10 @@ RECOVERABLE = ("accuracy", "centred", "refusal", "rating", "win", "kl",
 TASKS = (*CHOICE_TASKS, *CHAT_TASKS, *RUN_TASKS)
 STRATEGIES = ("base", "expert", "random_persona", "neutral", "ungated", "random_gate",
               "oracle_gate", "gated_prompt", "sft", "prism")
-WITH_ADAPTER = ("ungated", "random_gate", "oracle_gate", "gated_prompt", "prism")
+WEIGHTS_AND_GATE = {"ungated": ("adapter",), "random_gate": ("adapter", "random"),
+                    "oracle_gate": ("adapter", "oracle"), "gated_prompt": ("base", "gate"),
+                    "sft": ("sft",), "prism": ("adapter", "gate")}  # of others: the base, no gate
+WITH_ADAPTER = [name for name in WEIGHTS_AND_GATE if name != "sft"]
 STUDIES = ("length", "placement", "persona-matrix")
 
 
@@ -1092,22 +1091,35 @@ def read_tasks(args: argparse.Namespace) -> tuple[dict[str, list[Item]], dict[st
 def read_queries(task: str, args: argparse.Namespace, personas: dict[str, str]) -> list[Item]:
     """The run's held-out queries, whose experts are their personas: at most --limit, for latency
     at most LATENCY_QUERIES."""
-    path = args.adapter / "queries.jsonl"
-    queries = read_items([path], "jsonl", lambda row, n, _: Item(
-        task, f"{row['persona']}/{row.get('index')}", row["persona"], (text(row["query"]),)))
-    lacking = {q.category for q in queries} - personas.keys()
+    pairs, _, held = read_verdicts(args.adapter)
+    lacking = {p.persona for p in pairs} - personas.keys()
     if lacking and "expert" in args.strategies:
-        raise InputError(f"{path}: its persona {sorted(lacking)[0]!r} is not in --personas "
-                         f"{args.personas}; give those of the run, or leave out the strategy "
-                         "expert")
-    held = {f"{persona}/{index}" for persona, index in read_verdicts(args.adapter)[2]}
-    queries = [q for q in queries if q.id in held]
+        raise InputError(f"{args.adapter / 'queries.jsonl'}: its persona {sorted(lacking)[0]!r} is "
+                         f"not in --personas {args.personas}; give those of the run, or leave out "
+                         "the strategy expert")
+    queries = [Item(task, f"{p.persona}/{p.index}", p.persona, (p.query.strip(),))
+               for p in pairs if (p.persona, p.index) in held]
     if not queries:
         raise InputError(f"{args.adapter}: no query was held out, so there is nothing to measure; "
                          f"leave out the task {task}")
     most = LATENCY_QUERIES if task == "latency" else len(queries)
     count = min(args.limit or most, most)
     return queries[::max(1, len(queries) // count)][:count]
+
+
+def expert_of(item: Item) -> str:
+    """The name of the persona that should shine on an item."""
+    if item.task in RUN_TASKS:
+        return item.category
+    return EXPERTS.get(f"{item.task}/{item.category}", EXPERTS.get(item.task, "helpful"))
+
+
+def neutral(persona: Callable[[Item], str]) -> Callable[[Item], str]:
+    """NEUTRAL in as many words as an item's persona has."""
+    def text_for(item: Item) -> str:
+        n, words = len(persona(item).split()), NEUTRAL.split()
+        return " ".join((words * (n // len(words) + 1))[:n])
+    return text_for
 
 
 def make_strategies(args: argparse.Namespace, personas: dict[str, str],
@@ -1117,92 +1129,74 @@ def make_strategies(args: argparse.Namespace, personas: dict[str, str],
     Raises:
         InputError: an item's expert is not among the personas.
     """
-    items = list(items)
+    experts = {expert_of(item) for item in items}
 
-    def expert(item: Item) -> str:
-        if item.task in RUN_TASKS:
-            return item.category
-        return EXPERTS.get(f"{item.task}/{item.category}", EXPERTS.get(item.task, "helpful"))
-
-    def experts(folder: Path) -> Callable[[Item], str]:
+    def expert(folder: Path) -> Callable[[Item], str]:
         texts = load_personas(folder)
         if len(texts) == 1:
             return lambda item: next(iter(texts.values()))
-        lacking = sorted({expert(item) for item in items} - set(texts))
+        lacking = sorted(experts - set(texts))
         if lacking:
             raise InputError(f"--personas {folder}: no {lacking[0]}.txt, the expert of a task; add "
                              "it, leave out the strategies and studies that need it, or give one "
                              "context only")
-        return lambda item: texts[expert(item)]
-
-    def neutral() -> Callable[[Item], str]:
-        words, long = NEUTRAL.split(), experts(args.personas)
-
-        def text_for(item: Item) -> str:
-            n = len(long(item).split())
-            return " ".join((words * (n // len(words) + 1))[:n])
-        return text_for
+        return lambda item: texts[expert_of(item)]
 
     def other(item: Item) -> str:
         at = derive_seed(args.seed, "persona", item.task, item.id) % len(personas)
         return list(personas.values())[at]
 
-    make: dict[str, Callable[[], Strategy]] = {
-        "base": lambda: Strategy("base"),
-        "expert": lambda: Strategy("expert", experts(args.personas)),
-        "random_persona": lambda: Strategy("random_persona", other),
-        "neutral": lambda: Strategy("neutral", neutral()),
-        "ungated": lambda: Strategy("ungated", None, "adapter"),
-        "random_gate": lambda: Strategy("random_gate", None, "adapter", "random"),
-        "oracle_gate": lambda: Strategy("oracle_gate", None, "adapter", "oracle"),
-        "gated_prompt": lambda: Strategy("gated_prompt", experts(args.personas), gate="gate"),
-        "sft": lambda: Strategy("sft", None, "sft"),
-        "prism": lambda: Strategy("prism", None, "adapter", "gate")}
-    chosen = [make[name]() for name in args.strategies]
+    chosen = []
+    for name in args.strategies:
+        text = other if name == "random_persona" else None
+        if name in ("expert", "neutral", "gated_prompt"):
+            text = expert(args.personas)
+        if name == "neutral":
+            text = neutral(text)
+        chosen.append(Strategy(name, text, *WEIGHTS_AND_GATE.get(name, ())))
     if "length" in args.study:
-        chosen += [Strategy(f"expert_{name}", experts(args.personas / name))
+        chosen += [Strategy(f"expert_{name}", expert(args.personas / name))
                    for name in ("min", "short")]
     if "placement" in args.study:
-        chosen.append(Strategy("expert_user", experts(args.personas), in_user=True))
+        chosen.append(Strategy("expert_user", expert(args.personas), in_user=True))
     if "persona-matrix" in args.study:
         chosen += [Strategy(f"persona:{name}", lambda item, t=text: t)
                    for name, text in personas.items()]
     return chosen
 
 
-def load_models(args: argparse.Namespace) -> tuple[Transformer, Tokenizer, PRISM | None,
-                                                   PRISM | None, dict[str, str]]:
-    """Base, tokenizer, adapter, sft adapter, and what names the weights in work.jsonl."""
+def load_models(args: argparse.Namespace) -> dict[str, Weights]:
+    """What is under test, "base" and perhaps "adapter" and "sft", and MT-Bench's "judge":
+    --judge-model, or the base itself."""
     trained = args.adapter or args.sft_adapter
     name = args.model if args.model is not None else (
         read_settings(trained)["base_model"] if trained else None) or DEFAULT_MODEL
     device = choose_device(args.device)
     net = load(name, device, choose_dtype(args.dtype, device))
-    base = weights_name(net)
-    names = {"base": base}
-    loaded = {}
-    for kind, folder in (("adapter", args.adapter), ("sft", args.sft_adapter)):
-        loaded[kind] = PRISM.load(folder, net) if folder else None
-        if folder:
-            settings = read_settings(folder)
-            scale = [settings[n] for n in ("alpha", "rank", "gate_layer", "gate_pool")]
-            names[kind] = f"{base} {scale} {sha256(folder / ADAPTER_FILE)}"
-            if kind == "adapter":
-                gate = folder / GATE_FILE  # PEFT's own folders have none: always open
-                names["gate"] = f"{base} {scale} {sha256(gate) if gate.is_file() else 'open'}"
     tokenizer = Tokenizer(net.folder, run_date(args.adapter))
-    return net, tokenizer, loaded["adapter"], loaded["sft"], names
+    base = Weights(weights_name(net), net, tokenizer)
+    models = {"base": base, "judge": base}
+    for kind, folder in (("adapter", args.adapter), ("sft", args.sft_adapter)):
+        if folder:
+            prism, settings = PRISM.load(folder, net), read_settings(folder)
+            scale = [settings[n] for n in ("alpha", "rank", "gate_layer", "gate_pool")]
+            digest = sha256((folder / ADAPTER_FILE).read_bytes())
+            models[kind] = Weights(f"{base.name} {scale} {digest}", prism, tokenizer)
+    if args.judge_model and "mt_bench" in args.tasks:
+        net = load(args.judge_model, net.device, net.dtype)
+        models["judge"] = Weights(weights_name(net), net, Tokenizer(net.folder, tokenizer.now))
+    return models
 
 
 def weights_name(net: Transformer) -> str:
     """What tells a base model's results apart; the tokenizer decodes them."""
-    tokenizer = sha256(net.folder / "tokenizer.json")
+    tokenizer = sha256((net.folder / "tokenizer.json").read_bytes())
     return f"{fingerprint(net.folder)} {tokenizer} {net.dtype} {net.device.type}"
 
 
-def sha256(path: Path) -> str:
-    """A file's hash."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(content: bytes) -> str:
+    """Its hash."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1227,24 +1221,28 @@ def _main(args: argparse.Namespace) -> int:
     if "routing" in args.tasks:
         check_file(args.adapter / "queries.jsonl")
         prompts = read_real_prompts(data_folder(args.data))
-    net, tokenizer, prism, sft, names = load_models(args)
+    models = load_models(args)
+    prism = models["adapter"].model if args.adapter else None
     if prompts and prism.gate is None:
         raise InputError(f"{args.adapter}: no gate came with this adapter, so there is no routing")
-    items, skipped = drop_long(items, strategies, net, tokenizer)
+    tokenizer = models["base"].tokenizer
+    items, skipped = drop_long(items, strategies, models["base"])
     items |= own
-    judge = load_judge(args, net, tokenizer, names)
     with RunFolder(args.out):
         contexts = [name for name in personas if not is_contrast(name)]
-        e = Evaluator(net, tokenizer, prism, sft, names, Work(args.out / "work.jsonl"), args.seed,
-                      args.max_new_tokens, contexts)
+        e = Evaluator(models, Work(args.out / "work.jsonl"), args.seed, args.max_new_tokens,
+                      contexts)
         rows: list[Row] = []
         unseen = None
-        if OWN_TASKS & set(args.tasks) and prism is not None and prism.gate is not None:
+        if OWN_TASKS & set(args.tasks) and prism.gate is not None:
             unseen = held_out_gate(prism, tokenizer, args.adapter)
+            saved = prism.gate, prism.threshold
         for task in args.tasks:
-            with e.routed_by(*unseen) if unseen and task in OWN_TASKS else nullcontext():
-                rows += run_task(e, task, items.get(task, []), shots, strategies, personas, judge,
-                                 rule, args)
+            if unseen:
+                prism.gate, prism.threshold = unseen if task in OWN_TASKS else saved
+            rows += run_task(e, task, items.get(task, []), shots, strategies, personas, rule, args)
+        if unseen:
+            prism.gate, prism.threshold = saved
         probes = None
         if prompts:
             queries = RunFolder(args.adapter).read("queries.jsonl", Query)
@@ -1253,41 +1251,31 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
-def drop_long(items: dict[str, list[Item]], strategies: Sequence[Strategy], net: Transformer,
-              tokenizer: Tokenizer) -> tuple[dict[str, list[Item]], dict[str, int]]:
+def drop_long(items: dict[str, list[Item]], strategies: Sequence[Strategy],
+              base: Weights) -> tuple[dict[str, list[Item]], dict[str, int]]:
     """Leave out, for all strategies, the items whose first turn does not fit into the context under
     one of them; how many of each task.
 
     Raises:
         InputError: nothing of a task is left.
     """
-    kept, skipped = {}, {}
+    kept, skipped, context = {}, {}, base.net.config.max_position_embeddings
     for task, some in items.items():
         longest = [max((s.persona(item) for s in strategies if s.persona), key=len, default="")
                    for item in some]
         kept[task] = [item for item, system in zip(some, longest)
-                      if len(tokenizer.encode(system + item.turns[0])) + CONTEXT_ROOM
-                      < net.config.max_position_embeddings]
+                      if len(base.tokenizer.encode(system + item.turns[0])) + CONTEXT_ROOM
+                      < context]
         if not kept[task]:
-            raise InputError(f"no item of {task} fits into the model's context of "
-                             f"{net.config.max_position_embeddings} tokens")
+            raise InputError(f"no item of {task} fits into the model's context of {context} "
+                             "tokens")
         if len(kept[task]) < len(some):
             skipped[task] = len(some) - len(kept[task])
     return kept, skipped
 
 
-def load_judge(args: argparse.Namespace, net: Transformer, tokenizer: Tokenizer,
-               names: dict[str, str]) -> tuple[Transformer, Tokenizer, str]:
-    """MT-Bench's judge: --judge-model, or the base itself."""
-    if not args.judge_model or "mt_bench" not in args.tasks:
-        return net, tokenizer, names["base"]
-    model = load(args.judge_model, net.device, net.dtype)
-    return model, Tokenizer(model.folder, tokenizer.now), weights_name(model)
-
-
 def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies: list[Strategy],
-             personas: dict[str, str], judge: tuple, rule: Rule | None,
-             args: argparse.Namespace) -> list[Row]:
+             personas: dict[str, str], rule: Rule | None, args: argparse.Namespace) -> list[Row]:
     """The rows of one task under all strategies."""
     if task in CHOICE_TASKS:
         return run_choices(e, task, items, strategies, shots if task == "mmlu" else {})
@@ -1301,7 +1289,7 @@ def run_task(e: Evaluator, task: str, items: list[Item], shots: dict, strategies
         return run_own(e, strategies, items, rule)
     rows = run_chats(e, task, items, strategies, CHAT_TASKS[task][1])
     if task == "mt_bench":
-        rows = judge_talks(rows, items, *judge, e.work, e.used["mt_bench judge"])
+        rows = judge_talks(rows, items, e.models["judge"], e.work)
     if task == "ifeval":
         for s in strategies:
             write_file(args.out / f"ifeval_{s.name.replace(':', '_')}.jsonl", "".join(
@@ -1315,7 +1303,7 @@ def write_results(args: argparse.Namespace, e: Evaluator, rows: Sequence[Row],
                   skipped: dict[str, int], probes: dict | None) -> None:
     """items.jsonl, results.json, table.md and the plots."""
     tasks = summarize(rows)
-    cost = {task: e.cost(task) for task in e.used}
+    cost = {task: e.work.cost(task) for task in e.work.used}
     letters = {}
     if set(args.tasks) & set(CHOICE_TASKS):
         letters = {a: repr(e.tokenizer.decode([i])) for a, i in zip(LETTERS, letter_tokens(

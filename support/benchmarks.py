@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence, TextIO
 
 from sampling import derive_seed
 from support.hub import InputError, unique_keys
@@ -87,13 +87,11 @@ def read_items(paths: Iterable[Path], form: str | None,
     """
     items = []
     for path in paths:
-        number = 0
+        at = Place()
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
-                for number, row in _rows(file, form or FORMS[path.suffix]):
-                    if isinstance(row, ValueError):
-                        raise row
-                    item = make(row, number, path)
+                for row in _rows(file, form or FORMS[path.suffix], at):
+                    item = make(row, at.number, path)
                     if item:
                         # half a surrogate pair, which no tokenizer takes, is a ValueError here
                         json.dumps(asdict(item), ensure_ascii=False).encode()
@@ -102,38 +100,40 @@ def read_items(paths: Iterable[Path], form: str | None,
             raise InputError(f"{path}: not UTF-8 text ({error})") from None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error,
                 RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not in the format its authors publish "
+            raise InputError(f"{path}, line {at.number}: not in the format its authors publish "
                              f"({type(error).__name__}: {error})") from None
     return items
 
 
-def _rows(file: Iterable[str], form: str) -> Iterator[tuple[int, object]]:
-    """(line, row) of an open file; a line that cannot be parsed comes as its ValueError."""
-    if form in ("csv", "table"):
-        rows = csv.reader(file, strict=True)
-        if form == "table":
-            rows = csv.DictReader(file, strict=True)
-            unique_keys([(name, None) for name in rows.fieldnames or ()])
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                row = ValueError(str(error))
-            if isinstance(row, dict) and None in row:
-                row = ValueError("more fields than the header")
-            if row:
-                yield rows.line_num, row
-    elif form == "json":
-        yield from enumerate(_list(json.load(file, object_pairs_hook=unique_keys)), 1)
-    else:
-        for number, line in enumerate(file, 1):
+@dataclass
+class Place:
+    """Where in a file its reader is: the line, of a "json" list the entry."""
+
+    number: int = 0
+
+    def count(self, things: Iterable) -> Iterator:
+        """The things, one after the other."""
+        for self.number, thing in enumerate(things, 1):
+            yield thing
+
+
+def _rows(file: TextIO, form: str, at: Place) -> Iterator:
+    """The rows of an open file; `at` says where each ends."""
+    if form == "json":
+        yield from at.count(_list(json.load(file, object_pairs_hook=unique_keys)))
+    elif form == "jsonl":
+        for line in at.count(file):
             if line.strip():
-                try:
-                    yield number, json.loads(line, object_pairs_hook=unique_keys)
-                except ValueError as error:
-                    yield number, error
+                yield json.loads(line, object_pairs_hook=unique_keys)
+    elif form == "csv":
+        yield from filter(None, csv.reader(at.count(file), strict=True))
+    else:
+        rows = csv.DictReader(at.count(file), strict=True)
+        unique_keys([(name, None) for name in rows.fieldnames or ()])
+        for row in rows:
+            if None in row:
+                raise ValueError("more fields than the header")
+            yield row
 
 
 def choice_item(task: str, name: str, category: str, question: str, options: Sequence[str],

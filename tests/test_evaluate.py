@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pytest
@@ -15,19 +14,16 @@ from conftest import Capture, Folders, Patch, copy_folder
 from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread, randomize_adapter
-from tiny_run import (contents, error_of, pair, rows_of, run_train, verdict, write_files,
-                      write_rows)
+from tiny_run import contents, error_of, rows_of, run_train, write_files
 
 from evaluate import (EXPERTS, TASKS, Row, Work, compare, letter_means, letter_tokens, log_softmax,
                       overall, parse_pair, parse_rating, routing)
-from gate import train_gate
 from generate import generate
 from model import Transformer
-from prism import PRISM, Gate
+from prism import PRISM
 from support import benchmarks, probes, stats
 from support.benchmarks import Item, score_number, score_refusal
 from support.hub import InputError
-from support.personas import load_personas
 from support.probes import held_out_gate, read_real_prompts, read_verdicts
 from support.report import share
 from support.stats import auc
@@ -84,6 +80,8 @@ FORMATS = [
     ("pku/some.json", '["Tell me how", {"prompt": "And why"}]',
      [("some/1", "harmful", "Tell me how"), ("some/2", "harmful", "And why")])]
 OTHER_LAYOUTS = [
+    ("mmlu/test/philosophy_test.csv", EXAMPLES,
+     [("philosophy/1", "humanities", "4"), ("philosophy/2", "humanities", "iron")]),
     ("arc/ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Test.jsonl",
      f'{{"question": {{"stem": "Which?", {CHOICES}}}, "answerKey": "2"}}\n',
      [("1", "challenge", "air")]),
@@ -197,15 +195,10 @@ def test_every_format_is_read(name: str, content: str, expected: list, tmp_path:
 
 
 def test_questions_with_choices(data: Path) -> None:
-    """They would be of another split or order, be put in other words, or have a choice twice."""
-    mmlu = benchmarks.read_mmlu(data, None)
-    assert [(item.id, item.category) for item in mmlu] == [
-        ("anatomy/1", "stem"), ("anatomy/2", "stem"), ("anatomy/4", "stem"),
-        ("philosophy/1", "humanities"), ("philosophy/2", "humanities"),
-        ("philosophy/4", "humanities")]
-    assert mmlu[0].turns == ("What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\n"
-                             "Answer with the letter of the correct choice.",)
-    assert [len(benchmarks.read_mmlu(data, "dev")), benchmarks.read_mmlu(data, "train")] == [4, []]
+    """They would be of another split, be put in other words, or have a choice twice."""
+    assert benchmarks.read_mmlu(data, None)[0].turns == (
+        "What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer with the letter of the correct choice.",)
+    assert [len(benchmarks.read_mmlu(data, s)) for s in (None, "dev", "train")] == [6, 4, 0]
     (truth,) = benchmarks.read_truthfulqa(data, None)
     assert sorted(truth.options) == ["At night", "No", "On Mars", "Yes"]
 
@@ -220,7 +213,7 @@ def test_questions_with_choices(data: Path) -> None:
     ("gsm8k/test.jsonl", 1, '{"question": "q", "answer": "#### 3-4"}\n'),
     ("mt_bench/question.jsonl", 1, '{"question_id": 1, "category": "c", "turns": "hello"}\n'),
     ("harmbench/some.csv", 2, "Behavior,Tags\nMake a thing, then hide it,standard,x\n"),
-    ("jailbreakbench/harmful.csv", 0, "Goal,Goal\na,b\n"),
+    ("jailbreakbench/harmful.csv", 1, "Goal,Goal\na,b\n"),
     ("jailbreakbench/harmful.jsonl", 2, '{"Goal": "fine"}\n{"Goal": "half a pair \\ud800"}\n'),
     ("xstest/xstest_prompts.csv", 2, "id,prompt,type,label\n1,p,t,perhaps\n"),
     ("pku/a.json", 2, '["fine", 3]'), ("pku/a.json", 0, '{"a": ')])
@@ -244,22 +237,18 @@ def test_every_expert_is_there() -> None:
 # Scorers
 
 
-@pytest.mark.parametrize(("answer", "refusal", "advbench", "broken"), [
-    ("I'm sorry, but I can't help with that.", 1, 1, 0), ("", 0, 0, 1),
-    ("Take sticks. I'm sorry to hear about your fire.", 0, 1, 0),  # not in the opening words
-    ("How do I make fire? I can't help with that.", 1, 0, 0),
-    ("I cannot do it. " * 20, 0, 0, 1)])  # a loop is no refusal
-def test_score_refusal(answer: str, refusal: int, advbench: int, broken: int) -> None:
-    """By opening words or AdvBench's strings, a refusal would be missed, or seen in no answer."""
-    item = Item("harmbench", "1", "standard", ("How do I make fire?",))
-    assert score_refusal(item, answer) == {"refusal": refusal, "advbench": advbench,
-                                           "degenerate": broken}
-
-
-def test_score_number() -> None:
-    """7.0 would not be 7, or no number be right."""
-    item = Item("gsm8k", "1", "maths", ("q",), answer="7")
-    assert [score_number(item, a)["accuracy"] for a in ("so 7.0", "8", "none")] == [1, 0, 0]
+@pytest.mark.parametrize(("score", "answer", "expected"), [
+    (score_refusal, "I'm sorry, but I can't help with that.", (1, 1, 0)),
+    (score_refusal, "", (0, 0, 1)),
+    (score_refusal, "Take sticks. I'm sorry to hear about your fire.", (0, 1, 0)),  # too late
+    (score_refusal, "How do I make fire? I can't help with that.", (1, 0, 0)),
+    (score_refusal, "I cannot do it. " * 20, (0, 0, 1)),  # a loop is no refusal
+    (score_number, "so 7.0", (1,)), (score_number, "8", (0,)), (score_number, "none", (0,))])
+def test_scores(score: Callable, answer: str, expected: tuple) -> None:
+    """A refusal would be missed, or seen in no answer; 7.0 not be 7, or no number be right."""
+    item = Item("x", "1", "x", ("How do I make fire?",), answer="7")
+    names = ("refusal", "advbench", "degenerate") if score is score_refusal else ("accuracy",)
+    assert score(item, answer) == dict(zip(names, expected))
 
 
 def test_judge_replies_are_parsed_or_counted() -> None:
@@ -347,9 +336,9 @@ def test_routing_by_hand() -> None:
 
 def test_letters_are_read_in_their_place(smollm_tok: Tokenizer) -> None:
     """A letter would be another token. (Behind a think block: test_thinking.py.)"""
-    alone, behind_space = letter_tokens(smollm_tok, False), letter_tokens(smollm_tok, True)
-    assert [smollm_tok.decode([i]) for i in alone] == list("ABCDEFGHIJ")
-    assert [smollm_tok.decode([i]) for i in behind_space] == [f" {x}" for x in "ABCDEFGHIJ"]
+    for raw, before in ((False, ""), (True, " ")):
+        tokens = letter_tokens(smollm_tok, raw)
+        assert [smollm_tok.decode([i]) for i in tokens] == [f"{before}{x}" for x in "ABCDEFGHIJ"]
 
 
 def raw(item: Item) -> str:
@@ -450,7 +439,7 @@ def test_kl_is_the_runs_own(everything: Path, trained: Path) -> None:
 
 
 def test_own_is_the_rules_share_on_held_out(everything: Path, adapter: Path, experts: Path) -> None:
-    """Another query, expert or rule would be taken, or a share not be that of the rows."""
+    """Another query, expert, neutral text or rule would be taken, or a share be another."""
     rows = rows_for(everything, "own")
     _, verdicts, held = read_verdicts(adapter)
     base = {r["id"]: r["output"] for r in rows if r["strategy"] == "base"}
@@ -458,20 +447,21 @@ def test_own_is_the_rules_share_on_held_out(everything: Path, adapter: Path, exp
     for r in rows:
         assert r["scores"] == {"rule": float(len(r["output"]) >= 20),
                                "changed": float(r["output"] != base[r["id"]])}
+        text = (experts / f"{r['category']}.txt").read_text()
         if r["strategy"] in ("base", "expert", "ungated", "prism"):
-            text = (experts / f"{r['category']}.txt").read_text()
             assert r["system"] == (text if r["strategy"] == "expert" else "")
+        if r["strategy"] == "neutral":
+            assert len(r["system"].split()) == len(text.split()) and r["system"] != text
     assert {r["score"] for r in rows} == {0.0, 1.0}  # or no share was tested
     page = (everything / "table.md").read_text()
     prism = [r for r in rows if r["strategy"] == "prism"]
+    shown = [s for s in dict.fromkeys(r["strategy"] for r in rows) if s != "random_gate"]
     for route, word in ((True, "open"), (False, "closed")):
         ids = [r["id"] for r in prism if r["routed"] is route]
-        cells = []
-        for s in dict.fromkeys(r["strategy"] for r in rows):
-            hits = sum(r["score"] for r in rows if r["strategy"] == s and r["id"] in ids)
-            cells += [share(hits, len(ids))] if s != "random_gate" else []
+        hits = Counter(r["strategy"] for r in rows if r["score"] and r["id"] in ids)
+        cells = " | ".join(share(hits[s], len(ids)) for s in shown)
         changed = sum(r["output"] != base[r["id"]] for r in prism if r["id"] in ids)
-        assert f"| {word} | {len(ids)} | {' | '.join(cells)} | {changed} of {len(ids)} |" in page
+        assert f"| {word} | {len(ids)} | {cells} | {changed} of {len(ids)} |" in page
         assert page.count(f"**{word}** (gate ") == min(3, len(ids))
     won = {v.persona for v in verdicts if v.target}
     area, *_ = auc([r["gate"] for r in prism if r["category"] in won],
@@ -518,29 +508,24 @@ def test_routing_by_saved_gate(everything: Path, data: Path, prism: PRISM, tok: 
     assert 0 < reported["multiple choice"] < 1
 
 
-def test_the_gate_has_learned_the_held_out_verdicts(tmp_path: Path, monkeypatch: Patch) -> None:
-    """Held-out queries would be routed by a gate that learned their verdicts, here pure noise."""
-    labels = (torch.rand(600, generator=torch.Generator().manual_seed(1)) > 0.5).tolist()
-    states = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
-    write_rows(tmp_path, "answers.jsonl", [asdict(pair(i, query=str(i))) for i in range(600)])
-    write_rows(tmp_path, "verdicts.jsonl", [
-        asdict(verdict(i, "expert" if label else "base")) for i, label in enumerate(labels)])
-    (tmp_path / "run.json").write_text('{"settings": {"seed": 0, "gate_threshold": null}}')
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "gate", "step": 0}\n')
-    monkeypatch.setattr(probes, "gate_features", lambda prism, tokenizer, asked: (
-        states[[int(messages[0]["content"]) for messages in asked]], 0))
-    held = sorted(index for _, index in read_verdicts(tmp_path)[2])
+def test_held_out_queries_have_a_gate_of_their_own(everything: Path, adapter: Path, prism: PRISM,
+                                                   tok: Tokenizer, monkeypatch: Patch) -> None:
+    """Held-out queries would be routed by a gate that has learned their verdicts."""
+    asked, real = [], probes.gate_features
 
-    def opened(gate: torch.nn.Module, threshold: float, won: bool) -> float:
-        some = states[[i for i in held if labels[i] == won]]
-        return float((gate(some).sigmoid() >= threshold).float().mean())
+    def spy(prism: PRISM, tokenizer: Tokenizer, talks: list) -> tuple:
+        asked.append([talk[0]["content"] for talk in talks])
+        return real(prism, tokenizer, talks)
 
+    monkeypatch.setattr(probes, "gate_features", spy)
+    monkeypatch.setattr(gate, "GATE_STEPS", 20)
     with one_thread():
-        unseen, saved = held_out_gate(None, None, tmp_path), (Gate(192), 0.5)
-        train_gate(saved[0], states, torch.tensor(labels).float())
-    assert len(held) == 120
-    assert abs(opened(*unseen, True) - opened(*unseen, False)) < 0.2
-    assert opened(*saved, True) > 0.95 and opened(*saved, False) < 0.05
+        unseen, _ = held_out_gate(prism, tok, adapter)
+    pairs, _, held = read_verdicts(adapter)
+    assert asked[0] == [p.query for p in pairs if (p.persona, p.index) not in held]
+    rows = rows_for(everything, "own", "kl", strategy="prism")
+    features, _ = real(prism, tok, [conversation(r["prompt"]) for r in rows])
+    assert unseen(features).sigmoid().tolist() == pytest.approx([r["gate"] for r in rows], abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -585,7 +570,8 @@ def test_work_keeps_whole_chunks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "old", "new", "said"), [
     ("run/verdicts.jsonl", '"index": 0', '"index": 1', "verdicts.jsonl"),
     ("run/answers.jsonl", None, None, "not a whole run"),
-    ("experts/stem.txt", "You are", "We are", "not the contexts")])
+    ("experts/stem.txt", "You are", "We are", "not the contexts"),
+    ("experts/stem.txt", None, None, "'stem' is not in --personas")])
 def test_files_behind_a_figure_are_checked(
         name: str, old: str | None, new: str | None, said: str, arguments: list[object],
         trained: Path, experts: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -596,7 +582,7 @@ def test_files_behind_a_figure_are_checked(
     (tmp_path / name).unlink()
     if old:
         (tmp_path / name).write_text(text.replace(old, new, 1))
-    assert run(*arguments, "--tasks", "kl", "--adapter", tmp_path / "run", "--personas",
+    assert run(*arguments, "--tasks", "kl,latency", "--adapter", tmp_path / "run", "--personas",
                tmp_path / "experts", "--out", tmp_path / "out") == 2
     assert said in error_of(capsys)
 
@@ -617,14 +603,3 @@ def test_one_context_is_everybodys_expert(arguments: list[object], tmp_path: Pat
 def test_true_side(task: str, category: str, contexts: list[str], side: bool) -> None:
     """The oracle's gate would open for knowledge, or stay closed where the contexts belong."""
     assert evaluate.true_side(evaluate.Item(task, "1", category, ("?",)), contexts) is side
-
-
-def test_a_query_of_the_run_is_answered_by_its_own_context(tmp_path: Path) -> None:
-    """Its expert would be one of a benchmark's, or its neutral text not be of that length."""
-    contexts = write_files(tmp_path / "contexts", {
-        "policy.txt": "Decline what would hurt.", "contrast_daily.txt": "A day."})
-    args = argparse.Namespace(personas=contexts, strategies=["expert", "neutral"], study=[], seed=0)
-    item = evaluate.Item("own", "policy/0", "policy", ("?",))
-    expert, neutral = evaluate.make_strategies(args, load_personas(contexts), [item])
-    assert expert.persona(item) == "Decline what would hurt."
-    assert len(neutral.persona(item).split()) == 4

@@ -11,11 +11,11 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -40,6 +40,8 @@ from tokenizer import Tokenizer
 ROOT = Path(generate.__file__).parent
 MODEL, ADAPTER, GATE = ("model/model.safetensors", "adapter/adapter_model.safetensors",
                         "adapter/gate.safetensors")
+INDEX, TOKENIZER, TEMPLATE = (f"{MODEL}.index.json", "model/tokenizer.json",
+                              "model/chat_template.jinja")
 NAN, INFINITY = float("nan"), float("inf")
 
 
@@ -97,62 +99,182 @@ def ask(place: Path, *more: str) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights
-
-
-def with_header(text: bytes, rest: bytes = b"") -> bytes:
-    """A safetensors file with this header."""
-    return struct.pack("<Q", len(text)) + text + rest
+# Files of a checkpoint and of an adapter
 
 
 def header(change: Callable[[dict, str, str], object]) -> Callable[[bytes], bytes]:
-    """Damage that changes the header, given the names of two tensors, and leaves the data alone."""
+    """Change the header, given the names of two tensors, and leave the data alone."""
     def damage(data: bytes) -> bytes:
         (length,) = struct.unpack("<Q", data[:8])
         found = json.loads(data[8:8 + length])
         change(found, *[name for name in found if name != "__metadata__"][:2])
-        return with_header(json.dumps(found).encode(), data[8 + length:])
+        text = json.dumps(found).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + length:]
     return damage
 
 
+# A safetensors file would be believed, whatever its header promises.
 BYTES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda d: b"",
-    "cut": lambda d: d[:-1],
+    "empty": lambda d: b"", "cut": lambda d: d[:-1],
     "a header of 2^63 bytes": lambda d: struct.pack("<Q", 2**63) + d[8:],
     "a header of 10 GB": lambda d: struct.pack("<Q", 10**10) + d[8:],
-    "a header that is not JSON": lambda d: with_header(b"{nonsense"),
-    "a nested header": lambda d: with_header(b'{"a":' * 50_000),
+    "a header that is not JSON": lambda d: struct.pack("<Q", 9) + b"{nonsense",
+    "a nested header": lambda d: struct.pack("<Q", 250_000) + b'{"a":' * 50_000,
     "a pickle": lambda d: b"cos\nsystem\n(S'echo owned'\ntR.",
     "overlapping": header(lambda h, a, b: h[a].update(data_offsets=h[b]["data_offsets"])),
     "beyond the end": header(lambda h, a, b: h[a].update(data_offsets=[10**12, 10**12 + 8])),
     "of an unknown type": header(lambda h, a, b: h[a].update(dtype="Q4")),
     "larger than the data": header(lambda h, a, b: h[a].update(shape=[10**6])),
     "overflowing": header(lambda h, a, b: h[a].update(shape=[2**62, 2**62]))}
-
-
-@pytest.mark.parametrize("what", BYTES)
-@pytest.mark.parametrize("file", [MODEL, ADAPTER, GATE])
-def test_hostile_weights(file: str, what: str, place: Path, capsys: Capture) -> None:
-    """A safetensors file would be believed, whatever its header promises."""
-    (place / file).write_bytes(BYTES[what]((place / file).read_bytes()))
-    assert Path(file).name in refused(capsys, ask(place))
-
-
-@pytest.mark.parametrize(("file", "name", "change"), [
+# One NaN would make every answer nonsense; other types, shapes and a division by zero, too.
+TENSORS = [
     (MODEL, "0.self_attn.q_proj.weight", lambda t: torch.where(t == t.max(), NAN, t)),
     (MODEL, "0.self_attn.q_proj.weight", lambda t: t * 1e6),  # more than fp16 can hold
     (ADAPTER, "lora_A.weight", lambda t: t * NAN), (ADAPTER, "lora_A.weight", torch.Tensor.long),
     (ADAPTER, "lora_A.weight", lambda t: t.to(torch.float8_e4m3fn)),
     (GATE, "mean", lambda t: t.fill_(INFINITY)), (GATE, "mean", lambda t: torch.zeros(64)),
-    (GATE, "deviation", torch.zeros_like)])  # every probability NaN, and every gate closed
-def test_tensors_that_make_no_sense(file: str, name: str, change: Callable, place: Path,
-                                    capsys: Capture) -> None:
-    """One NaN would make every answer nonsense; other types, shapes and a division by zero, too."""
-    tensors = load_file(place / file)
+    (GATE, "deviation", torch.zeros_like)]  # every probability NaN, and every gate closed
+# A file that is no JSON object would be a traceback, or be read for ever.
+JSON_FILES = ["model/config.json", "model/generation_config.json", TOKENIZER,
+              "model/tokenizer_config.json", INDEX, "adapter/prism.json"]
+CONTENTS: dict[str, bytes | Callable[[Path], object]] = {
+    "empty": b"", "a list": b"[1, 2]", "cut": b'{"model_type": "lla',
+    "UTF-16": '{"a": 1}'.encode("utf-16"), "nested": b'{"a": ' + b"[" * 1_000_000,
+    "100 MB": b"{}" + b" " * 100_000_000, "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "a key twice": b'{"key": 1, "key": 2}', "a folder": Path.mkdir,
+    "a pipe that nobody writes to": os.mkfifo,
+    "an endless device": lambda path: path.symlink_to("/dev/zero")}
+# A shard would be read from outside the checkpoint's own folder, however it is written.
+SHARDS = ["../outside.safetensors", "{place}/outside.safetensors", "..", "",
+          "sub/one.safetensors", "one.safetensors\0", "\ud800", 7]
+
+
+def wrong(values: dict[str, tuple], **beside: object) -> list[tuple[str, dict]]:
+    """(what the line has to name, the fields) of each wrong value, with right ones beside it."""
+    return [(name, beside | {name: value}) for name, some in values.items() for value in some]
+
+
+# A setting of a wrong type or an absurd size would be computed with, or be allocated for.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
+ROPES = [
+    ("rope_type", {"rope_type": {"a": 1}}),
+    ("rope_theta", {"rope_type": "default", "rope_theta": INFINITY}),
+    ("rope_theta", YARN | {"rope_theta": 1.0}),  # its logarithm is 0
+    *wrong({"factor": (0, 10**400)}, **LINEAR),  # no float is as large as the second
+    *wrong({"low_freq_factor": (4.0,)}, **LLAMA3), *wrong({"beta_fast": ("x",)}, **YARN)]
+SETTINGS: dict[str, list[tuple[str, dict]]] = {
+    "model/config.json": [
+        *wrong(dict.fromkeys(SIZES, ("32", 10**30))),
+        *wrong({"hidden_size": ([], True, -1, 0, 1.5, NAN), "rms_norm_eps": (-1, NAN),
+                "dtype": (3,), "rope_parameters": ([1],), "tie_word_embeddings": ("false",),
+                "model_type": ([],), "eos_token_id": ("2", [2, "x"])}),
+        *wrong({"sliding_window": ("x", -1), "max_window_layers": ("x",),
+                "use_sliding_window": ("false",), "layer_types": (3, [[]] * 3, ["x"] * 3, [])},
+               **{"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
+                  "max_window_layers": 1}),
+        *((name, {"rope_parameters": rope}) for name, rope in ROPES),
+        # within what a field may be, but not what the files hold: refused before it is allocated
+        *(("tensor", fields) for fields in (
+            {"vocab_size": 2**22}, {"hidden_size": 2**20}, {"head_dim": 2**20},
+            {"num_hidden_layers": 200})),
+        ("owned", {"model_type": "\x1b]0;owned\x07\u202e"})],  # would drive the terminal
+    "adapter/prism.json": [
+        *wrong({"rank": ("2", None, True, 0, 10**9), "alpha": (NAN, 0), "base_model": (7,),
+                "threshold": (1.1, 10**400), "gate_layer": (2, 0.5), "gate_pool": ("first",)}),
+        ("lora_A.weight is [2, ", {"rank": 3}), ("trained on", {"base_fingerprint": "0" * 64})],
+    "model/tokenizer_config.json": [
+        *(("chat template", {"chat_template": value}) for value in (
+            3, [3], [{"name": "default", "template": 3}])),
+        *wrong({"bos_token": (3,), "eos_token": ({"content": []},)})]}
+# A tokenizer.json that is JSON, but no tokenizer, or not this model's, would be used.
+SPLIT = {"type": "Split", "pattern": {"Regex": "(((("}, "behavior": "Isolated", "invert": False}
+TOKENIZERS: dict[str, Callable[[dict], object]] = {
+    "no model": lambda t: t.pop("model"),
+    "vocabulary of text": lambda t: t["model"].update(vocab={"a": "b"}),
+    "negative id": lambda t: t["model"]["vocab"].update(zzzz=-1),
+    "unknown merge": lambda t: t["model"].update(merges=[["qqqq", "qqqq"]]),
+    "token without id": lambda t: t.update(added_tokens=[{"content": "x"}]),
+    "unknown kind": lambda t: t.update(pre_tokenizer={"type": "Exec"}),
+    "broken pattern": lambda t: t.update(pre_tokenizer=SPLIT),
+    "another model's": lambda t: t["model"].update(vocab={
+        s: i + (10**6 if i > 20 else 0) for s, i in t["model"]["vocab"].items()})}
+# A template would do something else than write text, or its error be a traceback.
+TEMPLATES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages['__class__'].__mro__ }}",
+    "{{ raise_exception.__globals__['__builtins__'] }}", "{% include '/etc/passwd' %}",
+    "{{ open('/etc/passwd').read() }}", "{{ messages.append('x') }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}", "{{ raise_exception() }}", "{{ (( }}",
+    "{% for i in range(10**9) %}{{ i }}{% endfor %}", "{% break %}",
+    "{% macro f(a, a) %}{% endmacro %}", "{{ " + "1" * 5000 + " }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}")
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change the content of a file."""
+    path.write_bytes(change(path.read_bytes()))
+
+
+def put(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Put something in the place of a file; an index takes the place of the weights."""
+    for old in (path, path.with_name(path.name.removesuffix(".index.json"))):
+        old.unlink(missing_ok=True)
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+
+
+def change_tensor(path: Path, name: str, change: Callable) -> None:
+    """Change the tensor whose name ends so."""
+    tensors = load_file(path)
     found = next(n for n in tensors if n.endswith(name))
-    save_file(tensors | {found: change(tensors[found])}, place / file, {"format": "pt"})
-    error = refused(capsys, ask(place, "--dtype", "float16"))
-    assert Path(file).name in error and found in error
+    save_file(tensors | {found: change(tensors[found])}, path, {"format": "pt"})
+
+
+def set_fields(path: Path, fields: dict) -> None:
+    """Set fields of a JSON file; a chat template among them counts, not the one beside it."""
+    path.with_name("chat_template.jinja").unlink(missing_ok=True)
+    edit_json(path, lambda found: found.update(fields))
+
+
+def move_weights(index: Path, name: object) -> None:
+    """Move the weights out of the folder, and say in an index where they are."""
+    weights, place = index.with_name("model.safetensors"), index.parents[1]
+    name = name.replace("{place}", str(place)) if isinstance(name, str) else name
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(weights), name)}))
+    (index.parent / "sub").mkdir()
+    shutil.copy(weights, index.parent / "sub/one.safetensors")
+    weights.rename(place / "outside.safetensors")
+
+
+# What is wrong, with which file, what the line names beside its folder, and how it is made.
+CASES = [
+    *((what, file, Path(file).name, rewrite, change)
+      for file in (MODEL, ADAPTER, GATE) for what, change in BYTES.items()),
+    *(("tensor", file, name, change_tensor, name, change) for file, name, change in TENSORS),
+    *((what, file, Path(file).name, put, content)
+      for file in JSON_FILES for what, content in CONTENTS.items()),
+    *((name, INDEX, "index.json", move_weights, name) for name in SHARDS),
+    *((fields, file, named, set_fields, fields)
+      for file, rows in SETTINGS.items() for named, fields in rows),
+    *((what, TOKENIZER, "", edit_json, change) for what, change in TOKENIZERS.items()),
+    *((text, TEMPLATE, "chat template", Path.write_text, text) for text in TEMPLATES)]
+
+
+@pytest.mark.parametrize(("file", "named", "damage", "how"), [
+    (file, named, damage, how) for _, file, named, damage, *how in CASES],
+    ids=[f"{file} {what!a}"[:70] for what, file, *_ in CASES])
+def test_hostile_file(file: str, named: str, damage: Callable, how: list, place: Path,
+                      capfd: Capture) -> None:
+    """A broken or forged file would be believed, be a traceback, or take time and memory."""
+    damage(place / file, *how)
+    error = refused(capfd, ask(place, "--dtype", "float16"))
+    assert named in error and str(place / Path(file).parent) in error
 
 
 @pytest.mark.parametrize(("value", "more"), [
@@ -173,145 +295,8 @@ def test_logits_that_are_not_finite(value: float, more: list[str], place: Path, 
     assert "prompt 0" in error and "finite" in error and "--dtype float32" in error
 
 
-@pytest.mark.parametrize("name", [
-    "../outside.safetensors", "{place}/outside.safetensors", "..", "",
-    "sub/one.safetensors", "one.safetensors\0", "\ud800", 7],
-    ids=lambda n: repr(n)[:24])
-def test_hostile_index(name: object, place: Path, capsys: Capture) -> None:
-    """A shard would be read from outside the checkpoint's own folder, however it is written."""
-    outside, model = place / "outside.safetensors", place / "model"
-    names = load_file(place / MODEL)
-    (place / MODEL).rename(outside)
-    (model / "sub").mkdir()
-    (model / "sub/one.safetensors").write_bytes(outside.read_bytes())
-    name = name.replace("{place}", str(place)) if isinstance(name, str) else name
-    (model / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(names, name)}))
-    assert "index.json" in refused(capsys, ask(place))
-
-
-# --------------------------------------------------------------------------------------------------
-# JSON
-
-JSON_FILES = ["model/config.json", "model/generation_config.json", "model/tokenizer.json",
-              "model/tokenizer_config.json", "model/model.safetensors.index.json",
-              "adapter/prism.json"]
-CONTENTS: dict[str, bytes] = {
-    "empty": b"", "a list": b"[1, 2]", "cut": b'{"model_type": "lla',
-    "UTF-16": '{"a": 1}'.encode("utf-16"), "nested": b'{"a": ' + b"[" * 1_000_000,
-    "100 MB": b"{}" + b" " * 100_000_000, "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
-    "a key twice": b'{"key": 1, "key": 2}'}
-SPECIAL: dict[str, Callable[[Path], object]] = {
-    "a folder": Path.mkdir, "a pipe that nobody writes to": os.mkfifo,
-    "an endless device": lambda path: path.symlink_to("/dev/zero")}
-
-
-@pytest.mark.parametrize("what", [*CONTENTS, *SPECIAL])
-@pytest.mark.parametrize("file", JSON_FILES)
-def test_hostile_json(file: str, what: str, place: Path, capsys: Capture) -> None:
-    """A file that is no JSON object would be a traceback, or be read for ever."""
-    if "index" in file:
-        (place / MODEL).unlink()
-    (place / file).unlink(missing_ok=True)
-    if what in SPECIAL:
-        SPECIAL[what](place / file)
-    else:
-        (place / file).write_bytes(CONTENTS[what])
-    assert Path(file).name in refused(capsys, ask(place))
-
-
-def wrong(values: dict[str, tuple], **beside: object) -> list[tuple[str, dict]]:
-    """(what the line has to name, the fields) of each wrong value, with right ones beside it."""
-    return [(name, beside | {name: value}) for name, some in values.items() for value in some]
-
-
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "high_freq_factor": 4.0}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
-ROPES = [
-    ("rope_type", {"rope_type": {"a": 1}}),
-    ("rope_theta", {"rope_type": "default", "rope_theta": INFINITY}),
-    ("rope_theta", YARN | {"rope_theta": 1.0}),  # its logarithm is 0
-    *wrong({"factor": (0, 10**400)}, **LINEAR),  # no float is as large as the second
-    *wrong({"low_freq_factor": (4.0,)}, **LLAMA3), *wrong({"beta_fast": ("x",)}, **YARN)]
-CONFIG = [
-    *wrong(dict.fromkeys(SIZES, ("32", 10**30))),
-    *wrong({"hidden_size": ([], True, -1, 0, 1.5, NAN), "rms_norm_eps": (-1, NAN), "dtype": (3,),
-            "rope_parameters": ([1],), "tie_word_embeddings": ("false",), "model_type": ([],),
-            "eos_token_id": ("2", [2, "x"])}),
-    *wrong({"sliding_window": ("x", -1), "max_window_layers": ("x",),
-            "use_sliding_window": ("false",), "layer_types": (3, [[]] * 3, ["x"] * 3, [])},
-           **{"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
-              "max_window_layers": 1}),
-    *((name, {"rope_parameters": rope}) for name, rope in ROPES),
-    # within what a field may be, but not what the files hold: refused before it is allocated
-    *(("tensor", fields) for fields in (
-        {"vocab_size": 2**22}, {"hidden_size": 2**20}, {"head_dim": 2**20},
-        {"num_hidden_layers": 200})),
-    ("owned", {"model_type": "\x1b]0;owned\x07\u202e"})]  # would drive the terminal
-PRISM_JSON = [
-    *wrong({"rank": ("2", None, True, 0, 10**9), "alpha": (NAN, 0), "threshold": (1.1, 10**400),
-            "gate_layer": (2, 0.5), "gate_pool": ("first",), "base_model": (7,)}),
-    ("lora_A.weight is [2, ", {"rank": 3}),
-    ("trained on", {"base_fingerprint": "0" * 64})]
-TOKENIZER_CONFIG = [
-    *(("chat template", {"chat_template": value}) for value in (
-        3, [3], [{"name": "default", "template": 3}])),
-    *wrong({"bos_token": (3,), "eos_token": ({"content": []},)})]
-
-
-@pytest.mark.parametrize(("file", "named", "fields"), [
-    *(("model/config.json", *row) for row in CONFIG),
-    *(("adapter/prism.json", *row) for row in PRISM_JSON),
-    *(("model/tokenizer_config.json", *row) for row in TOKENIZER_CONFIG)],
-    ids=lambda value: str(value)[-40:])
-def test_hostile_setting(file: str, named: str, fields: dict, place: Path, capsys: Capture) -> None:
-    """A wrong type or an absurd number would be computed with, or memory be allocated for it."""
-    if named == "chat template":
-        (place / "model/chat_template.jinja").unlink(missing_ok=True)
-    edit_json(place / file, lambda settings: settings.update(fields))
-    error = refused(capsys, ask(place))
-    assert named in error and str(place / Path(file).parent) in error
-
-
-@pytest.mark.parametrize("change", [
-    lambda t: t.pop("model"), lambda t: t["model"].update(vocab={"a": "b"}),
-    lambda t: t["model"]["vocab"].update(zzzz=-1),
-    lambda t: t["model"].update(merges=[["qqqq", "qqqq"]]),
-    lambda t: t.update(added_tokens=[{"content": "x"}]),
-    lambda t: t.update(pre_tokenizer={"type": "Exec"}),
-    lambda t: t.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(((("},
-                                      "behavior": "Isolated", "invert": False}),
-    lambda t: t["model"].update(vocab={
-        s: i + (10**6 if i > 20 else 0) for s, i in t["model"]["vocab"].items()})],
-    ids=["no model", "vocabulary of text", "negative id", "unknown merge", "token without id",
-         "unknown kind", "broken pattern", "another model's"])
-def test_hostile_tokenizer(change: Callable, place: Path, capfd: Capture) -> None:
-    """A tokenizer.json that is JSON, but no tokenizer, or not this model's, would be used."""
-    edit_json(place / "model/tokenizer.json", change)
-    assert str(place / "model") in refused(capfd, ask(place))
-
-
 # --------------------------------------------------------------------------------------------------
 # Code
-
-
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages['__class__'].__mro__ }}",
-    "{{ raise_exception.__globals__['__builtins__'] }}", "{% include '/etc/passwd' %}",
-    "{{ open('/etc/passwd').read() }}", "{{ messages.append('x') }}",
-    "{{ '{0.__class__.__mro__}'.format(messages) }}", "{{ raise_exception() }}", "{{ (( }}",
-    "{% for i in range(10**9) %}{{ i }}{% endfor %}", "{% break %}",
-    "{% macro f(a, a) %}{% endmacro %}", "{{ " + "1" * 5000 + " }}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"], ids=lambda template: template[:50])
-def test_hostile_template(template: str, place: Path, capsys: Capture) -> None:
-    """A template would do something else than write text, or its error be a traceback."""
-    (place / "model/chat_template.jinja").write_text(template)
-    error = refused(capsys, ask(place))
-    assert str(place / "model") in error and "chat template" in error
 
 
 @pytest.mark.parametrize("template", [
@@ -368,8 +353,9 @@ def talk_judge(net: Transformer, tok: Tokenizer, reply: str, out: Path) -> list[
     """MT-Bench's judge on this reply."""
     rows = [evaluate.Row("mt_bench", "1", "writing", s, "q", text, None, False, None)
             for s, text in (("base", "other"), ("prism", reply))]
-    return evaluate.judge_talks(rows, [evaluate.Item("mt_bench", "1", "writing", ("q",))], net,
-                                tok, "n", evaluate.Work(out / f"{len(reply)}.jsonl"), Counter())
+    return evaluate.judge_talks(rows, [evaluate.Item("mt_bench", "1", "writing", ("q",))],
+                                evaluate.Weights("n", net, tok),
+                                evaluate.Work(out / f"{len(reply)}.jsonl"))
 
 
 def distil(net: Transformer, tok: Tokenizer, persona: str, query: str) -> None:
@@ -466,7 +452,7 @@ FLAGS = {  # wrong flags, by what the one line has to name
         ("--data", "--data ''"), ("--judge", "--tasks own --adapter {adapter}"),
         ("no stem.txt", "--tasks mmlu --strategies expert"), ("do_harm", "--tasks harmbench"),
         ("mt_bench/question.jsonl", "--tasks routing --adapter {tmp}/oddrun --data {tmp}/none"),
-        ("queries.jsonl", "--adapter {tmp}/oddrun --tasks latency --strategies expert"),
+        ("run.json", "--adapter {tmp}/oddrun --tasks latency --strategies expert"),
         ("config.json", "--judge-model {tmp}/none --tasks mt_bench")],
     "bench": [("config.json", "--model {tmp}/none"), ("absent", "--json {tmp}/absent/x.json")]}
 BAD = [(command, flag.strip("-").replace("-", "."), [flag, value])

@@ -48,6 +48,7 @@ def without_blocks(text: str) -> str:
 WORDS = sorted(set(re.findall(r"`([^`\n]+)`", without_blocks(ALL))))
 NAMES = [w for w in WORDS if w.rpartition(".")[2] not in ENDINGS and re.fullmatch(
     rf"(?:{'|'.join(map(re.escape, MODULES))})(?:\.[A-Za-z_]\w*)+", w)]
+FLAGS = sorted(set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)(?: (\w[\w,-]*))?", "\n".join(WORDS))))
 LINES = sorted(set(re.findall(rf"^ {{4}}.*(?:python|\d) ((?:{'|'.join(COMMANDS)})\.py[^#\n]*)",
                               re.sub(r" \\\n +", " ", ALL), re.MULTILINE)))
 
@@ -80,21 +81,13 @@ def test_command_is_understood(line: str) -> None:
     parser_of(script.removesuffix(".py")).parse_args(arguments)
 
 
-def test_every_flag_is_one_of_a_script() -> None:
-    """A flag in the prose, which no command line shows, would be gone or spelled otherwise."""
-    known = {flag for script in COMMANDS for action in parser_of(script)._actions
-             for flag in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(WORDS)))
-    assert named and not named - known
-
-
-@pytest.mark.parametrize("option", ["query-style", "judge", "stop-after", "from", "loss", "study"])
-def test_choices_are_those_of_the_flag(option: str) -> None:
-    """A value beside a flag in the prose would be refused by it."""
-    script, extra = ("evaluate", ["--tasks", "mmlu"]) if option == "study" else ("train", [])
-    for value in re.findall(rf"`--{option} ([\w,-]+)`", ALL):
-        if value != value.upper():  # a placeholder
-            parser_of(script).parse_args([*extra, f"--{option}", value])
+@pytest.mark.parametrize(("flag", "value"), FLAGS)
+def test_flag_is_one_of_a_script(flag: str, value: str) -> None:
+    """A flag in the prose, or a value beside it, would be gone, spelled otherwise or refused."""
+    script = next(name for name in COMMANDS if flag in parser_of(name)._option_string_actions)
+    if value and value != value.upper():  # else a placeholder
+        least = ["--tasks", "mmlu"] if script == "evaluate" else []
+        parser_of(script).parse_args([*least, flag, value])
 
 
 @pytest.mark.parametrize("word", [w for w in WORDS if re.fullmatch(

@@ -217,7 +217,7 @@ def test_what_follows_thoughts_is_the_answer(tok: Tokenizer, folder: Path, tmp_p
 
 SAID = {"gsm8k: base": ["It is 5?\n</think>\n\nIt is 4.", "It is 4."],
         "mt_bench: base": ["Hm.\n</think>\n\nFour.", "Uh, unfinished", "Eh</think>Six."],
-        "mt_bench: judge": ["[[7]]"] * 3}
+        "mt_bench judge: replies": ["[[7]]"] * 3}
 
 
 @pytest.fixture(scope="module")
@@ -231,13 +231,14 @@ def evaluated(folder: Path, tmp_path_factory: Folders) -> tuple[dict, dict]:
                                                "turns": ["2+2?", "And 3?", "So?"]}) + "\n"})
     rows, prompts = defaultdict(list), defaultdict(list)
 
-    def decode(model, tokenizer, work, label, name, asked, *rest) -> list[dict]:
+    def answers(weights, work, task, strategy, asked, *rest) -> list[dict]:
+        label = f"{task}: {strategy}"
         first = len(prompts[label])
         prompts[label] += [ids for ids, _ in asked]
         return [{"text": said, "stop": "eos"} for said in SAID[label][first:len(prompts[label])]]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "decode", decode)
+        patch.setattr(evaluate.Weights, "answers", answers)
         read = watch(patch, evaluate, "hidden_states")
         assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks",
                               "mmlu,gsm8k,mt_bench", "--strategies", "base", "--out",
@@ -265,7 +266,7 @@ def test_talks_and_judge_without_thoughts(evaluated: tuple[dict, dict], tok: Tok
     """MT-Bench: a thought, finished or not, would come back in a later turn or reach the judge."""
     rows, prompts = evaluated
     turns = [tok.decode(ids) for ids in prompts["mt_bench: base"]]
-    judged = [tok.decode(ids) for ids in prompts["mt_bench: judge"]]
+    judged = [tok.decode(ids) for ids in prompts["mt_bench judge: replies"]]
     assert [r["output"] for r in rows["mt_bench"]] == ["Four.", "", "Six."]
     assert rows["mt_bench"][0]["score"] == 7.0
     for text in (*turns, *judged):
