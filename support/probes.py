@@ -105,16 +105,19 @@ def read_verdicts(folder: Path) -> tuple[list[Pair], list[Verdict], set[tuple[st
 def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gate, float]:
     """A run's gate as stage 4 would fit it without the held-out queries, and its threshold: what
     the run's own queries have to be routed by. The saved gate has learned their verdicts."""
-    pairs, verdicts, held = read_verdicts(folder)
     settings, run = run_settings(folder), RunFolder(folder, read_only=True)
-    kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
-    features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])
-    ordinary, _ = gate_features(prism, tokenizer, [conversation(t) for t in read_traffic(run)])
-    labels = torch.tensor([float(verdicts[i].target) for i in kept], device=features.device)
+    pairs, verdicts, held = read_verdicts(folder)
+    queries, kept = [], []
+    for pair, verdict in zip(pairs, verdicts):
+        if (pair.persona, pair.index) not in held:
+            queries.append(conversation(pair.query))
+            kept.append(verdict)
+    features, _ = gate_features(prism, tokenizer, queries)
+    ordinary, _ = gate_features(prism, tokenizer, list(map(conversation, read_traffic(run))))
     kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
     gate = Gate(features.shape[1], settings["seed"]).to(features.device)
-    figures = fit_gate(gate, features, labels, [verdicts[i].persona for i in kept], ordinary, kind,
-                       settings["gate_threshold"], settings.get("gate_rate", 1.0), settings["seed"])
+    figures = fit_gate(gate, features, ordinary, kept, kind, settings["gate_threshold"],
+                       settings.get("gate_rate", 1.0), settings["seed"])
     return gate, figures["threshold"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.messages import conversation
 from tiny import one_thread
-from tiny_run import rows_of, run_train, write_rows
+from tiny_run import rows_of, run_train, verdict, write_rows
 from torch import Tensor
 
 import gate
@@ -191,10 +191,11 @@ def test_a_threshold_spares_ordinary_traffic() -> None:
 def test_traffic_that_was_learned_counts_out_of_fold() -> None:
     """A gate would be held to the rate on traffic that it knows by heart, and opens for none of."""
     x = torch.randn(240, 32, generator=torch.Generator().manual_seed(0))  # nothing tells them apart
-    labels, names = (torch.arange(160) < 80).float(), ["a"] * 80 + ["contrast_b"] * 80
+    rows = [verdict(i, "expert", "a") for i in range(80)]
+    rows += [verdict(i, "base", "contrast_b") for i in range(80)]
     learned = Gate(32)
     with one_thread():
-        loose, strict = (fit_gate(gate, x[:160], labels, names, x[160:], "verdict", None, rate, 0)
+        loose, strict = (fit_gate(gate, x[:160], x[160:], rows, "verdict", None, rate, 0)
                          for gate, rate in ((learned, 1.0), (Gate(32), 0.1)))
     by_heart = open_share(probabilities(learned, x[160:]), loose["threshold"])
     assert by_heart < 0.1 < loose["traffic_opened"]
