@@ -72,7 +72,7 @@ class Rule:
 
 
 class RuleJudge:
-    """Verdicts by a rule (`judge.Judge` is the protocol). The evidence is what it says, and what it
+    """Verdicts by a rule (see `judge.ModelJudge`). The evidence is what it says, and what it
     says of the same two answers swapped: one that compares answers then turns round."""
 
     name = "rule"

@@ -223,8 +223,7 @@ def test_few_pairs_are_decided_by_the_evidence(pairs: int, wrong_on: list[str], 
                                                known: KnownPairs) -> None:
     """Too few pairs to decide the test would be refused or trusted against the evidence."""
     supply = itertools.islice(known.wrong_query(), pairs)
-    with judge.tqdm(total=1, disable=True) as bar:
-        row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply, bar)
+    row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply)
     assert (row["pairs"], row["passed"]) == (pairs, passed)
 
 

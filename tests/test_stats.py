@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from judge import MOST_PAIRS, PAIRS_AT_ONCE, Comparison, ask_until_decided
 from support.stats import (FAIL, PASS, auc, bootstrap_mean, decision_scores, evidence, interval,
@@ -71,8 +70,7 @@ def test_judges_are_asked_by_that_test() -> None:
     judge, share, found = Guess(0.75), passes(0.75), []
     for _ in range(1000):
         supply = iter([Comparison("q", "", "right", "wrong")] * (2 * MOST_PAIRS))
-        with tqdm(total=1, disable=True) as bar:
-            counts, cost = ask_until_decided(judge, supply, bar)
+        counts, cost = ask_until_decided(judge, supply)
         assert counts["pairs"] == counts["right"] + counts["wrong"] == cost["prompts"]
         found.append((counts["passed"], counts["pairs"]))
     passed, pairs = np.mean(found, axis=0)
