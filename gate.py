@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bootstrap import Pair, Verdict
 from engine import Request
-from generate import gate_features, message_stops
+from generate import gate_features
 from model import Transformer
 from prism import PRISM, Gate, gate_loss
 from queries import write_messages
@@ -115,11 +115,11 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
         return read_traffic(run)
     begun = time.perf_counter()
     turn = tokenizer.open_user_turn(None)
-    requests = [Request([*turn], derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
+    requests = [Request(turn, derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
                 for i in range(2 * wanted)]
-    outputs, cost = write_messages(net, requests, "continue", message_stops(net, tokenizer),
-                                   "ordinary traffic")
-    written = [clean_query(tokenizer.decode(out.text_ids)) for out in outputs if out.stop == "eos"]
+    said, cost = write_messages(net, tokenizer, [(request, []) for request in requests],
+                                "continue", "ordinary traffic")
+    written = [clean_query(text) for text, complete in said if complete]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
     run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),
                peak_memory=peak_memory())

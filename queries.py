@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import Engine, Output, PrefixReader, Request, hidden_states, token_log_probabilities
+from engine import Engine, PrefixReader, Request, hidden_states, token_log_probabilities
 from generate import message_stops
 from model import Transformer
 from sampling import Sampling, derive_seed
@@ -185,7 +185,6 @@ class QueryWriter:
                  personas: dict[str, str], style: str, seed: int):
         self.run, self.net, self.tokenizer = run, net, tokenizer
         self.texts, self.style, self.seed = personas, style, seed
-        self.stop_ids = message_stops(net, tokenizer)
         self.reader = PrefixReader(net)  # the personas are read once for all comparisons
         # The ids before a user's message to each persona, before an answer of its own, and the
         # paper's prompts with each wish.
@@ -219,15 +218,13 @@ class QueryWriter:
         """The candidates of a chunk, which is of one style, and what they cost."""
         if not self.rivals:
             self.look_at_personas()
-        asked = [self.request(draft) for draft in drafts]
-        outputs, cost = write_messages(self.net, [request for request, _ in asked],
-                                       drafts[0].style, self.stop_ids, "sampling")
+        asked, style = [self.request(draft) for draft in drafts], drafts[0].style
+        written, cost = write_messages(self.net, self.tokenizer, asked, style, "sampling")
         self.costs, candidates, messages = [cost], [], []
-        for draft, (_, begun), out in zip(drafts, asked, outputs):
-            text = self.tokenizer.decode([*begun, *out.text_ids])
-            found = Candidate(draft.persona, draft.style, text, out.stop == "eos")
-            candidates.append(found)
-            messages.append((found.persona, query_of(found, self.texts[found.persona])))
+        for draft, (text, complete) in zip(drafts, written):
+            candidate = Candidate(draft.persona, style, text, complete)
+            candidates.append(candidate)
+            messages.append((draft.persona, query_of(candidate, self.texts[draft.persona])))
         suited = self.find_suited(messages)
         rows = [replace(c, suits=name) for c, name in zip(candidates, suited)]
         return rows, add_costs(self.costs)
@@ -317,12 +314,18 @@ class QueryWriter:
             self.openings[name] = [OPENINGS[o] for o in own] if known else []
 
 
-def write_messages(net: Transformer, requests: Sequence[Request], style: str, stops: set[int],
-                   bar: str) -> tuple[list[Output], dict]:
-    """Users' messages sampled in a style, in the order of their requests; and what they cost."""
-    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), stops)
+def write_messages(net: Transformer, tokenizer: Tokenizer,
+                   asked: Sequence[tuple[Request, list[int]]], style: str,
+                   bar: str) -> tuple[list[tuple[str, bool]], dict]:
+    """Users' messages sampled in a style, each from its prompt and the ids that it begins with:
+    (text, whether the model ended it by itself). And what they cost."""
+    requests = [request for request, _ in asked]
+    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), message_stops(net, tokenizer))
     outputs = sorted(engine.run(requests, bar=bar), key=lambda out: out.index)
-    return outputs, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+    written = []
+    for out, (_, begun) in zip(outputs, asked):
+        written.append((tokenizer.decode([*begun, *out.text_ids]), out.stop == "eos"))
+    return written, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
 
 
 def most_alike(states: Tensor) -> list[list[int]]:
