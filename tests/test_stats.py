@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,23 +52,15 @@ def test_errors_of_the_sequential_test() -> None:
     assert passes(0.5)[0] <= 0.001 >= passes(0.3)[0]  # worse ones pass still less
 
 
-class Guess:
-    """A judge that is right on a share of the pairs."""
-
-    name = "guess"
-
-    def __init__(self, share: float):
-        self.share, self.generator = share, np.random.default_rng(0)
-
-    def compare(self, asked: list[Comparison]) -> tuple[list, dict]:
-        """The next verdicts."""
-        hits = self.generator.random(len(asked)) < self.share
-        return [("expert" if hit else "base", []) for hit in hits], {"prompts": len(asked)}
-
-
 def test_judges_are_asked_by_that_test() -> None:
     """The error rates above would be those of another rule than the judges'."""
-    judge, share, found = Guess(0.75), passes(0.75), []
+    generator = np.random.default_rng(0)
+
+    def guess(asked: list[Comparison]) -> tuple[list, dict]:
+        hits = generator.random(len(asked)) < 0.75
+        return [("expert" if hit else "base", []) for hit in hits], {"prompts": len(asked)}
+
+    judge, share, found = SimpleNamespace(name="guess", compare=guess), passes(0.75), []
     for _ in range(1000):
         supply = iter([Comparison("q", "", "right", "wrong")] * (2 * MOST_PAIRS))
         counts, cost = ask_until_decided(judge, supply)
