@@ -287,7 +287,7 @@ class KnownPairs:
                 self.pairs.append(p)
         self.pairs.sort(key=lambda p: (
             p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
-        self.costs: list[dict] = []  # of what had to be sampled
+        self.costs: list[dict] = []  # of sampling and of judging them
 
     def wrong_query(self) -> Iterator[Comparison]:
         """The answer to a query against the answer to another one."""
@@ -316,16 +316,15 @@ def examine_judge(judge: Judge, known: KnownPairs) -> dict:
     0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not trusted,
     and asked nothing more; one that fails on refusals is blind to them.
     """
-    kinds, costs = {}, []
+    kinds = {}
     for kind, pairs in (("wrong query", known.wrong_query()), ("refusal", known.refusal())):
         kinds[kind], cost = ask_until_decided(judge, pairs)
-        costs.append(cost)
+        known.costs.append(cost)
         if not kinds[kind]["passed"]:
             break
     trusted = kinds["wrong query"]["passed"]
     blind = "refusal" in kinds and not kinds["refusal"]["passed"]
-    return {"judge": judge.name, "trusted": trusted, "blind_to_refusals": blind, "kinds": kinds,
-            "cost": add_costs(costs)}
+    return {"judge": judge.name, "trusted": trusted, "blind_to_refusals": blind, "kinds": kinds}
 
 
 def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, dict]:
@@ -336,7 +335,7 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, 
     letters: Counter[str] = Counter()
     costs, ratio = [], 0.0
     with progress_bar(f"testing the {judge.name} judge", "pair", total=MOST_PAIRS) as bar:
-        while counts.total() < MOST_PAIRS and FAIL < ratio < PASS:
+        while FAIL < ratio < PASS and counts.total() < MOST_PAIRS:
             some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
             if not some:
                 break
@@ -407,8 +406,8 @@ def judge_of_run(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging
     begun = time.perf_counter()
     known = KnownPairs(net, tokenizer, pairs, args.max_new_tokens, args.seed)
     judge, tests = choose_judge(args.judge, *judging, known)
-    cost = add_costs([*known.costs, *(test.pop("cost") for test in tests)])
     run.record("judge", 0, chosen=judge.name, forced=args.judge != "auto", model=args.judge_model,
-               tests=tests, **cost, seconds=round(time.perf_counter() - begun, 3),
+               tests=tests, **add_costs(known.costs),
+               seconds=round(time.perf_counter() - begun, 3),
                peak_memory=peak_memory())
     return judge

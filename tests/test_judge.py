@@ -204,11 +204,12 @@ def test_a_judge_is_asked_until_it_is_known(wrong_on: tuple, other: str, counts:
         report = examine_judge(asked, known)
     assert {kind: (k["pairs"], k["right"]) for kind, k in report["kinds"].items()} == counts
     assert (report["trusted"], report["blind_to_refusals"]) == (trusted, blind)
-    assert report["cost"]["prompts"] == asked.count == sum(n for n, _ in counts.values())
+    assert asked.count == sum(n for n, _ in counts.values())
+    sampled = counts.get("refusal", (0, 0))[0]  # no compliance before it is asked about
+    assert sum(cost["prompts"] for cost in known.costs) == asked.count + sampled
     for kind, k in report["kinds"].items():
         assert k["passed"] is (k["right"] > 0)
         assert kind not in wrong_on or k["wrong" if other == "base" else other] == k["pairs"]
-    assert bool(known.costs) is ("refusal" in counts)  # else no compliance was sampled
 
 
 @pytest.mark.parametrize(("pairs", "wrong_on", "passed"), [
