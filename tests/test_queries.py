@@ -153,16 +153,20 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
 def test_what_no_context_claims_is_a_query_of_a_contrast(
         behind: float, suited: bool, run: RunFolder, net: Transformer, tok: Tokenizer,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ordinary questions are as likely under any context: a contrast would never get any."""
+    """Ordinary questions are as likely under any context: a contrast would never get any. Or it
+    would be given what is likelier as its own answer."""
     personas = {"contrast_daily": "You help.", "policy": "Decline."}
     writer = QueryWriter(run, net, tok, personas, "instruct", 0)
     writer.rivals = {"contrast_daily": ["policy"], "policy": ["contrast_daily"]}
     likelihood = {"contrast_daily": -20.0, "policy": -20.0 + behind}
+    egg, answer = "How do I boil an egg?", "I boil an egg for eight minutes."
+    spoken = {egg: -40.0, answer: -10.0}
     monkeypatch.setattr(writer, "score", lambda asked, role="user": [
-        likelihood[name] if role == "user" else -40.0 for name, _ in asked])
-    egg = "How do I boil an egg?"
-    daily, policy = writer.find_suited([("contrast_daily", egg), ("policy", egg)])
+        likelihood[name] if role == "user" else spoken[text] for name, text in asked])
+    daily, policy, said = writer.find_suited([
+        ("contrast_daily", egg), ("policy", egg), ("contrast_daily", answer)])
     assert (daily == "contrast_daily") == suited and (policy == "policy") == (behind > LEAD)
+    assert said == (None if suited else "policy")
 
 
 def test_the_style_with_most_identifiable_queries_is_taken(
@@ -173,16 +177,16 @@ def test_the_style_with_most_identifiable_queries_is_taken(
     found = [candidate("chemist", text, style="instruct") for text in right]
     found += [candidate("chemist", right[0], style="continue", suits="pirate") for _ in right]
     whole = [candidate("chemist", text, style="continue") for text in right]
-    monkeypatch.setattr(queries, "identify",
-                        lambda net, tok, personas, some: ([True] * len(some), {"flops": 18}))
+    hits = [True, True, False]
+    monkeypatch.setattr(queries, "identify", lambda *_: (hits, {"flops": 18}))
     assert try_styles(run, net, tok, PERSONAS, found) == "instruct"
     row = run.latest()["style"]
     counts = {name: (t["candidates"], t["complete"], t["distinct"], t["identifiable"])
               for name, t in row["styles"].items()}
-    assert counts == {"instruct": (2, 2, 2, 2), "continue": (2, 2, 1, 1)}
+    assert counts == {"instruct": (2, 2, 2, 2), "continue": (2, 2, 1, 0)}
     assert row["chosen"] == "instruct" and row["flops"] == 18
     assert try_styles(run, net, tok, PERSONAS, found[2:]) == "instruct"  # recorded
-    other = RunFolder(run.path / "other")
+    other, hits[2:] = RunFolder(run.path / "other"), [True, True]
     assert try_styles(other, net, tok, PERSONAS, [*found[:2], *whole]) == "instruct"  # a draw
     third, alike = RunFolder(run.path / "third"), replace(found[0], text=right[1])
     assert try_styles(third, net, tok, PERSONAS, [found[1], alike, *whole]) == "continue"
