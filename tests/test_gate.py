@@ -218,7 +218,7 @@ def test_a_gate_goes_by_brought_traffic(finished: Path, command: list[str], tmp_
 
 def test_reported_gate_scores_are_out_of_fold() -> None:
     """Accuracy, AUC and the rest would come from gates that saw the query, or from a threshold that
-    it had a part in; or the run's own threshold not be that of all."""
+    it had a part in; or the gate that is kept, or its threshold, not be fitted on all."""
     (x, targets), (ordinary, _) = planted(120, 50, 1.5, 0), planted(60, 20, 1.5, 1)
     rows = [verdict(i, "expert" if won else "base") for i, won in enumerate(targets)]
     made = Gate(32)
@@ -232,6 +232,8 @@ def test_reported_gate_scores_are_out_of_fold() -> None:
         best = youden_threshold([probability[i] for i in others], [i < 50 for i in others])
         thresholds[left_out] = max(best, lowest)
     assert found["threshold"] == pytest.approx(thresholds[None])
+    for mine, of_all in zip(made.parameters(), fitted(x, targets).parameters()):
+        torch.testing.assert_close(mine, of_all)
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
     assert opened != [p >= thresholds[None] for p in probability]  # or the folds were not tested
     expected = decision_scores(probability, opened, [i < 50 for i in range(120)])
@@ -240,7 +242,7 @@ def test_reported_gate_scores_are_out_of_fold() -> None:
 
 def test_the_gate_that_is_kept(finished: Path, net: Transformer, tok: Tokenizer,
                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would not be fitted on all of the run's queries and traffic, or not be the one that
+    """It would not be fitted on the run's own queries, verdicts and traffic, or not be the one that
     routes; or other figures than its own be recorded."""
     monkeypatch.setattr(gate, "GATE_STEPS", 20)  # as in `run_train`
     prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
