@@ -92,7 +92,8 @@ def fit_gate(gate: Gate, queries: Tensor, ordinary: Tensor, verdicts: Sequence[V
     for kind in ("verdict", "intent") if target == "auto" else (target,):
         scored[kind] = out_of_fold(features, labels, personas, kind, seed)
         losses[kind] = calibrated_log_loss(scored[kind][0], labels.tolist())
-    target = choose_target(losses)
+    if target == "auto":
+        target = choose_target(losses)
 
     targets = gate_targets(labels, personas, target)
     loss = train_gate(gate, features, targets)
@@ -146,10 +147,8 @@ def gate_targets(labels: Tensor, personas: Sequence[str], kind: str) -> Tensor:
 
 
 def choose_target(losses: dict[str, np.ndarray]) -> str:
-    """The target of which these are the log losses [n] of held-out verdicts: of both, intent unless
+    """Of both targets, given the log losses [n] of held-out verdicts under each: intent, unless
     verdicts are better by more than a standard error (the rule of Breiman et al. 1984)."""
-    if len(losses) == 1:
-        return next(iter(losses))
     gain = losses["intent"] - losses["verdict"]
     return "verdict" if gain.mean() > gain.std() / math.sqrt(len(gain)) else "intent"
 

@@ -115,7 +115,8 @@ class ModelJudge:
         raise NotImplementedError
 
 
-Judge = ModelJudge | RuleJudge | NoJudge  # all that stage 3 uses of one: `name` and `compare`
+# What stage 3 uses of one: its `name` and `compare`.
+Judge = ModelJudge | RuleJudge | NoJudge
 
 
 class LetterJudge(ModelJudge):
@@ -193,25 +194,21 @@ class LikelihoodJudge(ModelJudge):
         parts, cost = self.read(keys)
         results = []
         for c in asked:
-            expert = self.scores(parts[c.query, c.context, c.expert], c.ended)
-            base = self.scores(parts[c.query, c.context, c.base], c.ended)
-            pairs = list(map(list, zip(expert, base)))
+            scores = []
+            for answer in (c.expert, c.base):
+                inverse, fluency, ending = parts[c.query, c.context, answer]
+                extra = FLUENCY * fluency
+                if c.ended:
+                    extra += ENDING * max(ending, ENDING_FLOOR)
+                scores.append([round(score + extra, 6) for score in inverse])
+            pairs = list(map(list, zip(*scores)))
             results.append((score_winner(pairs), pairs))
         return results, cost
-
-    @staticmethod
-    def scores(parts: tuple[list[float], float, float], ended: bool) -> list[float]:
-        """One answer's score under each wording, from what `read` found."""
-        inverse, fluency, ending = parts
-        extra = FLUENCY * fluency
-        if ended:
-            extra += ENDING * max(ending, ENDING_FLOOR)
-        return [round(score + extra, 6) for score in inverse]
 
     def read(self, keys: Sequence[tuple[str, str, str]]) -> tuple[dict, dict]:
         """The parts of the score, in nats per token, by (query, context, answer): ([log P(query |
         answer) under each wording], log P(answer), log P(end of turn | answer)). And the cost."""
-        keys = list(dict.fromkeys(keys))  # the same answer may be compared more than once
+        keys = dict.fromkeys(keys)  # an answer may be compared more than once
         prompts, targets, shared = [], [], []
         end = self.tokenizer.end_of_turn_id
         for query, context, answer in keys:
@@ -237,8 +234,10 @@ class LikelihoodJudge(ModelJudge):
             mixture = next(queue)
             if key[1]:
                 mixture = torch.logaddexp(mixture, next(queue)) - math.log(2)
-            text, ending = (mixture, 0.0) if end is None else (mixture[:-1], float(mixture[-1]))
-            parts[key] = inverse, mean(text), ending
+            ending = 0.0
+            if end is not None:
+                mixture, ending = mixture[:-1], float(mixture[-1])
+            parts[key] = inverse, mean(mixture), ending
         return parts, cost_of(self.net, len(prompts), read, 0, sum(map(len, targets)))
 
 

@@ -212,7 +212,8 @@ class QueryWriter:
         for chunk in self.run.todo("queries", "candidates.jsonl", Candidate, self.chunks):
             self.run.commit(*self.write(chunk))
         # A continued run may find later rounds on disk already; a round is judged by its own past.
-        return self.run.rows("candidates.jsonl", Candidate)[:sum(map(len, self.chunks))]
+        asked = sum(map(len, self.chunks))
+        return self.run.rows("candidates.jsonl", Candidate)[:asked]
 
     def write(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
         """The candidates of a chunk, which is of one style, and what they cost."""
@@ -373,7 +374,8 @@ def log_likelihoods(net: Transformer, asked: Sequence[tuple], shared: Sequence[i
 
 def trial_personas(personas: dict[str, str]) -> dict[str, str]:
     """At most TRIAL_PERSONAS of them, evenly spaced."""
-    return dict(list(personas.items())[::math.ceil(len(personas) / TRIAL_PERSONAS)])
+    step = math.ceil(len(personas) / TRIAL_PERSONAS)
+    return dict(list(personas.items())[::step])
 
 
 def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,

@@ -63,7 +63,7 @@ def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
         features[name], _ = gate_features(prism, tokenizer, short)
     own, _ = gate_features(prism, tokenizer, [conversation(q.query) for q in queries])
     gates = {"the gate": (prism.gate, prism.threshold)}
-    names = list(dict.fromkeys(q.persona for q in queries))
+    names = dict.fromkeys(q.persona for q in queries)
     for name in names if len(names) > 1 else ():
         labels = torch.tensor([float(q.persona == name) for q in queries], device=own.device)
         gate = Gate(own.shape[1], seed).to(own.device)
