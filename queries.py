@@ -186,9 +186,9 @@ class QueryWriter:
         self.run, self.net, self.tokenizer = run, net, tokenizer
         self.texts, self.style, self.seed = personas, style, seed
         self.reader = PrefixReader(net)  # the personas are read once for all comparisons
-        # The ids before a user's message to each persona, before an answer of its own, and the
-        # paper's prompts with each wish.
-        self.turns, self.headers, self.instructions = {}, {}, {}
+        # The ids before a user's message to each persona (None: to nobody), before an answer of its
+        # own, and the paper's prompts with each wish.
+        self.turns, self.headers, self.instructions = {None: tokenizer.open_user_turn(None)}, {}, {}
         for name, text in personas.items():
             self.turns[name] = tokenizer.open_user_turn(text)
             self.headers[name] = tokenizer.render(conversation(NO_MESSAGE, text), thinking=False)
@@ -272,47 +272,38 @@ class QueryWriter:
                 suited[i] = None
         return suited
 
-    def score(self, asked: Sequence[tuple[str, str]], role: str = "user") -> list[float]:
-        """log P(query | the persona) of (persona, query) pairs, as a user's message to it or as an
-        "assistant"'s answer of its own."""
+    def score(self, asked: Sequence[tuple[str | None, str]], role: str = "user") -> list[float]:
+        """log P(text | the persona) of (persona, text) pairs, as a user's message to it, or to
+        nobody, or as an "assistant"'s answer of its own."""
         rows, shared = [], []
-        for persona, query in asked:
+        for persona, text in asked:
             turn = self.turns[persona]
             before = turn if role == "user" else self.headers[persona]
-            rows.append((before, self.tokenizer.encode_turn(role, query, system=True)))
+            rows.append((before, self.tokenizer.encode_turn(role, text, persona is not None)))
             shared.append(common_prefix(turn, before))
         scores, cost = log_likelihoods(self.net, rows, shared, self.reader)
         self.costs.append(cost)
         return scores
 
     def look_at_personas(self) -> None:
-        """Read every persona, which the reader keeps, and find out its rivals and openings."""
-        begun, names, turns = time.perf_counter(), list(self.turns), list(self.turns.values())
+        """Read every persona, which the reader keeps, and find out its rivals and openings; no
+        openings for one in another language than theirs."""
+        begun, names = time.perf_counter(), list(self.texts)
+        turns = [self.turns[name] for name in names]
         ends = [len(turn) - 1 for turn in turns]
         states, read = hidden_states(self.net, turns, ends, ends, reader=self.reader)
         self.costs = [cost_of(self.net, len(turns), read)]
         for name, rivals in zip(names, most_alike(torch.cat(states).float())):
             self.rivals[name] = [names[k] for k in rivals]
         if "continue" in STYLES[self.style]:
-            self.choose_openings()
+            scores = self.score([(name, words) for name in (*names, None) for words in OPENINGS])
+            chosen = assign_openings(torch.tensor(scores).view(-1, len(OPENINGS)))
+            for name, own in zip(names, chosen):
+                known = shares_language(self.texts[name], OPENINGS)
+                self.openings[name] = [OPENINGS[o] for o in own] if known else []
         if "personas" not in self.run.latest():  # once in a run, however often it is continued
             self.run.record("personas", 0, **add_costs(self.costs),
                             seconds=round(time.perf_counter() - begun, 3))
-
-    def choose_openings(self) -> None:
-        """Give each persona openings by log P(opening | its opened user turn); none to one in
-        another language than theirs."""
-        encode, nobody = self.tokenizer.encode_turn, self.tokenizer.open_user_turn(None)
-        asked = []
-        for turn in self.turns.values():
-            asked += [(turn, encode("user", words, system=True)) for words in OPENINGS]
-        asked += [(nobody, encode("user", words)) for words in OPENINGS]
-        scores, cost = log_likelihoods(self.net, asked, reader=self.reader)
-        self.costs.append(cost)
-        chosen = assign_openings(torch.tensor(scores).view(-1, len(OPENINGS)))
-        for name, own in zip(self.turns, chosen):
-            known = shares_language(self.texts[name], OPENINGS)
-            self.openings[name] = [OPENINGS[o] for o in own] if known else []
 
 
 def write_messages(net: Transformer, tokenizer: Tokenizer,

@@ -107,17 +107,14 @@ def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gat
     the run's own queries have to be routed by. The saved gate has learned their verdicts."""
     settings, run = run_settings(folder), RunFolder(folder, read_only=True)
     pairs, verdicts, held = read_verdicts(folder)
-    queries, kept = [], []
-    for pair, verdict in zip(pairs, verdicts):
-        if (pair.persona, pair.index) not in held:
-            queries.append(conversation(pair.query))
-            kept.append(verdict)
-    features, _ = gate_features(prism, tokenizer, queries)
+    kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
+    features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])
     ordinary, _ = gate_features(prism, tokenizer, list(map(conversation, read_traffic(run))))
     kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
     gate = Gate(features.shape[1], settings["seed"]).to(features.device)
-    figures = fit_gate(gate, features, ordinary, kept, kind, settings["gate_threshold"],
-                       settings.get("gate_rate", 1.0), settings["seed"])
+    figures = fit_gate(gate, features, ordinary, [verdicts[i] for i in kept], kind,
+                       settings["gate_threshold"], settings.get("gate_rate", 1.0),
+                       settings["seed"])
     return gate, figures["threshold"]
 
 
