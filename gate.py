@@ -116,10 +116,9 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
         return read_traffic(run)
     begun = time.perf_counter()
     turn = tokenizer.open_user_turn(None)
-    requests = [Request(turn, derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
-                for i in range(2 * wanted)]
-    said, cost = write_messages(net, tokenizer, [(request, []) for request in requests],
-                                "continue", "ordinary traffic")
+    asked = [(Request(turn, derive_seed(seed, "traffic", i), prefix=len(turn) - 1), [])
+             for i in range(2 * wanted)]
+    said, cost = write_messages(net, tokenizer, asked, "continue", "ordinary traffic")
     written = [clean_query(text) for text, complete in said if complete]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
     run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),

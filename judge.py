@@ -115,7 +115,7 @@ class ModelJudge:
         raise NotImplementedError
 
 
-# What stage 3 uses of one: its `name` and `compare`.
+# Stage 3 uses nothing of a judge but its `name` and `compare`.
 Judge = ModelJudge | RuleJudge | NoJudge
 
 
@@ -286,7 +286,7 @@ class KnownPairs:
                 self.pairs.append(p)
         self.pairs.sort(key=lambda p: (
             p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
-        self.costs: list[dict] = []  # of sampling and of judging them
+        self.costs: list[dict] = []  # of making the pairs and of judging them
 
     def wrong_query(self) -> Iterator[Comparison]:
         """The answer to a query against the answer to another one."""
@@ -407,6 +407,5 @@ def judge_of_run(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging
     judge, tests = choose_judge(args.judge, *judging, known)
     run.record("judge", 0, chosen=judge.name, forced=args.judge != "auto", model=args.judge_model,
                tests=tests, **add_costs(known.costs),
-               seconds=round(time.perf_counter() - begun, 3),
-               peak_memory=peak_memory())
+               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
     return judge

@@ -11,7 +11,8 @@ from typing import Sequence
 
 import numpy as np
 
-RESAMPLES, MIDDLE = 2000, (2.5, 97.5)  # of a bootstrap interval; the percentiles that it has
+RESAMPLES = 2000  # of a bootstrap interval
+MIDDLE = 2.5, 97.5  # the percentiles between which 95% are
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 # The two shares that a sequential test tells apart, and the `evidence` at which it ends. With 4
 # pairs at a time and 60 at most, a judge that is right on 0.9 fails one test in 300, and one that
