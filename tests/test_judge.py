@@ -190,15 +190,21 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
         assert c.query == query and c.expert == REFUSAL and c.base.startswith(COMPLIANCE)
 
 
-@pytest.mark.parametrize(("wrong_on", "other", "counts", "trusted", "blind"), [
-    ((), "", {"wrong query": (12, 12), "refusal": (12, 12)}, True, False),
-    *((("wrong query",), other, {"wrong query": (4, 0)}, False, False)
+@pytest.mark.parametrize(("answers", "wrong_on", "other", "counts", "trusted", "blind"), [
+    (24, (), "", {"wrong query": (12, 12), "refusal": (12, 12)}, True, False),
+    *((24, ("wrong query",), other, {"wrong query": (4, 0)}, False, False)
       for other in ("base", "tie", "split", "unparsed")),
-    (("refusal",), "base", {"wrong query": (12, 12), "refusal": (4, 0)}, True, True)])
-def test_a_judge_is_asked_until_it_is_known(wrong_on: tuple, other: str, counts: dict,
-                                            trusted: bool, blind: bool, known: KnownPairs) -> None:
+    (24, ("refusal",), "base", {"wrong query": (12, 12), "refusal": (4, 0)}, True, True),
+    (2, (), "", {"wrong query": (2, 2), "refusal": (12, 12)}, True, False),
+    (2, ("wrong query",), "base", {"wrong query": (2, 0)}, False, False),
+    (1, (), "", {"wrong query": (0, 0)}, False, False)])
+def test_a_judge_is_asked_until_it_is_known(
+        answers: int, wrong_on: tuple, other: str, counts: dict, trusted: bool, blind: bool,
+        known: KnownPairs) -> None:
     """A judge would be asked more than twelve pairs of a kind, or more than four that it misses; or
-    be trusted, or called blind, for another reason than it should."""
+    be trusted, or called blind, for another reason than it should: of too few pairs against the
+    evidence."""
+    known.pairs = known.pairs[:answers]
     asked = Habitual(*wrong_on, other=other)
     with one_thread():
         report = examine_judge(asked, known)
@@ -206,20 +212,10 @@ def test_a_judge_is_asked_until_it_is_known(wrong_on: tuple, other: str, counts:
     assert (report["trusted"], report["blind_to_refusals"]) == (trusted, blind)
     assert asked.count == sum(n for n, _ in counts.values())
     sampled = counts.get("refusal", (0, 0))[0]  # no compliance before it is asked about
-    assert sum(cost["prompts"] for cost in known.costs) == asked.count + sampled
+    assert sum(cost.get("prompts", 0) for cost in known.costs) == asked.count + sampled
     for kind, k in report["kinds"].items():
         assert k["passed"] is (k["right"] > 0)
         assert kind not in wrong_on or k["wrong" if other == "base" else other] == k["pairs"]
-
-
-@pytest.mark.parametrize(("pairs", "wrong_on", "passed"), [
-    (3, [], True), (2, ["wrong query"], False), (0, [], False)])
-def test_few_pairs_are_decided_by_the_evidence(pairs: int, wrong_on: list[str], passed: bool,
-                                               known: KnownPairs) -> None:
-    """Too few pairs to decide the test would be refused or trusted against the evidence."""
-    supply = itertools.islice(known.wrong_query(), pairs)
-    row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply)
-    assert (row["pairs"], row["passed"]) == (pairs, passed)
 
 
 def test_judges_that_fail_are_refused(net: Transformer, tok: Tokenizer, known: KnownPairs) -> None:
