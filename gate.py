@@ -18,7 +18,6 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import compress
 from typing import Sequence
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from bootstrap import Pair, Verdict
 from engine import Request
-from generate import gate_features, message_stops
+from generate import gate_features
 from model import Transformer
 from prism import PRISM, Gate, gate_loss
 from queries import write_messages
@@ -63,10 +62,8 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     begun = time.perf_counter()
     queries, read = gate_features(prism, tokenizer, [conversation(p.query) for p in pairs])
     ordinary, read_too = gate_features(prism, tokenizer, [conversation(t) for t in traffic])
-
-    labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
-    figures = fit_gate(prism.gate, queries, labels, [v.persona for v in verdicts], ordinary,
-                       args.gate_target, args.gate_threshold, args.gate_rate, args.seed)
+    figures = fit_gate(prism.gate, queries, ordinary, verdicts, args.gate_target,
+                       args.gate_threshold, args.gate_rate, args.seed)
     prism.threshold = figures["threshold"]
     prism.save_gate(run.path)
     cost = cost_of(prism.net, len(pairs) + len(traffic), read + read_too)
@@ -75,25 +72,28 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
                **cost, seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
 
 
-def fit_gate(gate: Gate, queries: Tensor, labels: Tensor, personas: list[str], ordinary: Tensor,
+def fit_gate(gate: Gate, queries: Tensor, ordinary: Tensor, verdicts: Sequence[Verdict],
              target: str, threshold: float | None, rate: float, seed: int) -> dict:
     """Choose the target and the threshold out of fold, then train a gate on all queries.
 
     Args:
         queries, ordinary: [n, d] and [m, d] features of the queries and of ordinary traffic.
-        labels, personas: [n] t(x), and whose query each is.
+        verdicts: the n on these queries.
         target: "verdict", "intent", or "auto" (`choose_target`).
         threshold, rate: see `choose_thresholds`.
 
     Returns:
         The threshold, the target, and figures of how well the gate does out of fold.
     """
-    features, labels, personas = with_traffic(queries, labels, personas, ordinary)
-    kinds = ("verdict", "intent") if target == "auto" else (target,)
-    scored = {kind: out_of_fold(features, labels, personas, kind, seed) for kind in kinds}
-    losses = {kind: calibrated_log_loss(probability, labels.tolist())
-              for kind, (probability, _) in scored.items()}
-    target = choose_target(losses)
+    labels = torch.tensor([float(v.target) for v in verdicts], device=queries.device)
+    features, labels, personas = with_traffic(queries, labels, [v.persona for v in verdicts],
+                                              ordinary)
+    scored, losses = {}, {}
+    for kind in ("verdict", "intent") if target == "auto" else (target,):
+        scored[kind] = out_of_fold(features, labels, personas, kind, seed)
+        losses[kind] = calibrated_log_loss(scored[kind][0], labels.tolist())
+    if target == "auto":
+        target = choose_target(losses)
 
     targets = gate_targets(labels, personas, target)
     loss = train_gate(gate, features, targets)
@@ -116,11 +116,10 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
         return read_traffic(run)
     begun = time.perf_counter()
     turn = tokenizer.open_user_turn(None)
-    requests = [Request([*turn], derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
-                for i in range(2 * wanted)]
-    outputs, cost = write_messages(net, requests, "continue", message_stops(net, tokenizer),
-                                   "ordinary traffic")
-    written = [clean_query(tokenizer.decode(out.text_ids)) for out in outputs if out.stop == "eos"]
+    asked = [(Request(turn, derive_seed(seed, "traffic", i), prefix=len(turn) - 1), [])
+             for i in range(2 * wanted)]
+    said, cost = write_messages(net, tokenizer, asked, "continue", "ordinary traffic")
+    written = [clean_query(text) for text, complete in said if complete]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
     run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),
                peak_memory=peak_memory())
@@ -147,10 +146,8 @@ def gate_targets(labels: Tensor, personas: Sequence[str], kind: str) -> Tensor:
 
 
 def choose_target(losses: dict[str, np.ndarray]) -> str:
-    """The target of which these are the log losses [n] of held-out verdicts: of both, intent unless
+    """Of both targets, given the log losses [n] of held-out verdicts under each: intent, unless
     verdicts are better by more than a standard error (the rule of Breiman et al. 1984)."""
-    if len(losses) == 1:
-        return next(iter(losses))
     gain = losses["intent"] - losses["verdict"]
     return "verdict" if gain.mean() > gain.std() / math.sqrt(len(gain)) else "intent"
 
@@ -160,12 +157,10 @@ def with_traffic(queries: Tensor, labels: Tensor, personas: list[str],
     """Features, verdicts and personas to learn from. Ordinary traffic is added as a contrast where
     there are contrast contexts, or nothing but wins, as after --judge none without such contexts.
     """
-    contrasts = any(map(is_contrast, personas))
-    if not (contrasts or bool(labels.all())):
+    if not (any(map(is_contrast, personas)) or labels.all()):
         return queries, labels, personas
-    lost = labels.new_zeros(len(ordinary))
-    return (torch.cat((queries, ordinary)), torch.cat((labels, lost)),
-            personas + ["ordinary traffic"] * len(ordinary))
+    lost, nobody = labels.new_zeros(len(ordinary)), ["ordinary traffic"] * len(ordinary)
+    return torch.cat((queries, ordinary)), torch.cat((labels, lost)), personas + nobody
 
 
 def train_gate(gate: Gate, features: Tensor, targets: Tensor) -> float:
@@ -189,21 +184,21 @@ def out_of_fold(features: Tensor, labels: Tensor, personas: Sequence[str], kind:
     """The probability of every query under a gate fitted without it, and its fold (5-fold
     cross-validation). Folds are dealt out within each class, in an order that depends on the seed
     alone."""
-    n = len(labels)
-    order = sorted(range(n), key=lambda i: (bool(labels[i]), derive_seed(seed, "fold", i)))
-    fold = torch.empty(n, dtype=torch.long, device=labels.device)
-    numbers = torch.arange(n, device=labels.device) % GATE_FOLDS
-    fold[torch.tensor(order, device=labels.device)] = numbers
-    probability = torch.full((n,), 0.5, device=labels.device)
+    targets, probability, fold = labels.tolist(), [0.5] * len(labels), [0] * len(labels)
+    order = sorted(range(len(fold)),
+                   key=lambda i: (bool(targets[i]), derive_seed(seed, "fold", i)))
+    for place, i in enumerate(order):
+        fold[i] = place % GATE_FOLDS
     for number in progress_bar(f"gate, out of fold ({kind})", "fold", range(GATE_FOLDS)):
-        held = fold == number
-        if held.any() and not held.all():
-            known = list(compress(personas, (~held).tolist()))
+        known = [i for i, f in enumerate(fold) if f != number]
+        held = [i for i, f in enumerate(fold) if f == number]
+        if known and held:
             gate = Gate(features.shape[1], seed).to(features.device)
-            train_gate(gate, features[~held], gate_targets(labels[~held], known, kind))
-            with torch.no_grad():
-                probability[held] = gate(features[held]).sigmoid()
-    return probability.tolist(), fold.tolist()
+            names = [personas[i] for i in known]
+            train_gate(gate, features[known], gate_targets(labels[known], names, kind))
+            for i, p in zip(held, probabilities(gate, features[held])):
+                probability[i] = p
+    return probability, fold
 
 
 def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Sequence[int],
@@ -234,12 +229,12 @@ def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Seque
 
 @torch.no_grad()
 def probabilities(gate: Gate, features: Tensor) -> list[float]:
-    """A gate's probability of each of the features [n, d]."""
+    """A gate's probabilities [n] of features [n, d]."""
     return gate(features).sigmoid().tolist()
 
 
 def open_share(probability: Sequence[float], threshold: float) -> float | None:
-    """For which share of some texts, by their probabilities, a gate opens."""
+    """The share of texts for which a gate opens, by their probabilities; None of none."""
     if not probability:
         return None
     return sum(p >= threshold for p in probability) / len(probability)

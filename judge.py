@@ -13,20 +13,20 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Iterator, Protocol, Sequence
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine import hidden_states, token_log_probabilities
 from generate import sample_answers
 from model import Transformer
 from sampling import Sampling, derive_seed
+from support.distributed import progress_bar
 from support.hub import InputError
 from support.messages import conversation
 from support.refusals import GRAMMAR
-from support.rule import judge_in_place
+from support.rule import NoJudge, Rule, judge_in_place
 from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
 from support.stats import FAIL, PASS, evidence
 from support.words import count_words, degenerate, word_list
@@ -90,16 +90,6 @@ class Comparison:
     persona: str = ""
 
 
-class Judge(Protocol):
-    """What stage 3 needs: a name, and verdicts "expert", "base", "tie", "split" or "unparsed" with
-    their evidence and their cost."""
-
-    name: str
-
-    def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
-        """[(winner, evidence)] for each comparison, and what it cost."""
-
-
 class ModelJudge:
     """A judge that asks a model. An empty, echoing or looping text (`degenerate`) is no answer: it
     loses without being read."""
@@ -110,8 +100,8 @@ class ModelJudge:
         self.net, self.tokenizer = net, tokenizer
 
     def compare(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
-        """[(winner, evidence)] for each comparison, and what it cost; no evidence where a text is
-        no answer."""
+        """[(winner, evidence)] of each comparison, and what it cost. The winner is "expert",
+        "base", "tie", "split" or "unparsed"; there is no evidence where a text is no answer."""
         winners = []
         for c in asked:
             lost = degenerate(c.query, c.expert), degenerate(c.query, c.base)
@@ -123,6 +113,10 @@ class ModelJudge:
     def ask(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
         """`compare` where both texts are answers."""
         raise NotImplementedError
+
+
+# Stage 3 uses nothing of a judge but its `name` and `compare`.
+Judge = ModelJudge | Rule | NoJudge
 
 
 class LetterJudge(ModelJudge):
@@ -177,15 +171,6 @@ def letter_winner(forward: str, swapped: str) -> str:
     return table.get((forward, swapped), "split")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Of what the likelihood judge's score of an answer is made, in nats per token."""
-
-    inverse: list[float]  # log P(query | answer) under each wording
-    fluency: float  # log P(answer)
-    ending: float  # log P(end of turn | answer)
-
-
 class LikelihoodJudge(ModelJudge):
     """Which answer explains the query better, and is itself likelier text?
 
@@ -203,28 +188,27 @@ class LikelihoodJudge(ModelJudge):
 
     def ask(self, asked: Sequence[Comparison]) -> tuple[list[tuple[str, list]], dict]:
         """[(winner, [[expert, base] score per wording])], and what it cost."""
-        keys = {}  # in their order, each once
+        keys = []
         for c in asked:
-            keys |= {(c.query, c.context, c.expert): None, (c.query, c.context, c.base): None}
-        parts, cost = self.read(list(keys))
+            keys += [(c.query, c.context, c.expert), (c.query, c.context, c.base)]
+        parts, cost = self.read(keys)
         results = []
         for c in asked:
-            expert = self.scores(parts[c.query, c.context, c.expert], c.ended)
-            base = self.scores(parts[c.query, c.context, c.base], c.ended)
-            pairs = list(map(list, zip(expert, base)))
+            scores = []
+            for answer in (c.expert, c.base):
+                inverse, fluency, ending = parts[c.query, c.context, answer]
+                extra = FLUENCY * fluency
+                if c.ended:
+                    extra += ENDING * max(ending, ENDING_FLOOR)
+                scores.append([round(score + extra, 6) for score in inverse])
+            pairs = list(map(list, zip(*scores)))
             results.append((score_winner(pairs), pairs))
         return results, cost
 
-    @staticmethod
-    def scores(parts: Parts, ended: bool) -> list[float]:
-        """One answer's score under each wording."""
-        extra = FLUENCY * parts.fluency
-        if ended:
-            extra += ENDING * max(parts.ending, ENDING_FLOOR)
-        return [round(score + extra, 6) for score in parts.inverse]
-
     def read(self, keys: Sequence[tuple[str, str, str]]) -> tuple[dict, dict]:
-        """(query, context, answer) -> Parts; and what it cost."""
+        """The parts of the score, in nats per token, by (query, context, answer): ([log P(query |
+        answer) under each wording], log P(answer), log P(end of turn | answer)). And the cost."""
+        keys = dict.fromkeys(keys)  # an answer may be compared more than once
         prompts, targets, shared = [], [], []
         end = self.tokenizer.end_of_turn_id
         for query, context, answer in keys:
@@ -250,8 +234,10 @@ class LikelihoodJudge(ModelJudge):
             mixture = next(queue)
             if key[1]:
                 mixture = torch.logaddexp(mixture, next(queue)) - math.log(2)
-            text, ending = (mixture, 0.0) if end is None else (mixture[:-1], float(mixture[-1]))
-            parts[key] = Parts(inverse, mean(text), ending)
+            ending = 0.0
+            if end is not None:
+                mixture, ending = mixture[:-1], float(mixture[-1])
+            parts[key] = inverse, mean(mixture), ending
         return parts, cost_of(self.net, len(prompts), read, 0, sum(map(len, targets)))
 
 
@@ -300,7 +286,7 @@ class KnownPairs:
                 self.pairs.append(p)
         self.pairs.sort(key=lambda p: (
             p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
-        self.costs: list[dict] = []  # of what had to be sampled
+        self.costs: list[dict] = []  # of making the pairs and of judging them
 
     def wrong_query(self) -> Iterator[Comparison]:
         """The answer to a query against the answer to another one."""
@@ -329,41 +315,37 @@ def examine_judge(judge: Judge, known: KnownPairs) -> dict:
     0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not trusted,
     and asked nothing more; one that fails on refusals is blind to them.
     """
-    kinds, costs = {}, []
-    asked = {"wrong query": known.wrong_query(), "refusal": known.refusal()}
-    with tqdm(desc=f"testing the {judge.name} judge", unit="pair", dynamic_ncols=True,
-              total=3 * len(asked) * PAIRS_AT_ONCE) as bar:
-        for kind, pairs in asked.items():
-            kinds[kind], cost = ask_until_decided(judge, pairs, bar)
-            costs.append(cost)
-            if not kinds[kind]["passed"]:
-                break
+    kinds = {}
+    for kind, pairs in (("wrong query", known.wrong_query()), ("refusal", known.refusal())):
+        kinds[kind], cost = ask_until_decided(judge, pairs)
+        known.costs.append(cost)
+        if not kinds[kind]["passed"]:
+            break
     trusted = kinds["wrong query"]["passed"]
     blind = "refusal" in kinds and not kinds["refusal"]["passed"]
-    return {"judge": judge.name, "trusted": trusted, "blind_to_refusals": blind, "kinds": kinds,
-            "cost": add_costs(costs)}
+    return {"judge": judge.name, "trusted": trusted, "blind_to_refusals": blind, "kinds": kinds}
 
 
-def ask_until_decided(judge: Judge, pairs: Iterator[Comparison],
-                      bar: tqdm) -> tuple[dict, dict]:
+def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, dict]:
     """Counts of a judge's verdicts on known pairs of one kind, the expert's answer being the
     better, and what they cost. Where the pairs end before the sequential test, the likelier of the
     two shares counts."""
     counts: Counter[str] = Counter()
     letters: Counter[str] = Counter()
     costs, ratio = [], 0.0
-    while counts.total() < MOST_PAIRS and FAIL < ratio < PASS:
-        some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
-        if not some:
-            break
-        answers, cost = judge.compare(some)
-        costs.append(cost)
-        for winner, said in answers:
-            counts[winner] += 1
-            if judge.name == "letter":
-                letters.update(said)
-        ratio = evidence(counts["expert"], counts.total() - counts["expert"])
-        bar.update(len(some))
+    with progress_bar(f"testing the {judge.name} judge", "pair", total=MOST_PAIRS) as bar:
+        while FAIL < ratio < PASS and counts.total() < MOST_PAIRS:
+            some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
+            if not some:
+                break
+            answers, cost = judge.compare(some)
+            costs.append(cost)
+            for winner, said in answers:
+                counts[winner] += 1
+                if judge.name == "letter":
+                    letters.update(said)
+            ratio = evidence(counts["expert"], counts.total() - counts["expert"])
+            bar.update(len(some))
     return {"pairs": counts.total(), "right": counts["expert"], "wrong": counts["base"],
             "tie": counts["tie"], "split": counts["split"], "unparsed": counts["unparsed"],
             "passed": ratio > 0,
@@ -423,8 +405,7 @@ def judge_of_run(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging
     begun = time.perf_counter()
     known = KnownPairs(net, tokenizer, pairs, args.max_new_tokens, args.seed)
     judge, tests = choose_judge(args.judge, *judging, known)
-    cost = add_costs([*known.costs, *(test.pop("cost") for test in tests)])
     run.record("judge", 0, chosen=judge.name, forced=args.judge != "auto", model=args.judge_model,
-               tests=tests, **cost, seconds=round(time.perf_counter() - begun, 3),
-               peak_memory=peak_memory())
+               tests=tests, **add_costs(known.costs),
+               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
     return judge

@@ -14,18 +14,19 @@ Nothing in here knows words of a language, beside the prompts and that file.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import Engine, Output, PrefixReader, Request, hidden_states, token_log_probabilities
+from engine import Engine, PrefixReader, Request, hidden_states, token_log_probabilities
 from generate import message_stops
 from model import Transformer
 from sampling import Sampling, derive_seed
@@ -77,14 +78,12 @@ class Query:
     query: str
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """What a candidate is written from; `number` counts those of its style and persona."""
 
-    persona: str
     style: str
+    persona: str
     number: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -107,54 +106,34 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                   style: str = "auto") -> list[Query]:
     """Stage 1 (paper, section 3.1): `wanted` queries a persona, in the user's own voice.
 
-    Candidates are written in rounds; after each, one pure pass over all (`keep_queries`) says who
-    still lacks queries. Where there is a choice of styles, the first round is their trial.
+    Candidates are written in rounds; before each, one pure pass over all that there are
+    (`keep_queries`) says who still lacks queries. A choice of styles begins with their trial.
 
     Where queries.jsonl is there, it is used as it is, whoever wrote it.
     """
     if (run.path / "queries.jsonl").exists():
         return check_queries(run.rows("queries.jsonl", Query), personas, run.path)
-    writer = QueryWriter(run, net, tokenizer, personas, style)
-    styles = STYLES[style]
-    drafted: Counter = Counter()
-    chunks: list[list[Draft]] = []
-    lacking = dict.fromkeys(personas, wanted)
-    for _ in range(ROUNDS + (len(styles) > 1)):
-        counts = {name: max(OVERSAMPLE * count, FEWEST) for name, count in lacking.items()}
-        if len(styles) > 1:
-            counts = dict.fromkeys(trial_personas(personas), TRIAL)
-        for tried in styles:
-            chunks += split_chunks(new_drafts(counts, tried, drafted, seed),
-                                   CHUNK_SLOTS * net.sizes.slots)
-        for chunk in run.todo("queries", "candidates.jsonl", Candidate, chunks):
-            run.commit(*writer.write(chunk))
-        # A continued run may find later rounds on disk already; a round is judged by its own past.
-        candidates = run.rows("candidates.jsonl", Candidate)[:sum(map(len, chunks))]
-        if len(styles) > 1:
-            styles = (try_styles(run, net, tokenizer, personas, candidates),)
-        candidates = [c for c in candidates if c.style == styles[0]]
+    writer = QueryWriter(run, net, tokenizer, personas, style, seed)
+    candidates: list[Candidate] = []
+    if style == "auto":
+        tried = trial_personas(personas)
+        candidates = writer.extend(STYLES[style], dict.fromkeys(tried, TRIAL))
+        style = try_styles(run, net, tokenizer, tried, candidates)
+    for number in range(ROUNDS + 1):
+        candidates = [c for c in candidates if c.style == style]
         queries = keep_queries(candidates, personas, wanted)
-        kept = Counter(q.persona for q in queries)
-        lacking = {name: wanted - kept[name] for name in personas if kept[name] < wanted}
-        if not lacking:
+        kept, counts = Counter(q.persona for q in queries), {}
+        for name in personas:
+            if kept[name] < wanted:
+                counts[name] = max(OVERSAMPLE * (wanted - kept[name]), FEWEST)
+        if not counts or number == ROUNDS:
             break
+        candidates = writer.extend([style], counts)
     if run.writes and queries:
-        run.record("quality", 0, style=styles[0],
+        run.record("quality", 0, style=style,
                    **measure_queries(net, tokenizer, personas, queries, candidates))
         run.write("queries.jsonl", queries)
     return queries
-
-
-def new_drafts(counts: dict[str, int], style: str, drafted: Counter, seed: int) -> list[Draft]:
-    """So many new drafts for each persona; `drafted` counts all there are."""
-    found = []
-    for name, count in counts.items():
-        for _ in range(count):
-            number = drafted[style, name]
-            found.append(Draft(name, style, number,
-                               derive_seed(seed, "query", style, name, number)))
-            drafted[style, name] += 1
-    return found
 
 
 def check_queries(queries: list[Query], personas: dict[str, str], folder: Path) -> list[Query]:
@@ -177,17 +156,14 @@ def keep_queries(candidates: Sequence[Candidate], personas: dict[str, str],
     for name, persona in personas.items():
         index = 0
         for candidate in candidates:
-            if index == wanted:
-                break
-            if candidate.persona != name or candidate.suits != name:
+            if index == wanted or candidate.persona != name or candidate.suits != name:
                 continue
             text = query_of(candidate, persona)
             words = set(words_of(text or ""))
-            if not text or any(near_duplicates(words, other) for other in seen):
-                continue
-            seen.append(words)
-            kept.append(Query(name, index, text))
-            index += 1
+            if text and not any(near_duplicates(words, other) for other in seen):
+                seen.append(words)
+                kept.append(Query(name, index, text))
+                index += 1
     return kept
 
 
@@ -206,135 +182,142 @@ class QueryWriter:
     when the first chunk is asked for."""
 
     def __init__(self, run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-                 personas: dict[str, str], style: str):
-        self.run, self.net, self.tokenizer, self.style = run, net, tokenizer, style
-        self.stop_ids = message_stops(net, tokenizer)
-        self.texts = personas
-        self.turns, self.headers = {}, {}
+                 personas: dict[str, str], style: str, seed: int):
+        self.run, self.net, self.tokenizer = run, net, tokenizer
+        self.texts, self.style, self.seed = personas, style, seed
+        self.reader = PrefixReader(net)  # the personas are read once for all comparisons
+        # The ids before a user's message to each persona (None: to nobody), before an answer of its
+        # own, and the paper's prompts with each wish.
+        self.turns, self.headers, self.instructions = {None: tokenizer.open_user_turn(None)}, {}, {}
         for name, text in personas.items():
             self.turns[name] = tokenizer.open_user_turn(text)
             self.headers[name] = tokenizer.render(conversation(NO_MESSAGE, text), thinking=False)
-        self.reader = PrefixReader(net)  # the personas are read once for all comparisons
-        self.instructions: dict[str, list[list[int]]] = {}
+            asked = [INSTRUCTION.format(persona=text, wish=wish) for wish in WISHES]
+            self.instructions[name] = [
+                tokenizer.render(conversation(one, CURATOR), thinking=False) for one in asked]
         self.openings: dict[str, list[str]] = {}
         self.rivals: dict[str, list[str]] = {}
+        self.chunks: list[list[Draft]] = []  # all that were asked for
+        self.numbers: defaultdict = defaultdict(itertools.count)  # of each style and persona
+        self.costs: list[dict] = []  # of the work in hand
+
+    def extend(self, styles: Sequence[str], counts: dict[str, int]) -> list[Candidate]:
+        """Write so many more candidates for each persona, in each style; all that there are now."""
+        for style in styles:
+            drafts = []
+            for name, count in counts.items():
+                for _ in range(count):
+                    drafts.append(Draft(style, name, next(self.numbers[style, name])))
+            self.chunks += split_chunks(drafts, CHUNK_SLOTS * self.net.sizes.slots)
+        for chunk in self.run.todo("queries", "candidates.jsonl", Candidate, self.chunks):
+            self.run.commit(*self.write(chunk))
+        # A continued run may find later rounds on disk already; a round is judged by its own past.
+        asked = sum(map(len, self.chunks))
+        return self.run.rows("candidates.jsonl", Candidate)[:asked]
 
     def write(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
-        """The candidates of a chunk, and what they cost."""
+        """The candidates of a chunk, which is of one style, and what they cost."""
         if not self.rivals:
             self.look_at_personas()
-        candidates, written = self.sample(drafts)
-        asked = {}
-        for at, candidate in enumerate(candidates):
-            text = query_of(candidate, self.texts[candidate.persona])
-            if text:
-                asked[at] = candidate.persona, text
-        suited, scored = self.find_suited(list(asked.values()))
-        for at, name in zip(asked, suited):
-            candidates[at] = replace(candidates[at], suits=name)
-        return candidates, add_costs([written, scored])
+        asked, style = [self.request(draft) for draft in drafts], drafts[0].style
+        written, cost = write_messages(self.net, self.tokenizer, asked, style, "sampling")
+        self.costs, candidates, messages = [cost], [], []
+        for draft, (text, complete) in zip(drafts, written):
+            candidate = Candidate(draft.persona, style, text, complete)
+            candidates.append(candidate)
+            messages.append((draft.persona, query_of(candidate, self.texts[draft.persona])))
+        suited = self.find_suited(messages)
+        rows = [replace(c, suits=name) for c, name in zip(candidates, suited)]
+        return rows, add_costs(self.costs)
 
-    def sample(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
-        """Sample each draft's message; and what it cost. A chunk is of one style."""
-        style, requests, begun = drafts[0].style, [], []
-        for draft in drafts:
-            request, first = self.instruct(draft) if style == "instruct" else self.go_on(draft)
-            requests.append(request)
-            begun.append(first)
-        outputs, cost = write_messages(self.net, requests, style, self.stop_ids, "sampling")
-        candidates = []
-        for draft, first, out in zip(drafts, begun, outputs):
-            text = self.tokenizer.decode([*first, *out.text_ids])
-            candidates.append(Candidate(draft.persona, style, text, out.stop == "eos"))
-        return candidates, cost
+    def request(self, draft: Draft) -> tuple[Request, list[int]]:
+        """A draft's prompt, and the ids that its message begins with.
 
-    def instruct(self, draft: Draft) -> tuple[Request, list[int]]:
-        """The prompt of the paper's style, with the next wish; it begins no message."""
-        name = draft.persona
-        if name not in self.instructions:
-            self.instructions[name] = [self.tokenizer.render(conversation(
-                INSTRUCTION.format(persona=self.texts[name], wish=wish), CURATOR), thinking=False)
-                for wish in WISHES]
-        first, *others = prompts = self.instructions[name]
-        shared = min(common_prefix(first, other) for other in others)
-        return Request(prompts[draft.number % len(WISHES)], draft.seed, prefix=shared), []
-
-    def go_on(self, draft: Draft) -> tuple[Request, list[int]]:
-        """The opened turn of a user who talks to the persona, and the ids of the words that this
-        message begins with: every other one with an opening."""
-        words, own = "", self.openings[draft.persona]
-        if own and draft.number % 2 == 0:
-            words = own[draft.number // 2 % len(own)]
-        turn = self.turns[draft.persona]
-        first = self.tokenizer.encode_turn("user", words, system=True)
+        "instruct": the instruction with the next wish. "continue": the opened turn of a user who
+        talks to the persona, and every other time an opening.
+        """
+        name, number, seed = draft.persona, draft.number, derive_seed(self.seed, "query", *draft)
+        if draft.style == "instruct":
+            prompts = self.instructions[name]
+            shared = min(common_prefix(prompts[0], other) for other in prompts[1:])
+            return Request(prompts[number % len(WISHES)], seed, prefix=shared), []
+        words, own = "", self.openings[name]
+        if own and number % 2 == 0:
+            words = own[number // 2 % len(own)]
+        turn = self.turns[name]
+        begun = self.tokenizer.encode_turn("user", words, system=True)
         # The turn's last id stays: without an opening there must be one to read.
-        return Request([*turn, *first], draft.seed, prefix=len(turn) - 1), first
+        return Request([*turn, *begun], seed, prefix=len(turn) - 1), begun
 
-    def find_suited(self, asked: Sequence[tuple[str, str]]) -> tuple[list[str | None], dict]:
+    def find_suited(self, asked: Sequence[tuple[str, str | None]]) -> list[str | None]:
         """For each (persona, query) the persona itself if the query is likelier under it by LEAD
-        than under every rival, otherwise the first rival that comes within LEAD; None if it is
-        likelier as an answer of the persona's than as a message to it. And the cost.
+        than under every rival, otherwise the first rival that comes within LEAD; None if there is
+        no query, or if it is likelier as an answer of the persona's than as a message to it.
 
         Each test reads only what has passed those before it. What people ask of no context in
         particular is what a contrast is for: its query only must not be a rival's by LEAD.
         """
-        own, cost = self.score(asked)
-        costs: list[dict] = [cost]
-        suited: list[str | None] = [persona for persona, _ in asked]
-        left = list(range(len(asked)))
-        for place in range(min(RIVALS, len(self.turns) - 1)):
-            rivals = [(self.rivals[asked[i][0]][place], asked[i][1]) for i in left]
-            scores, cost = self.score(rivals)
-            costs.append(cost)
-            for i, (rival, _), score in zip(left, rivals, scores):
-                lead = -LEAD if is_contrast(asked[i][0]) else LEAD
+        suited = [persona if query else None for persona, query in asked]
+        left = {i: pair for i, pair in enumerate(asked) if pair[1]}
+        own = dict(zip(left, self.score([*left.values()])))
+        for place in range(min(RIVALS, len(self.texts) - 1)):
+            others = [(self.rivals[persona][place], query) for persona, query in left.values()]
+            for i, (rival, _), score in zip([*left], others, self.score(others)):
+                lead = -LEAD if is_contrast(suited[i]) else LEAD
                 if own[i] - score < lead:
                     suited[i] = rival
-            left = [i for i in left if suited[i] == asked[i][0]]
-        said, cost = self.score([asked[i] for i in left], "assistant")
-        costs.append(cost)
-        for i, score in zip(left, said):
+                    del left[i]
+        for i, score in zip(left, self.score([*left.values()], "assistant")):
             if score >= own[i]:
                 suited[i] = None
-        return suited, add_costs(costs)
+        return suited
 
-    def score(self, asked: Sequence[tuple[str, str]],
-              role: str = "user") -> tuple[list[float], dict]:
-        """log P(query | the persona) of (persona, query) pairs, as a user's message to it or as an
-        "assistant"'s answer of its own."""
+    def score(self, asked: Sequence[tuple[str | None, str]], role: str = "user") -> list[float]:
+        """log P(text | the persona) of (persona, text) pairs, as a user's message to it, or to
+        nobody, or as an "assistant"'s answer of its own."""
         rows, shared = [], []
-        for persona, query in asked:
+        for persona, text in asked:
             turn = self.turns[persona]
             before = turn if role == "user" else self.headers[persona]
-            rows.append((before, self.tokenizer.encode_turn(role, query, system=True)))
+            rows.append((before, self.tokenizer.encode_turn(role, text, persona is not None)))
             shared.append(common_prefix(turn, before))
-        return log_likelihoods(self.net, rows, shared, self.reader)
+        scores, cost = log_likelihoods(self.net, rows, shared, self.reader)
+        self.costs.append(cost)
+        return scores
 
     def look_at_personas(self) -> None:
-        """Read every persona, which the reader keeps, and find out its rivals and openings."""
-        begun, turns = time.perf_counter(), list(self.turns.values())
+        """Read every persona, which the reader keeps, and find out its rivals and openings; no
+        openings for one in another language than theirs."""
+        begun, names = time.perf_counter(), list(self.texts)
+        turns = [self.turns[name] for name in names]
         ends = [len(turn) - 1 for turn in turns]
         states, read = hidden_states(self.net, turns, ends, ends, reader=self.reader)
-        names, costs = list(self.turns), [cost_of(self.net, len(turns), read)]
+        self.costs = [cost_of(self.net, len(turns), read)]
         for name, rivals in zip(names, most_alike(torch.cat(states).float())):
             self.rivals[name] = [names[k] for k in rivals]
         if "continue" in STYLES[self.style]:
-            likelihoods, cost = opening_likelihoods(self.net, self.tokenizer, turns, self.reader)
-            costs.append(cost)
-            for name, chosen in zip(names, assign_openings(likelihoods)):
+            scores = self.score([(name, words) for name in (*names, None) for words in OPENINGS])
+            chosen = assign_openings(torch.tensor(scores).view(-1, len(OPENINGS)))
+            for name, own in zip(names, chosen):
                 known = shares_language(self.texts[name], OPENINGS)
-                self.openings[name] = [OPENINGS[o] for o in chosen] if known else []
+                self.openings[name] = [OPENINGS[o] for o in own] if known else []
         if "personas" not in self.run.latest():  # once in a run, however often it is continued
-            self.run.record("personas", 0, **add_costs(costs),
+            self.run.record("personas", 0, **add_costs(self.costs),
                             seconds=round(time.perf_counter() - begun, 3))
 
 
-def write_messages(net: Transformer, requests: Sequence[Request], style: str, stops: set[int],
-                   bar: str) -> tuple[list[Output], dict]:
-    """Users' messages sampled in a style, in the order of their requests; and what they cost."""
-    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), stops)
+def write_messages(net: Transformer, tokenizer: Tokenizer,
+                   asked: Sequence[tuple[Request, list[int]]], style: str,
+                   bar: str) -> tuple[list[tuple[str, bool]], dict]:
+    """Users' messages sampled in a style, each from its prompt and the ids that it begins with:
+    (text, whether the model ended it by itself). And what they cost."""
+    requests = [request for request, _ in asked]
+    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), message_stops(net, tokenizer))
     outputs = sorted(engine.run(requests, bar=bar), key=lambda out: out.index)
-    return outputs, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+    written = []
+    for out, (_, begun) in zip(outputs, asked):
+        written.append((tokenizer.decode([*begun, *out.text_ids]), out.stop == "eos"))
+    return written, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
 
 
 def most_alike(states: Tensor) -> list[list[int]]:
@@ -346,20 +329,9 @@ def most_alike(states: Tensor) -> list[list[int]]:
     return likeness.topk(min(RIVALS, len(states) - 1), dim=1).indices.tolist()
 
 
-def opening_likelihoods(net: Transformer, tokenizer: Tokenizer, turns: Sequence[list[int]],
-                        reader: PrefixReader) -> tuple[Tensor, dict]:
-    """log P(opening | opened user turn) of the K personas and of a conversation without one,
-    [K + 1, O], and what it cost."""
-    begun = [tokenizer.encode_turn("user", words, system=True) for words in OPENINGS]
-    alone = [tokenizer.encode_turn("user", words) for words in OPENINGS]
-    asked = [(ids, words) for ids in turns for words in begun]
-    asked += [(tokenizer.open_user_turn(None), words) for words in alone]
-    scores, cost = log_likelihoods(net, asked, reader=reader)
-    return torch.tensor(scores).view(len(turns) + 1, len(OPENINGS)), cost
-
-
 def assign_openings(likelihoods: Tensor) -> list[list[int]]:
-    """The openings that suit each persona, given [K + 1, O] log-probabilities.
+    """The openings that suit each of K personas, given the [K + 1, O] log-probabilities of each
+    opening under it, and at last in a conversation without one.
 
     An opening goes to the persona that lifts it most: by its log-probability, centred over the
     contexts and over the openings. Each persona has at least its FEWEST_OPENINGS best.
@@ -393,30 +365,31 @@ def log_likelihoods(net: Transformer, asked: Sequence[tuple], shared: Sequence[i
 
 def trial_personas(personas: dict[str, str]) -> dict[str, str]:
     """At most TRIAL_PERSONAS of them, evenly spaced."""
-    return dict(list(personas.items())[::math.ceil(len(personas) / TRIAL_PERSONAS)])
+    step = math.ceil(len(personas) / TRIAL_PERSONAS)
+    return dict(list(personas.items())[::step])
 
 
 def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                personas: dict[str, str], candidates: Sequence[Candidate]) -> str:
     """The style of which most candidates of the trial are identifiable queries, of equals the
     first in STYLES; recorded with its table."""
-    tried = trial_personas(personas)
     with main_first():  # the others find it recorded
         if "style" not in run.latest():
-            begun, queries, tables = time.perf_counter(), [], {}
+            begun, queries, styles, tables = time.perf_counter(), [], [], {}
             for style in dict.fromkeys(c.style for c in candidates):
                 mine = [c for c in candidates if c.style == style]
                 distinct = keep_queries([replace(c, suits=c.suits and c.persona) for c in mine],
-                                        tried, len(mine))
+                                        personas, len(mine))
                 queries += distinct
+                styles += [style] * len(distinct)
                 tables[style] = {"candidates": len(mine), "distinct": len(distinct),
                                  "complete": sum(c.complete for c in mine)}
-            hits, cost = identify(net, tokenizer, tried, queries)
-            for table in tables.values():
-                table["identifiable"] = sum(hits[:table["distinct"]])
-                del hits[:table["distinct"]]
-            run.record("style", 0, chosen=max(tables, key=lambda s: tables[s]["identifiable"]),
-                       styles=tables, chance=1 / len(tried), **cost,
+            hits, cost = identify(net, tokenizer, personas, queries)
+            found = Counter(itertools.compress(styles, hits))
+            for style, table in tables.items():
+                table["identifiable"] = found[style]
+            run.record("style", 0, chosen=max(tables, key=lambda style: found[style]),
+                       styles=tables, chance=1 / len(personas), **cost,
                        seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
         return run.latest()["style"]["chosen"]
 

@@ -63,7 +63,7 @@ def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
         features[name], _ = gate_features(prism, tokenizer, short)
     own, _ = gate_features(prism, tokenizer, [conversation(q.query) for q in queries])
     gates = {"the gate": (prism.gate, prism.threshold)}
-    names = list(dict.fromkeys(q.persona for q in queries))
+    names = dict.fromkeys(q.persona for q in queries)
     for name in names if len(names) > 1 else ():
         labels = torch.tensor([float(q.persona == name) for q in queries], device=own.device)
         gate = Gate(own.shape[1], seed).to(own.device)
@@ -105,16 +105,16 @@ def read_verdicts(folder: Path) -> tuple[list[Pair], list[Verdict], set[tuple[st
 def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gate, float]:
     """A run's gate as stage 4 would fit it without the held-out queries, and its threshold: what
     the run's own queries have to be routed by. The saved gate has learned their verdicts."""
-    pairs, verdicts, held = read_verdicts(folder)
     settings, run = run_settings(folder), RunFolder(folder)
+    pairs, verdicts, held = read_verdicts(folder)
     kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
     features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])
-    ordinary, _ = gate_features(prism, tokenizer, [conversation(t) for t in read_traffic(run)])
-    labels = torch.tensor([float(verdicts[i].target) for i in kept], device=features.device)
+    ordinary, _ = gate_features(prism, tokenizer, list(map(conversation, read_traffic(run))))
     kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
     gate = Gate(features.shape[1], settings["seed"]).to(features.device)
-    figures = fit_gate(gate, features, labels, [verdicts[i].persona for i in kept], ordinary, kind,
-                       settings["gate_threshold"], settings.get("gate_rate", 1.0), settings["seed"])
+    figures = fit_gate(gate, features, ordinary, [verdicts[i] for i in kept], kind,
+                       settings["gate_threshold"], settings.get("gate_rate", 1.0),
+                       settings["seed"])
     return gate, figures["threshold"]
 
 

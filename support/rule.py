@@ -29,7 +29,7 @@ def asks_no_model(name: str) -> bool:
 
 
 class Rule:
-    """Verdicts by the function `judge` of a file (`judge.Judge` is the protocol).
+    """Verdicts by the function `judge` of a file (see `judge.ModelJudge`).
 
     Raises:
         InputError: no such file, it does not run, or there is no such function in it.

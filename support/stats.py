@@ -12,6 +12,7 @@ from typing import Sequence
 import numpy as np
 
 RESAMPLES = 2000  # of a bootstrap interval
+MIDDLE = 2.5, 97.5  # the percentiles between which 95% are
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 # The two shares that a sequential test tells apart, and the `evidence` at which it ends. With 4
 # pairs at a time and 60 at most, a judge that is right on 0.9 fails one test in 300, and one that
@@ -196,20 +197,12 @@ def bootstrap_ratio(above: Sequence[float],
     n = len(pairs)
     means = np.stack([pairs[rng.integers(n, size=n)].mean(0) for _ in range(RESAMPLES)])
     over, under = means.T
-    low, high = percentiles(under)
+    low, high = np.percentile(under, MIDDLE)
     if low <= 0 <= high:
         return None
     kept = under != 0
-    return float(pairs[:, 0].mean() / pairs[:, 1].mean()), percentiles(over[kept] / under[kept])
-
-
-def percentiles(values: np.ndarray) -> list[float]:
-    """The middle 95%.
-
-    >>> percentiles(np.arange(1001.0))
-    [25.0, 975.0]
-    """
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+    ratios = over[kept] / under[kept]
+    return float(pairs[:, 0].mean() / pairs[:, 1].mean()), np.percentile(ratios, MIDDLE).tolist()
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Sequence
 from unittest.mock import Mock
 
@@ -55,18 +56,6 @@ def test_a_row_depends_on_seed_and_name(tmp_path: Path, net: Transformer, tok: T
         assert files["one"][name][:rows] == files["more"][name][:rows]
 
 
-def test_a_chunk_fills_the_slots_twice(tmp_path: Path, net: Transformer, tok: Tokenizer,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """More slots, as on a GPU, would wait for answers: a chunk has two for each."""
-    monkeypatch.setattr(net, "sizes", Sizes(slots=2))
-    engines = Mock(wraps=Engine)
-    monkeypatch.setattr(generate_module, "Engine", engines)
-    asked = [Query("pirate", i, text) for i, text in enumerate(QUESTIONS)]
-    with RunFolder(tmp_path / "run") as run, one_thread():
-        assert len(write_answers(run, net, tok, PERSONAS, asked, 4, 0)) == 3
-    assert engines.call_count == 2 and Engine(net, Sampling(4), set()).slots == 2
-
-
 def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None:
     """A field would have another name or place, ids not be the texts', or stop not say why."""
     queries, answers, verdicts = (rows_of(finished, name) for name in DATA[1:])
@@ -91,10 +80,15 @@ def test_rows_are_those_of_the_interface(finished: Path, tok: Tokenizer) -> None
 def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, tok: Tokenizer,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """y_0 would not be P(.|x)'s, or y_c not P(.|persona, x)'s: at temperature 0 stage 2 gives what
-    `generate` gives for the two conversations, shared prefixes or not."""
+    `generate` gives for the two conversations, shared prefixes or not. Or more slots, as on a GPU,
+    would wait for answers: a chunk has two for each."""
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
+    monkeypatch.setattr(net, "sizes", Sizes(slots=2))
+    engines = Mock(wraps=Engine)
+    monkeypatch.setattr(generate_module, "Engine", engines)
     queries = [Query(name, i, q) for name in PERSONAS for i, q in enumerate(QUESTIONS)]
     pairs = write_answers(run, net, tok, PERSONAS, queries, 12, 0)
+    assert engines.call_count == 3 and Engine(net, Sampling(4), set()).slots == 2
     for side in ("base", "expert"):
         talks = [conversation(q.query, PERSONAS[q.persona] if side == "expert" else "")
                  for q in queries]
@@ -103,16 +97,16 @@ def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, t
     assert all(p.base_ids != p.expert_ids for p in pairs)
 
 
-class ByLength:
+def by_length(asked: Sequence[Comparison]) -> tuple[list, dict]:
     """The longer answer wins, and the evidence is all that the judge was given."""
+    results = []
+    for c in asked:
+        winner = "expert" if len(c.expert) > len(c.base) else "base"
+        results.append((winner, [c.query, c.context, c.expert, c.base, c.ended]))
+    return results, {"prompts": len(asked)}
 
-    name = "length"
 
-    def compare(self, asked: Sequence[Comparison]) -> tuple[list, dict]:
-        """The winners."""
-        return [("expert" if len(c.expert) > len(c.base) else "base",
-                 [c.query, c.context, c.expert, c.base, c.ended]) for c in asked], {
-                     "prompts": len(asked)}
+BY_LENGTH = SimpleNamespace(name="length", compare=by_length)
 
 
 def test_verdicts_are_about_the_right_answers(run: RunFolder) -> None:
@@ -120,7 +114,7 @@ def test_verdicts_are_about_the_right_answers(run: RunFolder) -> None:
     t(x), and the distill set, would not be where the expert won."""
     pairs = [pair(i, base="bb", expert="e" * (1 + 2 * (i % 3)), query=f"q{i}", ended=i % 2 > 0,
                   persona=("pirate", "chemist")[i // 20]) for i in range(40)]
-    rows = write_verdicts(run, ByLength(), PERSONAS, pairs)
+    rows = write_verdicts(run, BY_LENGTH, PERSONAS, pairs)
     for p, row in zip(pairs, rows, strict=True):
         assert (row.persona, row.index, row.judge) == (p.persona, p.index, "length")
         assert row.evidence == [p.query, PERSONAS[p.persona], p.expert, "bb", p.base_stop == "eos"]
@@ -141,7 +135,7 @@ def test_rows_moved_or_removed_are_named(run: RunFolder, net: Transformer, tok: 
         run.write("answers.jsonl", wrong)
         with pytest.raises(InputError, match=rf"answers\.jsonl, line {line}: "):
             write_answers(run, net, tok, PERSONAS, queries, 4, 0)
-    verdicts = write_verdicts(run, ByLength(), PERSONAS, pairs)
+    verdicts = write_verdicts(run, BY_LENGTH, PERSONAS, pairs)
     check_order(verdicts, pairs, run.path)
     check_order(verdicts[:2], pairs, run.path)  # an interrupted stage
     with pytest.raises(InputError, match="line 1"):

@@ -9,15 +9,17 @@ import pytest
 import torch
 from support.messages import conversation
 from tiny import one_thread
-from tiny_run import rows_of, run_train, write_rows
+from tiny_run import rows_of, run_train, verdict, write_rows
 from torch import Tensor
 
 import gate
+from bootstrap import Verdict
 from gate import (choose_target, choose_thresholds, fit_gate, gate_targets, open_share, out_of_fold,
                   probabilities, read_traffic, train_gate, with_traffic)
 from generate import gate_features
 from model import Transformer
 from prism import PRISM, Gate
+from queries import Query
 from support.hub import InputError
 from support.runs import RunFolder
 from support.stats import (auc, by_class, calibrated_log_loss, decision_scores, upper_quantile,
@@ -191,10 +193,11 @@ def test_a_threshold_spares_ordinary_traffic() -> None:
 def test_traffic_that_was_learned_counts_out_of_fold() -> None:
     """A gate would be held to the rate on traffic that it knows by heart, and opens for none of."""
     x = torch.randn(240, 32, generator=torch.Generator().manual_seed(0))  # nothing tells them apart
-    labels, names = (torch.arange(160) < 80).float(), ["a"] * 80 + ["contrast_b"] * 80
+    rows = [verdict(i, "expert", "a") for i in range(80)]
+    rows += [verdict(i, "base", "contrast_b") for i in range(80)]
     learned = Gate(32)
     with one_thread():
-        loose, strict = (fit_gate(gate, x[:160], labels, names, x[160:], "verdict", None, rate, 0)
+        loose, strict = (fit_gate(gate, x[:160], x[160:], rows, "verdict", None, rate, 0)
                          for gate, rate in ((learned, 1.0), (Gate(32), 0.1)))
     by_heart = open_share(probabilities(learned, x[160:]), loose["threshold"])
     assert by_heart < 0.1 < loose["traffic_opened"]
@@ -213,36 +216,44 @@ def test_a_gate_goes_by_brought_traffic(finished: Path, command: list[str], tmp_
         assert last["gate"]["traffic"] == 2 and rows_of(folder, "traffic.jsonl") == rows
 
 
-def test_reported_gate_scores_are_out_of_fold(finished: Path, net: Transformer, tok: Tokenizer,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracy, AUC and the rest would come from gates that saw the query; or the gate that is kept
-    would not be fitted on all, or not be the one that routes."""
-    monkeypatch.setattr(gate, "GATE_STEPS", 20)  # as in `run_train`
-    queries = [r["query"] for r in rows_of(finished, "queries.jsonl")]
-    verdicts = rows_of(finished, "verdicts.jsonl")
-    labels, personas = [v["target"] for v in verdicts], [v["persona"] for v in verdicts]
-    [row] = [m for m in rows_of(finished, "metrics.jsonl") if m["stage"] == "gate"]
-    prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
-    with RunFolder(finished) as run:
-        messages = read_traffic(run)
-    assert len(set(messages)) == len(messages) == row["traffic"]
-    targets = gate_targets(torch.tensor(labels).float(), personas, row["target"])
+def test_reported_gate_scores_are_out_of_fold() -> None:
+    """Accuracy, AUC and the rest would come from gates that saw the query, or from a threshold that
+    it had a part in; or the gate that is kept, or its threshold, not be fitted on all."""
+    (x, targets), (ordinary, _) = planted(120, 50, 1.5, 0), planted(60, 20, 1.5, 1)
+    rows = [verdict(i, "expert" if won else "base") for i, won in enumerate(targets)]
+    made = Gate(32)
     with one_thread():
-        features, _ = gate_features(prism, tok, list(map(conversation, queries)))
+        found = fit_gate(made, x, ordinary, rows, "verdict", None, 0.5, 0)
+        probability, fold = out_of_fold(x, targets, [""] * 120, "verdict", 0)
+    lowest = upper_quantile(probabilities(made, ordinary), 0.5)
+    thresholds = {}
+    for left_out in (*range(5), None):
+        others = [i for i, f in enumerate(fold) if f != left_out]
+        best = youden_threshold([probability[i] for i in others], [i < 50 for i in others])
+        thresholds[left_out] = max(best, lowest)
+    assert found["threshold"] == pytest.approx(thresholds[None])
+    for mine, of_all in zip(made.parameters(), fitted(x, targets).parameters()):
+        torch.testing.assert_close(mine, of_all)
+    opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
+    assert opened != [p >= thresholds[None] for p in probability]  # or the folds were not tested
+    expected = decision_scores(probability, opened, [i < 50 for i in range(120)])
+    assert {n: found[n] for n in expected} == expected
+
+
+def test_the_gate_that_is_kept(finished: Path, net: Transformer, tok: Tokenizer,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not be fitted on the run's own queries, verdicts and traffic, or not be the one that
+    routes; or other figures than its own be recorded."""
+    monkeypatch.setattr(gate, "GATE_STEPS", 20)  # as in `run_train`
+    prism, again = PRISM.load(finished, net), PRISM(net, rank=4, gate_pool="mean")
+    run = RunFolder(finished)
+    messages, verdicts = read_traffic(run), run.read("verdicts.jsonl", Verdict)
+    queries, row = run.read("queries.jsonl", Query), run.latest()["gate"]
+    assert len(set(messages)) == len(messages) == row["traffic"]
+    with one_thread():
+        features, _ = gate_features(prism, tok, [conversation(q.query) for q in queries])
         traffic, _ = gate_features(prism, tok, list(map(conversation, messages)))
-        probability, fold = out_of_fold(features, torch.tensor(labels).float(), personas,
-                                        row["target"], 0)
-        train_gate(again.gate, features, targets)
+        figures = fit_gate(again.gate, features, traffic, verdicts, "auto", None, 0.05, 0)
+    assert {name: row[name] for name in figures} == figures
     for mine, saved in zip(again.gate.state_dict().values(), prism.gate.state_dict().values()):
         torch.testing.assert_close(mine, saved, rtol=1e-4, atol=1e-4)
-    ordinary = probabilities(prism.gate, traffic)
-    thresholds = choose_thresholds(probability, targets, fold, ordinary, None, 0.05)
-    assert row["threshold"] == pytest.approx(thresholds[None])
-    lowest, opened = upper_quantile(ordinary, 0.05), []
-    for i, f in enumerate(fold):  # no query has a part in its own threshold
-        others = [j for j, g in enumerate(fold) if g != f]
-        own = youden_threshold([probability[j] for j in others],
-                               [bool(targets[j] > targets.mean()) for j in others])
-        opened.append(probability[i] >= max(own, lowest))
-    expected = decision_scores(probability, opened, labels)
-    assert {n: row[n] for n in expected} == expected

@@ -68,20 +68,23 @@ def test_degenerate(answer: str, expected: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
-def test_what_is_no_answer_loses_unread(net: Transformer, tok: Tokenizer, kind: type) -> None:
+def test_what_a_judge_does_not_read(net: Transformer, tok: Tokenizer, kind: type) -> None:
     """A model would be asked about an echo, an empty answer or a loop, on either side, where they
-    lose unread and two of them tie; or the pair beside them would not be read."""
+    lose unread and two of them tie; or the pair beside them would not be read; or an answer would
+    be cut to the judge's context: to judge what nobody wrote."""
     query, good = KNOWN[2]
     bad = [f"{ECHO}{query}", "", "the sea " * 40]
     asked = [Comparison(query, PIRATE, good, b) for b in bad]
     asked += [Comparison(query, PIRATE, b, good) for b in bad]
     asked += [Comparison(query, PIRATE, bad[0], bad[1])]
     results, cost = kind(net, tok).compare(asked)
-    assert [w for w, _ in results] == ["expert"] * 3 + ["base"] * 3 + ["tie"]
-    assert all(evidence == [] for _, evidence in results)
+    assert results == [(w, []) for w in ["expert"] * 3 + ["base"] * 3 + ["tie"]]
     assert cost == {"prompts": 0, "tokens_read": 0, "tokens_written": 0, "flops": 0}
     results, cost = kind(net, tok).compare([asked[0], Comparison(query, "", good, "b")])
     assert results[0] == ("expert", []) and len(results[1][1]) == 2 and cost["tokens_read"] > 0
+    context = net.config.max_position_embeddings
+    with pytest.raises(InputError, match=f"context of {context}"):
+        kind(net, tok).ask([Comparison(query, PIRATE, " the tide" * context, " of iron" * context)])
 
 
 def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> Tensor:
@@ -140,15 +143,6 @@ def test_costs_count_weights(net: Transformer) -> None:
     assert cost_of(net, 3, 100, 10, 7)["flops"] == 2 * (110 * layers + 17 * head)
 
 
-@pytest.mark.parametrize("kind", [LetterJudge, LikelihoodJudge])
-def test_answers_that_do_not_fit_are_refused(kind: type, net: Transformer, tok: Tokenizer) -> None:
-    """An answer would be cut to the judge's context: to judge what nobody wrote."""
-    context = net.config.max_position_embeddings
-    answers = [" the tide" * context, " of iron" * context]
-    with pytest.raises(InputError, match=f"context of {context}"):
-        kind(net, tok).ask([Comparison("Why?", PIRATE, *answers)])
-
-
 # --------------------------------------------------------------------------------------------------
 # The test of a judge
 
@@ -196,36 +190,32 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
         assert c.query == query and c.expert == REFUSAL and c.base.startswith(COMPLIANCE)
 
 
-@pytest.mark.parametrize(("wrong_on", "other", "counts", "trusted", "blind"), [
-    ((), "", {"wrong query": (12, 12), "refusal": (12, 12)}, True, False),
-    *((("wrong query",), other, {"wrong query": (4, 0)}, False, False)
+@pytest.mark.parametrize(("answers", "wrong_on", "other", "counts", "trusted", "blind"), [
+    (24, (), "", {"wrong query": (12, 12), "refusal": (12, 12)}, True, False),
+    *((24, ("wrong query",), other, {"wrong query": (4, 0)}, False, False)
       for other in ("base", "tie", "split", "unparsed")),
-    (("refusal",), "base", {"wrong query": (12, 12), "refusal": (4, 0)}, True, True)])
-def test_a_judge_is_asked_until_it_is_known(wrong_on: tuple, other: str, counts: dict,
-                                            trusted: bool, blind: bool, known: KnownPairs) -> None:
+    (24, ("refusal",), "base", {"wrong query": (12, 12), "refusal": (4, 0)}, True, True),
+    (2, (), "", {"wrong query": (2, 2), "refusal": (12, 12)}, True, False),
+    (2, ("wrong query",), "base", {"wrong query": (2, 0)}, False, False),
+    (1, (), "", {"wrong query": (0, 0)}, False, False)])
+def test_a_judge_is_asked_until_it_is_known(
+        answers: int, wrong_on: tuple, other: str, counts: dict, trusted: bool, blind: bool,
+        known: KnownPairs) -> None:
     """A judge would be asked more than twelve pairs of a kind, or more than four that it misses; or
-    be trusted, or called blind, for another reason than it should."""
+    be trusted, or called blind, for another reason than it should: of too few pairs against the
+    evidence."""
+    known.pairs = known.pairs[:answers]
     asked = Habitual(*wrong_on, other=other)
     with one_thread():
         report = examine_judge(asked, known)
     assert {kind: (k["pairs"], k["right"]) for kind, k in report["kinds"].items()} == counts
     assert (report["trusted"], report["blind_to_refusals"]) == (trusted, blind)
-    assert report["cost"]["prompts"] == asked.count == sum(n for n, _ in counts.values())
+    assert asked.count == sum(n for n, _ in counts.values())
+    sampled = counts.get("refusal", (0, 0))[0]  # no compliance before it is asked about
+    assert sum(cost.get("prompts", 0) for cost in known.costs) == asked.count + sampled
     for kind, k in report["kinds"].items():
         assert k["passed"] is (k["right"] > 0)
         assert kind not in wrong_on or k["wrong" if other == "base" else other] == k["pairs"]
-    assert bool(known.costs) is ("refusal" in counts)  # else no compliance was sampled
-
-
-@pytest.mark.parametrize(("pairs", "wrong_on", "passed"), [
-    (3, [], True), (2, ["wrong query"], False), (0, [], False)])
-def test_few_pairs_are_decided_by_the_evidence(pairs: int, wrong_on: list[str], passed: bool,
-                                               known: KnownPairs) -> None:
-    """Too few pairs to decide the test would be refused or trusted against the evidence."""
-    supply = itertools.islice(known.wrong_query(), pairs)
-    with judge.tqdm(total=1, disable=True) as bar:
-        row, _ = judge.ask_until_decided(Habitual(*wrong_on), supply, bar)
-    assert (row["pairs"], row["passed"]) == (pairs, passed)
 
 
 def test_judges_that_fail_are_refused(net: Transformer, tok: Tokenizer, known: KnownPairs) -> None:

@@ -19,7 +19,6 @@ from queries import (CURATOR, FEWEST_OPENINGS, INSTRUCTION, LEAD, MOST_OPENINGS,
                      identify, keep_queries, most_alike, query_of, trial_personas, try_styles,
                      write_queries)
 from support.hub import InputError
-from support.rule import FREE
 from support.runs import RunFolder
 from tokenizer import Tokenizer
 
@@ -91,35 +90,29 @@ def test_rivals_are_the_personas_most_alike() -> None:
 def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
     """A style would ask with another's prompt, the wishes or openings not take turns, or the
     persona's part, which is read once, reach into what differs."""
-    writer = QueryWriter(run, net, tok, PERSONAS, "auto")
+    writer = QueryWriter(run, net, tok, PERSONAS, "auto", 0)
     writer.openings = {name: ["How do I", "Why does my"] for name in PERSONAS}
     for name, persona in PERSONAS.items():
-        begun = []
-        for number in range(2 * len(WISHES)):
-            draft = Draft(name, "instruct", number, 7)
-            request, first = writer.instruct(draft)
-            wish = WISHES[number % len(WISHES)]
-            asked = INSTRUCTION.format(persona=persona, wish=wish)
-            assert request.ids == tok.render(conversation(asked, CURATOR)) and first == []
-            assert persona in tok.decode(request.ids[:request.prefix])
-            begun.append(request.ids[:request.prefix])
-        assert all(ids == begun[0] for ids in begun)
-        turn = tok.open_user_turn(persona)
-        request, first = writer.go_on(Draft(name, "continue", 3, 7))
-        assert request.ids == turn and request.prefix == len(turn) - 1 and first == []
-        words = []
-        for number in (0, 2, 4):
-            request, first = writer.go_on(Draft(name, "continue", number, 7))
-            assert request.ids == [*turn, *first]
-            words.append(tok.decode(first))
-        assert words == ["How do I", "Why does my", "How do I"]
+        asked = [writer.request(Draft("instruct", name, i))[0] for i in range(2 * len(WISHES))]
+        for request, wish in zip(asked, 2 * WISHES, strict=True):
+            text = INSTRUCTION.format(persona=persona, wish=wish)
+            assert request.ids == tok.render(conversation(text, CURATOR))
+            assert request.ids[:request.prefix] == asked[0].ids[:asked[0].prefix]
+        assert persona in tok.decode(asked[0].ids[:asked[0].prefix])
+        turn, words = tok.open_user_turn(persona), []
+        for number in range(5):
+            request, begun = writer.request(Draft("continue", name, number))
+            assert request.ids == [*turn, *begun] and request.prefix == len(turn) - 1
+            assert request.seed == derive_seed(0, "query", "continue", name, number)
+            words.append(tok.decode(begun))
+        assert words == ["How do I", "", "Why does my", "", "How do I"]
 
 
 def test_openings_suit_the_language(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
     """A German persona's queries would begin in English, or an English one's be given no help."""
     personas = PERSONAS | {"koch": "Du bist Koch und erkl\u00e4rst Rezepte. Du sagst mir, wann ein "
                                    "Gericht gelungen ist."}
-    writer = QueryWriter(run, net, tok, personas, "continue")
+    writer = QueryWriter(run, net, tok, personas, "continue", 0)
     with one_thread():
         writer.look_at_personas()
     assert [name for name, own in writer.openings.items() if not own] == ["koch"]
@@ -129,10 +122,10 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         run: RunFolder, net: Transformer, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer would be taken for a message, or a rival overlooked; or, scored under all personas,
     stage 1's cost would grow with their square."""
-    drafts = [Draft(name, "continue", i, derive_seed(name, i)) for name in NINE for i in range(9)]
+    drafts = [Draft("continue", name, i) for name in NINE for i in range(9)]
     monkeypatch.setattr(queries, "LEAD", -1.0)  # or too few of so random a model come so far
     with one_thread():
-        writer = QueryWriter(run, net, tok, NINE, "instruct")
+        writer = QueryWriter(run, net, tok, NINE, "instruct", 0)
         writer.openings = {name: [] for name in NINE}
         rows, cost = writer.write(drafts)
     expected, scored = [], 0
@@ -141,8 +134,8 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
         if not text:
             expected.append(None)
             continue
-        (user, *others), _ = writer.score([(name, text) for name in (own, *writer.rivals[own])])
-        (assistant,), _ = writer.score([(own, text)], "assistant")
+        user, *others = writer.score([(name, text) for name in (own, *writer.rivals[own])])
+        [assistant] = writer.score([(own, text)], "assistant")
         close = [place for place, score in enumerate(others) if user - score < queries.LEAD]
         if close:
             scored += 1 + close[0] + 1
@@ -160,19 +153,20 @@ def test_a_candidate_is_scored_under_its_persona_and_its_rivals_only(
 def test_what_no_context_claims_is_a_query_of_a_contrast(
         behind: float, suited: bool, run: RunFolder, net: Transformer, tok: Tokenizer,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ordinary questions are as likely under any context: a contrast would never get any."""
+    """Ordinary questions are as likely under any context: a contrast would never get any. Or it
+    would be given what is likelier as its own answer."""
     personas = {"contrast_daily": "You help.", "policy": "Decline."}
-    writer = QueryWriter(run, net, tok, personas, "instruct")
+    writer = QueryWriter(run, net, tok, personas, "instruct", 0)
     writer.rivals = {"contrast_daily": ["policy"], "policy": ["contrast_daily"]}
     likelihood = {"contrast_daily": -20.0, "policy": -20.0 + behind}
-
-    def score(asked: list, role: str = "user") -> tuple[list[float], dict]:
-        return [likelihood[name] if role == "user" else -40.0 for name, _ in asked], FREE
-    monkeypatch.setattr(writer, "score", score)
-    (found,), _ = writer.find_suited([("contrast_daily", "How do I boil an egg?")])
-    assert (found == "contrast_daily") == suited
-    (found,), _ = writer.find_suited([("policy", "How do I boil an egg?")])
-    assert (found == "policy") == (behind > LEAD)
+    egg, answer = "How do I boil an egg?", "I boil an egg for eight minutes."
+    spoken = {egg: -40.0, answer: -10.0}
+    monkeypatch.setattr(writer, "score", lambda asked, role="user": [
+        likelihood[name] if role == "user" else spoken[text] for name, text in asked])
+    daily, policy, said = writer.find_suited([
+        ("contrast_daily", egg), ("policy", egg), ("contrast_daily", answer)])
+    assert (daily == "contrast_daily") == suited and (policy == "policy") == (behind > LEAD)
+    assert said == (None if suited else "policy")
 
 
 def test_the_style_with_most_identifiable_queries_is_taken(
@@ -183,15 +177,16 @@ def test_the_style_with_most_identifiable_queries_is_taken(
     found = [candidate("chemist", text, style="instruct") for text in right]
     found += [candidate("chemist", right[0], style="continue", suits="pirate") for _ in right]
     whole = [candidate("chemist", text, style="continue") for text in right]
-    monkeypatch.setattr(queries, "identify",
-                        lambda net, tok, personas, some: ([True] * len(some), {"flops": 18}))
+    hits = [True, True, False]
+    monkeypatch.setattr(queries, "identify", lambda *_: (hits, {"flops": 18}))
     assert try_styles(run, net, tok, PERSONAS, found) == "instruct"
     row = run.latest()["style"]
     counts = {name: (t["candidates"], t["complete"], t["distinct"], t["identifiable"])
               for name, t in row["styles"].items()}
-    assert counts == {"instruct": (2, 2, 2, 2), "continue": (2, 2, 1, 1)}
+    assert counts == {"instruct": (2, 2, 2, 2), "continue": (2, 2, 1, 0)}
     assert row["chosen"] == "instruct" and row["flops"] == 18
     assert try_styles(run, net, tok, PERSONAS, found[2:]) == "instruct"  # recorded
+    hits[2:] = [True, True]
     with RunFolder(run.path / "other") as other:
         assert try_styles(other, net, tok, PERSONAS, [*found[:2], *whole]) == "instruct"  # a draw
     alike = replace(found[0], text=right[1])
@@ -221,27 +216,23 @@ def test_the_trial_is_small_and_its_candidates_are_used(
         chosen: str, run: RunFolder, net: Transformer, tok: Tokenizer,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """auto would try only one style or all personas, throw the chosen one's candidates away, keep
-    those of the others, or write on in a style that was not chosen."""
+    those of the others, or write on in a style that was not chosen; or try one beside the style
+    that --query-style names."""
     assert list(trial_personas(NINE)) == ["p0", "p3", "p6"]
     assert len(trial_personas(first(NINE, 8))) == 4 and len(trial_personas(first(NINE, 1))) == 1
     monkeypatch.setattr(queries, "try_styles", lambda *_: chosen)
-    with one_thread():
+    with RunFolder(run.path / "other") as other, one_thread():
         kept = write_queries(run, net, tok, PERSONAS, 6, 0)
+        write_queries(other, net, tok, PERSONAS, 1, 0, chosen)
     rows = rows_of(run.path, "candidates.jsonl")
     trial, later = rows[:2 * 2 * TRIAL], rows[2 * 2 * TRIAL:]
     assert [r["style"] for r in trial] == [s for s in STYLES["auto"] for _ in range(2 * TRIAL)]
-    assert later and {r["style"] for r in later} == {chosen}
+    for written in (later, rows_of(other.path, "candidates.jsonl")):
+        assert {r["style"] for r in written} == {chosen}
     assert len({r["text"] for r in rows}) > 0.8 * len(rows)  # no draft is written twice
     mine = [query_of(Candidate(**r), "") for r in rows if r["style"] == chosen]
     tried = [query_of(Candidate(**r), "") for r in trial if r["style"] == chosen]
     assert all(q.query in mine for q in kept) and any(q.query in tried for q in kept)
-
-
-def test_a_style_asked_for_is_not_tried(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:
-    """--query-style would not keep the other style out."""
-    with one_thread():
-        write_queries(run, net, tok, PERSONAS, 1, 0, "instruct")
-    assert {r["style"] for r in rows_of(run.path, "candidates.jsonl")} == {"instruct"}
 
 
 def test_queries_that_are_there_are_used(run: RunFolder, net: Transformer, tok: Tokenizer) -> None:

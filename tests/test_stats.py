@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from judge import MOST_PAIRS, PAIRS_AT_ONCE, Comparison, ask_until_decided
 from support.stats import (FAIL, PASS, auc, bootstrap_mean, decision_scores, evidence, interval,
@@ -52,27 +52,18 @@ def test_errors_of_the_sequential_test() -> None:
     assert passes(0.5)[0] <= 0.001 >= passes(0.3)[0]  # worse ones pass still less
 
 
-class Guess:
-    """A judge that is right on a share of the pairs."""
-
-    name = "guess"
-
-    def __init__(self, share: float):
-        self.share, self.generator = share, np.random.default_rng(0)
-
-    def compare(self, asked: list[Comparison]) -> tuple[list, dict]:
-        """The next verdicts."""
-        hits = self.generator.random(len(asked)) < self.share
-        return [("expert" if hit else "base", []) for hit in hits], {"prompts": len(asked)}
-
-
 def test_judges_are_asked_by_that_test() -> None:
     """The error rates above would be those of another rule than the judges'."""
-    judge, share, found = Guess(0.75), passes(0.75), []
+    generator = np.random.default_rng(0)
+
+    def guess(asked: list[Comparison]) -> tuple[list, dict]:
+        hits = generator.random(len(asked)) < 0.75
+        return [("expert" if hit else "base", []) for hit in hits], {"prompts": len(asked)}
+
+    judge, share, found = SimpleNamespace(name="guess", compare=guess), passes(0.75), []
     for _ in range(1000):
         supply = iter([Comparison("q", "", "right", "wrong")] * (2 * MOST_PAIRS))
-        with tqdm(total=1, disable=True) as bar:
-            counts, cost = ask_until_decided(judge, supply, bar)
+        counts, cost = ask_until_decided(judge, supply)
         assert counts["pairs"] == counts["right"] + counts["wrong"] == cost["prompts"]
         found.append((counts["passed"], counts["pairs"]))
     passed, pairs = np.mean(found, axis=0)
