@@ -62,8 +62,14 @@ class Tokenizer:
         """Control token -> id: the special tokens, and those that the template writes although they
         are not called special (DeepSeek-R1's turn marks). The tokens of a think block are left out:
         a template has to find them, as text, in a history."""
-        added, found = self._plain.get_added_tokens_decoder(), {}
-        used = set(any_of(token.content for token in added.values()).findall(self._plain_talks()))
+        added, found, used = self._plain.get_added_tokens_decoder(), {}, set()
+        spelled = any_of(token.content for token in added.values())
+        answer = [{"role": "assistant", "content": "x"}]
+        # A conversation in every way that one is rendered
+        for system, last, thinking in product(("x", ""), ([], answer), (True, False)):
+            talk = [*conversation("x", system), *answer, *conversation("x"), *last]
+            with contextlib.suppress(InputError):  # no template, or one that refuses this
+                used.update(spelled.findall(self._text(talk, not last, thinking)))
         ends = self.names.get("bos_token"), self.names.get("eos_token")
         for number, token in added.items():
             text = token.content
@@ -116,7 +122,7 @@ class Tokenizer:
         if role == "user":
             before, ids = self._opened("x" if system else None)
         else:
-            before = self._marks.mark(self._text(conversation("x"), True, thinking))
+            before = self._marks.swap(self._text(conversation("x"), True, thinking))
             ids = self._tokenize(before).ids
         return self._model_ids(self._ids_behind([(before, ids), *self._middle], text))
 
@@ -188,16 +194,6 @@ class Tokenizer:
             # A template without that switch; this is what Qwen3's writes.
             text = f"{text.rstrip()}\n\n{END_THINK}\n\n"
         return text
-
-    def _plain_talks(self) -> str:
-        """A short conversation as text, in every way that one is rendered; "" where there is no
-        template, or none that works."""
-        found, answer = [], [{"role": "assistant", "content": "x"}]
-        for system, last, thinking in product(("x", ""), ([], answer), (True, False)):
-            talk = [*conversation("x", system), *answer, *conversation("x"), *last]
-            with contextlib.suppress(InputError):
-                found.append(self._text(talk, not last, thinking))
-        return "\0".join(found)
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -311,7 +307,7 @@ class Tokenizer:
         if len(control) > len(most) or control != same:
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
-        return text, self._tokenize(self._marks.mark(text))
+        return text, self._tokenize(self._marks.swap(text))
 
     def render_shared(self, messages: list[dict], thinking: bool = True) -> tuple[list[int], int]:
         """The prompt ids of a conversation, and how many of them come before its first user text:
@@ -339,7 +335,7 @@ class Tokenizer:
         if end < 0:
             raise InputError(f"{self.folder}: the chat template changes what a user says, so "
                              "nothing can be put in its place")
-        before = self._marks.mark(text[:end])
+        before = self._marks.swap(text[:end])
         inside = [last <= len(before) for _, last in encoding.offsets]
         return before, list(compress(encoding.ids, inside))
 
@@ -357,7 +353,7 @@ class Tokenizer:
                 before, after = probed[:found.start()], probed[found.end():]
                 rest = len(text) - len(after)
                 if len(before) <= rest and text.startswith(before) and text.endswith(after):
-                    return len(self._marks.mark(before)), len(self._marks.mark(text[:rest]))
+                    return len(self._marks.swap(before)), len(self._marks.swap(text[:rest]))
         if not said.strip():
             return 0, 0
         raise InputError(f"{self.folder}: the chat template hides the user's text; "
