@@ -1,10 +1,10 @@
 """Which control tokens of a rendering are the template's own, and which a text only spells.
 
-Each control token has a private character, its mark, and two swaps of one for the other keep the two
-kinds apart. Before a text goes through a template, the control tokens that it spells become marks,
-which no template can cut in two. In the rendering, the control tokens are the template's: they become
-marks, and the marks that are there become what the text spelled. The result is tokenized as a whole,
-with marks as added tokens and control tokens as plain characters.
+Each control token has a private character, its mark, and two swaps of one for the other keep the
+two kinds apart. Before a text goes through a template, the control tokens that it spells become
+marks, which no template can cut in two. In the rendering, the control tokens left are the
+template's: they become marks, and the marks become what the text spelled. The result is tokenized
+as a whole, with marks as added tokens and control tokens as plain characters.
 """
 
 from __future__ import annotations
