@@ -15,7 +15,7 @@ import contextlib
 import re
 from datetime import datetime
 from functools import cached_property
-from itertools import compress, filterfalse, product
+from itertools import filterfalse, product
 from pathlib import Path
 from typing import Sequence
 
@@ -26,7 +26,7 @@ from support.hub import InputError, optional_json
 from support.marks import Marks, any_of
 from support.messages import check_messages, conversation, merge_system
 from support.template import compile_template
-from support.vocabulary import THOUGHTS, one_line, read_tokenizer
+from support.vocabulary import THOUGHTS, added_by_text, one_line, read_tokenizer
 
 THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
@@ -62,8 +62,9 @@ class Tokenizer:
         """Control token -> id: the special tokens, and those that the template writes although they
         are not called special (DeepSeek-R1's turn marks). The tokens of a think block are left out:
         a template has to find them, as text, in a history."""
-        added, found, used = self._plain.get_added_tokens_decoder(), {}, set()
-        spelled = any_of(token.content for token in added.values())
+        added = added_by_text(self._plain)
+        spelled = any_of(added)
+        used, found = set(), {}
         answer = [{"role": "assistant", "content": "x"}]
         # A conversation in every way that one is rendered
         for system, last, thinking in product(("x", ""), ([], answer), (True, False)):
@@ -71,25 +72,29 @@ class Tokenizer:
             with contextlib.suppress(InputError):  # no template, or one that refuses this
                 used.update(spelled.findall(self._text(talk, not last, thinking)))
         ends = self.names.get("bos_token"), self.names.get("eos_token")
-        for number, token in added.items():
-            text = token.content
+        for text, token in added.items():
             word = "".join(text.split()).isalnum()  # of a default system text, a role
             marks_turn = text in used and text.strip() and not word
             # One letter may be called special, such as "!" to pad with.
             special = token.special and (len(text) > 1 or text in ends)
             if (special or marks_turn) and text not in THOUGHTS:
-                found[text] = number
+                found[text] = self._plain.token_to_id(text)
         return found
 
     def _stand_ins(self) -> set[int]:
         """The ids that stand for a byte, or for a character that the vocabulary lacks. They are no
         control tokens in a text, although some tokenizers call them special, unless they have
         another use as well."""
+        found = set(self._tokenize("\U0010ffff").ids)
         unknown = getattr(self._plain.model, "unk_token", None)
-        found = {self._plain.token_to_id(unknown or ""), *self._tokenize("\U0010ffff").ids}
-        found |= {i for text, i in self.special_ids.items() if re.fullmatch(BYTE, text)}
-        others = [text for name, text in self.names.items() if name not in UNKNOWN_NAMES]
-        return found - set(map(self.special_ids.get, others))
+        found.add(self._plain.token_to_id(unknown or ""))
+        for text, number in self.special_ids.items():
+            if re.fullmatch(BYTE, text):
+                found.add(number)
+        for name, text in self.names.items():
+            if name not in UNKNOWN_NAMES:
+                found.discard(self.special_ids.get(text))
+        return found
 
     def _tokenize(self, text: str) -> Encoding:
         """A text's encoding, without a BOS; control tokens are what has a mark."""
@@ -295,16 +300,20 @@ class Tokenizer:
                 of a message.
         """
         messages = self._safe(messages)
-        said = [m["content"].strip() for m in messages]
         harmless, disarmed = [], []
-        for m, words in zip(messages, said):
+        numbers: dict[str, str] = {}
+        for m in messages:
+            text = m["content"]
+            words = text.strip()
             # A template may skip an empty message, or one that repeats another.
-            plain = f"x{said.index(words)}" if words else m["content"]
+            plain = numbers.setdefault(words, f"x{len(numbers)}") if words else text
             harmless.append({**m, "content": plain})
-            disarmed.append({**m, "content": self._marks.disarm(m["content"])})
-        text, *twins = (self._text(talk, *how) for talk in (messages, harmless, disarmed))
-        control, most, same = map(self._marks.spelled.findall, (text, *twins))
-        if len(control) > len(most) or control != same:
+            disarmed.append({**m, "content": self._marks.disarm(text)})
+        text = self._text(messages, *how)
+        control_of = self._marks.spelled.findall
+        control = control_of(text)
+        most = len(control_of(self._text(harmless, *how)))
+        if len(control) > most or control != control_of(self._text(disarmed, *how)):
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
         return text, self._tokenize(self._marks.swap(text))
@@ -335,19 +344,24 @@ class Tokenizer:
         if end < 0:
             raise InputError(f"{self.folder}: the chat template changes what a user says, so "
                              "nothing can be put in its place")
-        before = self._marks.swap(text[:end])
-        inside = [last <= len(before) for _, last in encoding.offsets]
-        return before, list(compress(encoding.ids, inside))
+        before, ids = self._marks.swap(text[:end]), []
+        for token, (_, last) in zip(encoding.ids, encoding.offsets):
+            if last <= len(before):
+                ids.append(token)
+        return before, ids
 
     def _last_user_span(self, messages: list[dict], text: str, *how: bool) -> tuple[int, int]:
         """Character range of the last user message's text within its rendering with marks."""
-        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-        if last is None:
+        for last in reversed(range(len(messages))):
+            if messages[last]["role"] == "user":
+                break
+        else:
             raise InputError("a gate that pools over the user's text needs a user message")
         said = messages[last]["content"]
         # Another text in its place; or the same, for a template that looks at it, between brackets.
         for other in (PROBE, LEFT + said + RIGHT):
-            talk = [*messages[:last], {**messages[last], "content": other}, *messages[last + 1:]]
+            talk = list(messages)
+            talk[last] = {**talk[last], "content": other}
             probed = self._text(self._safe(talk), *how)
             for found in re.finditer(f"{PROBE}|{LEFT}.*{RIGHT}", probed, re.DOTALL):
                 before, after = probed[:found.start()], probed[found.end():]
