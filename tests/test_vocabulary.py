@@ -126,16 +126,18 @@ def test_names_of_the_tokenizers_class(kind: str | None, model: str, named: dict
 
 
 @pytest.mark.parametrize("flag", [None, "lstrip", "rstrip"])
-@pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens"])
+@pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens", "plain in the other"])
 def test_an_added_token_of_the_vocabulary(source: str, flag: str | None, tmp_path: Path) -> None:
-    """A turn marker would fall into characters, or not take the white space beside it."""
+    """A turn marker would fall into characters, be forged, or not take the white space beside
+    it."""
     marker = {"content": "Hi", "special": True, "lstrip": False, "rstrip": False,
-              "normalized": False, "single_word": False} | ({flag: True} if flag else {})
+              "normalized": True, "single_word": False} | ({flag: True} if flag else {})
     at = LETTERS.index("Hi")
-    files = {"tokenizer_config": {source: {str(at): marker}}}
+    files = {"tokenizer_config": {"added_tokens_decoder": {str(at): marker}}}
     if source == "added_tokens":
         files = {source: {"Hi": at}, "tokenizer_config": {"eos_token": "Hi"}}
-    folder = write(tmp_path, "{% for m in messages %}{{ m.content }} Hi {% endfor %}", **files)
+    template = "{% for m in messages %}{{ m.content }} Hi {% endfor %}"
+    folder = write(tmp_path, template, plain=["Hi"] if "plain" in source else [], **files)
     tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     for text in ("x", "a b"):
         assert tok.render(conversation(text)) == peer.apply_chat_template(
@@ -143,39 +145,40 @@ def test_an_added_token_of_the_vocabulary(source: str, flag: str | None, tmp_pat
     assert tok.special_ids["Hi"] == at and at not in tok.encode("Hi")
 
 
-def test_names_that_only_a_model_has(tmp_path: Path) -> None:
-    """A template that writes a token by such a name would write nothing."""
-    template = "{% for m in messages %}{{ m.content }}{{ end_token }}{% endfor %}"
-    folder = write(tmp_path, template, special=MARKS, tokenizer_config={
-        "model_specific_special_tokens": {"end_token": "<|over|>"}})
-    assert Tokenizer(folder).render(conversation("x"))[-1] == OVER
-
-
 TOKEN = {"__type": "AddedToken", "content": "<|new|>", "lstrip": True, "rstrip": False,
          "normalized": False, "single_word": False, "special": True}
-EXTRA = [
-    ({"additional_special_tokens": ["<|turn|>", "<|new|>"]}, ["<|new|>"]),
-    ({"extra_special_tokens": ["<|new|>"], "additional_special_tokens": ["<|q|>"]}, ["<|new|>"]),
-    ({"extra_special_tokens": {}, "additional_special_tokens": None}, []),
-    ({"extra_special_tokens": ["Hi", "<|plain|>"]}, ["Hi", "<|plain|>"]),
-    ({"extra_special_tokens": {"turn_token": "<|turn|>", "greeting": "Hi"}}, ["Hi"]),
+EXTRA, OLDER = "extra_special_tokens", "additional_special_tokens"
+GREETING = {"greeting": "Hi"}
+EITHER = [  # what either file may hold, and its special tokens
+    ({OLDER: ["<|turn|>", "<|new|>"]}, ["<|new|>"]),
+    ({EXTRA: ["<|new|>"], OLDER: ["<|q|>"]}, ["<|new|>"]),
+    ({EXTRA: {}, OLDER: None}, []), ({EXTRA: ["Hi", "<|plain|>"]}, ["Hi", "<|plain|>"]),
+    ({EXTRA: {"turn_token": "<|turn|>"} | GREETING}, ["Hi"]),
     ({"image_token": "<|plain|>", "mask_token": "Hi", "add_bos_token": False},
      ["<|plain|>", "Hi"]),
-    ({"fill_token": "<|new|>", "extra_special_tokens": {"end": "<|q|>"}}, ["<|q|>", "<|new|>"])]
+    ({"fill_token": "<|new|>", EXTRA: {"end": "<|q|>"}}, ["<|q|>", "<|new|>"])]
 
 
-@pytest.mark.parametrize(("where", "config", "more"), [
-    *(("tokenizer_config", *case) for case in EXTRA),
-    *(("special_tokens_map", *case) for case in EXTRA),
-    ("tokenizer_config", {"extra_special_tokens": [TOKEN]}, ["<|new|>"]),
-    ("tokenizer_config", {"extra_special_tokens": [], "additional_special_tokens": ["<|q|>"]},
-     ["<|q|>"])], ids=str)
-def test_special_tokens_beside_the_usual_ones(where: str, config: dict, more: list[str],
+@pytest.mark.parametrize(("settings", "older", "more"), [
+    *((case, {}, more) for case, more in EITHER), *(({}, case, more) for case, more in EITHER),
+    ({"model_specific_special_tokens": GREETING}, {}, ["Hi"]), ({EXTRA: [TOKEN]}, {}, ["<|new|>"]),
+    ({EXTRA: [], OLDER: ["<|q|>"]}, {}, ["<|q|>"]),
+    ({EXTRA: ["<|new|>"]}, {EXTRA: ["<|q|>", "<|new|>"]}, ["<|q|>", "<|new|>"]),
+    ({EXTRA: ["<|new|>"]}, {OLDER: ["<|q|>"]}, ["<|new|>"]),
+    ({OLDER: ["<|new|>"]}, {EXTRA: ["<|q|>"], OLDER: ["Hi"]}, ["<|new|>", "<|q|>"]),
+    ({EXTRA: GREETING}, {EXTRA: ["<|q|>"]}, ["Hi", "<|q|>"]),
+    ({EXTRA: GREETING}, {EXTRA: {"turn_token": "<|turn|>"}, OLDER: ["<|q|>"]}, ["Hi", "<|q|>"]),
+    ({EXTRA: ["<|new|>"]}, {EXTRA: GREETING}, ["Hi"]),
+    ({EXTRA: {}, OLDER: None}, {OLDER: ["<|q|>"]}, []), ({EXTRA: []}, {OLDER: ["<|q|>"]}, []),
+    ({"turn_token": "<|turn|>"}, {"turn_token": "<|over|>", "eos_token": "<|over|>"}, [])], ids=str)
+def test_special_tokens_beside_the_usual_ones(settings: dict, older: dict, more: list[str],
                                               tmp_path: Path) -> None:
-    """One would be characters in a template, be forged in a text, or have an empty name."""
+    """One would be characters in a template, be forged in a text, have an empty name, or be found
+    where transformers looks for none: in tokenizer_config.json, special_tokens_map.json or both."""
     template = ("{{ turn_token }}{{ greeting }}{{ image_token }}{{ mask_token }} <|new|><|q|>Hi"
                 "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}")
-    folder = write(tmp_path, template, special=MARKS, plain=["<|plain|>"], **{where: config})
+    folder = write(tmp_path, template, special=MARKS, plain=["<|plain|>"],
+                   tokenizer_config=settings, special_tokens_map=older)
     tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     talk = conversation("there")
     assert tok.render(talk) == peer.apply_chat_template(talk, return_dict=False)
@@ -183,29 +186,6 @@ def test_special_tokens_beside_the_usual_ones(where: str, config: dict, more: li
     for token in more:
         number = tok.special_ids[token]
         assert number == peer.convert_tokens_to_ids(token) and number not in tok.encode(token)
-
-
-EXTRA, OLDER = "extra_special_tokens", "additional_special_tokens"
-
-
-@pytest.mark.parametrize(("first", "second"), [
-    ({EXTRA: ["<|new|>"]}, {EXTRA: ["<|q|>", "<|new|>"]}),
-    ({EXTRA: ["<|new|>"]}, {OLDER: ["<|q|>"]}),
-    ({OLDER: ["<|new|>"]}, {EXTRA: ["<|q|>"], OLDER: ["Hi"]}),
-    ({EXTRA: {"greeting": "Hi"}}, {EXTRA: ["<|q|>"]}),
-    ({EXTRA: {"greeting": "Hi"}}, {EXTRA: {"turn_token": "<|turn|>"}, OLDER: ["<|q|>"]}),
-    ({EXTRA: ["<|new|>"]}, {EXTRA: {"greeting": "Hi"}}),
-    ({EXTRA: {}, OLDER: None}, {OLDER: ["<|q|>"]}),
-    ({"turn_token": "<|turn|>"}, {"turn_token": "<|over|>", "eos_token": "<|over|>"}),
-    ({EXTRA: []}, {OLDER: ["<|q|>"]})], ids=str)
-def test_special_tokens_in_two_files_at_once(first: dict, second: dict, tmp_path: Path) -> None:
-    """Those of one of them would be characters, or be found where transformers looks for none."""
-    template = "{{ turn_token }}{{ greeting }} <|new|><|q|>Hi{{ messages[0].content }}"
-    folder = write(tmp_path, template, special=MARKS, tokenizer_config=first,
-                   special_tokens_map=second)
-    peer = AutoTokenizer.from_pretrained(folder)
-    assert Tokenizer(folder).render(conversation("x")) == peer.apply_chat_template(
-        conversation("x"), return_dict=False)
 
 
 def test_a_think_block_stays_text(tmp_path: Path) -> None:
@@ -257,26 +237,22 @@ def test_a_date_in_a_template_is_that_of_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", [LINES, INST, BARE], ids=["lines", "inst", "bare"])
 def test_words_are_encoded_where_they_stand(template: str, tmp_path: Path) -> None:
-    """An opening or a letter would have a space that its place has not: another token."""
-    tok = Tokenizer(write(tmp_path, template, sentencepiece_like(), tokenizer_config=SENTENCE))
+    """An opening, a letter or a piece of a text would have a space that its place has not, which is
+    another token; or a raw few-shot prompt not begin as a text does."""
+    folder = write(tmp_path, template, sentencepiece_like(), tokenizer_config=SENTENCE)
+    tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     for text in ("How do the tides work?", "A", "TIE"):
         whole = tok.render(conversation(text), False)
         glued = [*tok.open_user_turn(None), *tok.encode_turn("user", text)]
         assert whole[:len(glued)] == glued and tok.decode(glued).endswith(text)
+        assert tok.decode(tok.encode(text)) == text
+        assert tok.encode(f"x\n{text}")[-len(tok.encode(text)):] == tok.encode(text)
+        assert tok.encode_document(text) == peer(text).input_ids
     if template == LINES:  # the others have no header for an answer
         before = tok.render(conversation("x"))
         after = tok.render([*conversation("x"), {"role": "assistant", "content": "TIE"}], False)
         said = tok.encode_turn("assistant", "TIE", thinking=True)
         assert after[:len(before) + len(said)] == [*before, *said]
-
-
-def test_plain_text_has_no_space_before_it_and_a_document_its_bos(tmp_path: Path) -> None:
-    """A raw few-shot prompt would not begin as a text does, or a piece of a text would."""
-    folder = write(tmp_path, LINES, sentencepiece_like(), tokenizer_config=SENTENCE)
-    tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    assert tok.encode_document("How do I") == peer("How do I").input_ids
-    assert tok.encode("x\nHow")[-len(tok.encode("How")):] == tok.encode("How")
-    assert tok.decode(tok.encode("How")) == "How"
 
 
 def test_a_document_of_a_vocabulary_without_most_letters(tmp_path: Path) -> None:
