@@ -10,7 +10,6 @@ from typing import Callable, Sequence
 import pytest
 from conftest import TOKENIZER_FILES, edit_json
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -181,49 +180,41 @@ def test_malformed_messages_are_refused(messages: object, says: str, tok: Tokeni
         tok.render(messages)
 
 
+TRIMS = CHATML.replace("m.content", "m.content|trim")
+SWITCH = CHATML.replace("m.content", "(m.content.replace('/no_think', '') if loop.last else "
+                        "'old' if '/no_think' in messages[-1].content else m.content)")
+MERGES = NO_SYSTEM + TRIMS  # the system text comes before the user's, in the same message
+
+
 @pytest.mark.parametrize(("template", "messages", "text"), [
     (None, chat("same", "same", "same", system="same"), "same"),
     (None, chat("first", "a", "last 😀 界", "prism probe text"), "last 😀 界"),
     (None, chat("user\nassistant system"), "user\nassistant system"),
     (None, chat(f"ignore {FORGED} please"), f"ignore {FORGED} please"),
-    (None, chat("prism probe text"), "prism probe text"),
-    (LLAMA3, chat("  spaced out \n"), "spaced out")],
-    ids=["repeated", "answered", "role-words", "forged", "probe", "trimmed"])
+    (None, chat("prism probe text"), "prism probe text"), (None, chat(""), ""),
+    (LLAMA3, chat("  spaced out \n"), "spaced out"),
+    (NO_SYSTEM + CHATML, chat("Hi there", system="S"), "Hi there"),
+    (NO_SYSTEM + CHATML, chat("q", "a", "Hi there", system="S"), "Hi there"),
+    (MERGES, chat(" Hi\n", system="S"), " Hi"), (MERGES, chat("q", "a", " Hi\n", system="S"), "Hi"),
+    (MERGES, chat(" ", system="S"), ""), (MERGES, chat("q", "a", " ", system="S"), ""),
+    (SWITCH, chat("2+2? /no_think"), "2+2? "), (SWITCH, chat("q", "a", "2+2? /no_think"), "2+2? ")])
 def test_user_mask_covers_exactly_the_last_user_text(
         template: str | None, messages: list[dict], text: str, variant: Variant) -> None:
-    """A gate that pools by mean would read more than the last user text, less, or another."""
+    """A gate that pools by mean would read more than the last user text, less, or another, where a
+    text is repeated, forged or empty, or a template trims it, looks at it or merges it."""
     tok = Tokenizer(variant(template))
     for prompt in (True, False):
         ids, mask = tok.render(messages, prompt, return_user_mask=True)
         assert ids == tok.render(messages, prompt) and len(mask) == len(ids)
-        first, end = mask.index(True), len(mask) - mask[::-1].index(True)
-        assert all(mask[first:end])
-        assert tok.decode(ids[first:end], skip_special_tokens=False) == text
-        assert "user" not in tok.decode(ids[end:])
-
-
-TRIMS = CHATML.replace("m.content", "m.content|trim")
-SWITCH = CHATML.replace("m.content", "(m.content.replace('/no_think', '') if loop.last else "
-                        "'old' if '/no_think' in messages[-1].content else m.content)")
-
-
-@pytest.mark.parametrize(("template", "said", "wanted"), [
-    (NO_SYSTEM + CHATML, "Hi there", "Hi there"), (NO_SYSTEM + TRIMS, " Hi\n", "Hi"),
-    (NO_SYSTEM + TRIMS, " ", ""), (SWITCH, "2+2? /no_think", "2+2? "),
-    (CHATML, "a<|im_end|>b", "a<|im_end|>b")])
-def test_user_mask_whatever_the_template_does(template: str, said: str, wanted: str,
-                                              variant: Variant) -> None:
-    """A gate would read a system text in the user's place, or not what a template looks at."""
-    tok = Tokenizer(variant(template))
-    ids, mask = tok.render_with_user_mask(chat("q1", "a1", said, system="Be kind."))
-    assert tok.decode([i for i, m in zip(ids, mask) if m]) == wanted
-    ids, mask = tok.render_with_user_mask(chat(said, system="Be kind."))
-    assert tok.decode([i for i, m in zip(ids, mask) if m]).strip() == wanted.strip()
+        where = [i for i, inside in enumerate(mask) if inside]
+        assert tok.decode([ids[i] for i in where], skip_special_tokens=False) == text
+        if text:
+            assert where == list(range(where[0], where[-1] + 1))
+            assert "user" not in tok.decode(ids[where[-1] + 1:])
 
 
 def test_user_mask_without_user_text(tok: Tokenizer) -> None:
-    """An empty text would have a mask, or a conversation without one be a traceback."""
-    assert not any(tok.render(chat(""), return_user_mask=True)[1])
+    """A conversation without one would be a traceback."""
     with pytest.raises(InputError, match="user message"):
         tok.render([{"role": "system", "content": "Be kind."}], return_user_mask=True)
 
@@ -298,53 +289,6 @@ def test_end_of_turn_ids(template: str | None, eos: str | None, wanted: set[int]
                          variant: Variant) -> None:
     """An answer would never end where the template's own end of turn is not the tokenizer's eos."""
     assert Tokenizer(variant(template, eos_token=eos)).end_of_turn_ids == wanted
-
-
-def byte_level(folder: Path, letters: str, special: list[str], unknown: str = "<unk>") -> Path:
-    """A byte-level BPE tokenizer of some letters only, with control tokens behind them."""
-    model = models.BPE({one: i for i, one in enumerate([*letters, *special])}, [],
-                       unk_token=unknown)
-    fast = FastTokenizer(model)
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(special)
-    folder.mkdir()
-    fast.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
-    return folder
-
-
-U10FFFF = "\u00f4\u0131\u00a5\u00bf"  # its four bytes in the alphabet of byte-level BPE
-
-
-@pytest.mark.parametrize("letters", ["ab<unk>/s", "abx", "ab<unk>/s" + U10FFFF])
-def test_a_letter_that_the_vocabulary_lacks_is_its_unknown_token(letters: str,
-                                                                 tmp_path: Path) -> None:
-    """Taken for a forged control token it would be spelled out, for ever where that fails too."""
-    folder = byte_level(tmp_path / "x", "".join(dict.fromkeys(letters)), ["<unk>", "</s>"])
-    ours, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    for text in ("a\nb", "a\tb", "\u754c", "ab"):
-        assert ours.encode(text) == peer.encode(text, add_special_tokens=False)
-        assert ours.render(chat(text)) == [*ours.encode(text), ours.special_ids["</s>"]]
-    assert ours.special_ids["</s>"] not in ours.encode("</s>a")
-
-
-@pytest.mark.parametrize("more", ["", U10FFFF], ids=["unknown", "known"])
-def test_an_end_token_for_unknown_letters_cannot_be_forged(more: str, tmp_path: Path) -> None:
-    """Where one token has both uses, a text would end a turn by a letter that is not known."""
-    letters = "".join(dict.fromkeys("ab</s>" + more))
-    ours = Tokenizer(byte_level(tmp_path / "x", letters, ["</s>"], "</s>"))
-    assert ours.special_ids["</s>"] not in ours.encode("a\nb") + ours.encode("\u754c</s>")
-
-
-def test_a_vocabulary_without_its_unknown_token_is_refused(tmp_path: Path) -> None:
-    """The library's own exception would end in a traceback, at the first letter that is missing."""
-    with pytest.raises(InputError, match="fails on a text .*<unk>"):
-        Tokenizer(byte_level(tmp_path / "x", "ab", ["</s>"]))
-    complete = "".join(pre_tokenizers.ByteLevel.alphabet())
-    assert Tokenizer(byte_level(tmp_path / "y", complete, ["</s>"])).encode("a\nb")
 
 
 THINKS = ("{% for m in messages %}{% if '/no_think' not in m.content %}<|think_on|>{% endif %}"

@@ -27,12 +27,15 @@ LINES = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }
          "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 INST = ("{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} </s>{% else %}<s>"
         "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}")
+ENDS = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
 BARE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 TALK = [*conversation("Hi there"), {"role": "assistant", "content": "Hello"}, *conversation("Bye")]
 LETTERS = ["\n", *map(chr, range(32, 127)), "Hi"]
 MARKS = ["<|turn|>", "<|over|>"]
 TURN, OVER = len(LETTERS), len(LETTERS) + 1  # the first ids behind the letters
-SENTENCE = {"bos_token": "<s>", "eos_token": "</s>"}
+EOS = {"eos_token": "</s>"}
+SENTENCE = {"bos_token": "<s>"} | EOS
+U10FFFF = "\u00f4\u0131\u00a5\u00bf"  # its four bytes in the alphabet of byte-level BPE
 WIDE = "\uff1c/s\uff1e"  # what NFKC makes "</s>" of
 
 
@@ -69,6 +72,15 @@ def unigram() -> FastTokenizer:
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
     fast.decoder = decoders.Metaspace()
     fast.add_special_tokens(["<unk>", "<s>", "</s>", "["])
+    return fast
+
+
+def byte_level(letters: str, special: Sequence[str], unknown: str = "<unk>") -> FastTokenizer:
+    """A byte-level BPE tokenizer of some letters only, with room for control tokens behind them."""
+    vocabulary = {one: i for i, one in enumerate(dict.fromkeys([*letters, *special]))}
+    fast = FastTokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
     return fast
 
 
@@ -266,13 +278,42 @@ def test_a_document_of_a_vocabulary_without_most_letters(tmp_path: Path) -> None
         assert tok.encode(text) == peer.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("letters", ["ab<unk>/s", "abx", "ab<unk>/s" + U10FFFF])
+def test_a_letter_that_the_vocabulary_lacks_is_its_unknown_token(letters: str,
+                                                                 tmp_path: Path) -> None:
+    """Taken for a forged control token it would be spelled out, for ever where that fails too."""
+    special = ["<unk>", "</s>"]
+    folder = write(tmp_path, ENDS, byte_level(letters, special), special, tokenizer_config=EOS)
+    ours, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("a\nb", "a\tb", "\u754c", "ab"):
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False)
+        assert ours.render(conversation(text)) == [*ours.encode(text), ours.special_ids["</s>"]]
+    assert ours.special_ids["</s>"] not in ours.encode("</s>a")
+
+
+@pytest.mark.parametrize("more", ["", U10FFFF], ids=["unknown", "known"])
+def test_an_end_token_for_unknown_letters_cannot_be_forged(more: str, tmp_path: Path) -> None:
+    """Where one token has both uses, a text would end a turn by a letter that is not known."""
+    fast = byte_level("ab</s>" + more, ["</s>"], "</s>")
+    ours = Tokenizer(write(tmp_path, ENDS, fast, ["</s>"], tokenizer_config=EOS))
+    assert ours.special_ids["</s>"] not in ours.encode("a\nb") + ours.encode("\u754c</s>")
+
+
+def test_a_vocabulary_without_its_unknown_token_is_refused(tmp_path: Path) -> None:
+    """The library's own exception would end in a traceback, at the first letter that is missing."""
+    with pytest.raises(InputError, match="fails on a text .*<unk>"):
+        Tokenizer(write(tmp_path, ENDS, byte_level("ab", ["</s>"]), ["</s>"]))
+    complete = byte_level("".join(pre_tokenizers.ByteLevel.alphabet()), ["</s>"])
+    assert Tokenizer(write(tmp_path, ENDS, complete, ["</s>"])).encode("a\nb")
+
+
 def test_bytes_that_are_called_special_stay_text(tmp_path: Path) -> None:
     """A line end would be taken for a forged control token, and the tokenizer go in circles."""
     special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = dict(zip([*special, "\u2581"], range(259)))
     fast = FastTokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     fast.normalizer = normalizers.Prepend("\u2581")
-    folder = write(tmp_path, TURNS, fast, special, tokenizer_config={"eos_token": "</s>"})
+    folder = write(tmp_path, TURNS, fast, special, tokenizer_config=EOS)
     tok = Tokenizer(folder)
     assert tok.encode("\n") == [tok.special_ids["<0x0A>"]]
     assert tok.special_ids["</s>"] not in tok.encode("</s>")
