@@ -216,57 +216,38 @@ def test_what_follows_thoughts_is_the_answer(tok: Tokenizer, folder: Path, tmp_p
     assert not other.opens_thinking and {t: other.without_thoughts(t) for t in said} == said
 
 
-SAID = {"gsm8k: base": ["It is 5?\n</think>\n\nIt is 4.", "It is 4."],
-        "mt_bench: base": ["Hm.\n</think>\n\nFour.", "Uh, unfinished", "Eh</think>Six."],
-        "mt_bench: judge": ["[[7]]"] * 3}
-
-
-@pytest.fixture(scope="module")
-def evaluated(folder: Path, tmp_path_factory: Folders) -> tuple[dict, dict]:
-    """An evaluation that is told SAID: its rows by task, and the prompts that each answer, or the
-    letter of "mmlu", was asked with."""
-    data = write_files(tmp_path_factory.mktemp("data"), {
+def test_an_evaluation_sees_no_thoughts(folder: Path, tok: Tokenizer, tmp_path: Path,
+                                        monkeypatch: Patch) -> None:
+    """MMLU's question would be asked with the block open; a number in thoughts, ended or not, would
+    count; or MT-Bench's later turns or judge would read a thought, finished or not."""
+    told = {"gsm8k: base": ["It is 5?\n</think>\n\nIt is 4.", "It is 4."],
+            "mt_bench: base": ["Hm.\n</think>\n\nFour.", "Uh, unfinished", "Eh</think>Six."],
+            "mt_bench: judge": ["[[7]]"] * 3}
+    data = write_files(tmp_path, {
         "mmlu/test/anatomy_test.csv": "2+2?,3,4,5,6,B\n",
         "gsm8k/test.jsonl": '{"question": "2+2?", "answer": "#### 4"}\n' * 2,
         "mt_bench/question.jsonl": json.dumps({"question_id": 1, "category": "math",
                                                "turns": ["2+2?", "And 3?", "So?"]}) + "\n"})
-    rows, prompts = defaultdict(list), defaultdict(list)
+    prompts = defaultdict(list)
 
     def decode(model, tokenizer, work, label, name, asked, *rest) -> list[dict]:
         first = len(prompts[label])
-        prompts[label] += [ids for ids, _ in asked]
-        return [{"text": said, "stop": "eos"} for said in SAID[label][first:len(prompts[label])]]
+        prompts[label] += [tok.decode(ids) for ids, _ in asked]
+        return [{"text": said, "stop": "eos"} for said in told[label][first:len(prompts[label])]]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "decode", decode)
-        read = watch(patch, evaluate, "hidden_states")
-        assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks",
-                              "mmlu,gsm8k,mt_bench", "--strategies", "base", "--out",
-                              str(data / "out"), "--dtype", "float32", "--device", "cpu"]) == 0
-    prompts["mmlu"] = prompts_of(read)
+    monkeypatch.setattr(evaluate, "decode", decode)
+    read = watch(monkeypatch, evaluate, "hidden_states")
+    assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks",
+                          "mmlu,gsm8k,mt_bench", "--strategies", "base", "--out",
+                          str(data / "out"), "--dtype", "float32", "--device", "cpu"]) == 0
+    rows = defaultdict(list)
     for row in rows_of(data / "out", "items.jsonl"):
         rows[row["task"]].append(row)
-    return rows, prompts
-
-
-def test_scored_on_what_follows_the_thoughts(evaluated: tuple[dict, dict]) -> None:
-    """A number in the thoughts would count, whether they end or not; or thoughts be lost."""
-    rows = evaluated[0]["gsm8k"]
-    assert [(r["output"], r["score"]) for r in rows] == [("It is 4.", 1.0), ("", 0.0)]
-    assert [r["evidence"]["whole"] for r in rows] == SAID["gsm8k: base"]
-
-
-def test_letters_of_a_benchmark(evaluated: tuple[dict, dict], tok: Tokenizer) -> None:
-    """MMLU's question would be asked with the block open."""
-    [row], [ids] = (part["mmlu"] for part in evaluated)
+    [ids], [row] = prompts_of(read), rows["mmlu"]
     assert ids == tok.render(conversation(row["prompt"]), thinking=False)
-
-
-def test_talks_and_judge_without_thoughts(evaluated: tuple[dict, dict], tok: Tokenizer) -> None:
-    """MT-Bench: a thought, finished or not, would come back in a later turn or reach the judge."""
-    rows, prompts = evaluated
-    turns = [tok.decode(ids) for ids in prompts["mt_bench: base"]]
-    judged = [tok.decode(ids) for ids in prompts["mt_bench: judge"]]
+    assert [(r["output"], r["score"]) for r in rows["gsm8k"]] == [("It is 4.", 1.0), ("", 0.0)]
+    assert [r["evidence"]["whole"] for r in rows["gsm8k"]] == told["gsm8k: base"]
+    turns, judged = prompts["mt_bench: base"], prompts["mt_bench: judge"]
     assert [r["output"] for r in rows["mt_bench"]] == ["Four.", "", "Six."]
     assert rows["mt_bench"][0]["score"] == 7.0
     for text in (*turns, *judged):
