@@ -273,11 +273,10 @@ def test_chat_forgets_thoughts(net: Transformer, tok: Tokenizer, monkeypatch: Pa
 
 
 def test_a_router_reads_the_open_block(net: Transformer, tok: Tokenizer) -> None:
-    """The gate would read another prompt than is answered: open block, no thoughts of the past."""
+    """The gate would read another prompt than is answered."""
     prism = PRISM(net, rank=2)
     ids, mask = tok.render(TALK, return_user_mask=True)
-    assert ids[-2:] == [THINK, *tok.encode("\n")] and ids.count(THINK) == 1
-    assert END_THINK not in ids and "Hm" not in tok.decode(ids) and "Because" in tok.decode(ids)
+    assert ids[-2:] == [THINK, *tok.encode("\n")] and END_THINK not in ids
     assert tok.decode([i for i, m in zip(ids, mask) if m]) == "Really?"
     [answer] = generate.generate(prism, tok, [TALK], Sampling(4, 0.0))
     [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)])).tolist()

@@ -99,24 +99,22 @@ def write(folder: Path, template: str = TURNS, fast: FastTokenizer | None = None
     return folder
 
 
-@pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens", "tokenizer.json"])
-@pytest.mark.parametrize("names", ["config", "map", "objects"])
-def test_tokens_are_found_wherever_they_stand(source: str, names: str, tmp_path: Path) -> None:
+RIGHT, WRONG = {"bos_token": "<|turn|>", "eos_token": "<|over|>"}, {"eos_token": "<|turn|>"}
+OBJECTS = {name: {"content": text} for name, text in RIGHT.items()}
+NAMED = [{"tokenizer_config": RIGHT},  # where there is a map, it has the last word
+         *({"tokenizer_config": WRONG, "special_tokens_map": names} for names in (RIGHT, OBJECTS))]
+ADDED = {"added_tokens": {"<|over|>": OVER, "<|turn|>": TURN}}
+DECODER = {str(i): {"content": text, "special": True} for i, text in enumerate(MARKS, TURN)}
+
+
+@pytest.mark.parametrize(("special", "files"), [
+    *((MARKS, names) for names in NAMED), *(([], names | ADDED) for names in NAMED),
+    ([], {"tokenizer_config": RIGHT | {"added_tokens_decoder": DECODER},
+          "special_tokens_map": WRONG})])  # unread beside the decoder
+def test_tokens_are_found_wherever_they_stand(special: list[str], files: dict,
+                                              tmp_path: Path) -> None:
     """A turn marker would fall into characters, or an eos never stop an answer."""
-    right = {"bos_token": "<|turn|>", "eos_token": "<|over|>"}
-    wrong = {"eos_token": "<|turn|>"}
-    files = {"tokenizer_config": right}
-    if names != "config":  # the map has the last word
-        objects = {name: {"content": text} for name, text in right.items()}
-        files = {"tokenizer_config": wrong,
-                 "special_tokens_map": objects if names == "objects" else right}
-    if source == "added_tokens_decoder":  # beside which the map is unread
-        tokens = {str(TURN): {"content": "<|turn|>", "special": True},
-                  str(OVER): {"content": "<|over|>", "special": True}}
-        files = {"tokenizer_config": {source: tokens, **right}, "special_tokens_map": wrong}
-    elif source == "added_tokens":
-        files[source] = {"<|over|>": OVER, "<|turn|>": TURN}
-    folder = write(tmp_path, special=MARKS if source == "tokenizer.json" else [], **files)
+    folder = write(tmp_path, special=special, **files)
     tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     wanted = peer.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
     assert tok.render(TALK) == wanted and wanted.count(TURN) == 5
