@@ -195,6 +195,7 @@ MERGES = NO_SYSTEM + TRIMS  # the system text comes before the user's, in the sa
     (NO_SYSTEM + CHATML, chat("q", "a", "Hi there", system="S"), "Hi there"),
     (MERGES, chat(" Hi\n", system="S"), " Hi"), (MERGES, chat("q", "a", " Hi\n", system="S"), "Hi"),
     (MERGES, chat(" ", system="S"), ""), (MERGES, chat("q", "a", " ", system="S"), ""),
+    (CHATML.replace("m.content", "m.content.split('|')[-1]"), chat("a|b"), "b"),
     (SWITCH, chat("2+2? /no_think"), "2+2? "), (SWITCH, chat("q", "a", "2+2? /no_think"), "2+2? ")])
 def test_user_mask_covers_exactly_the_last_user_text(
         template: str | None, messages: list[dict], text: str, variant: Variant) -> None:
@@ -343,10 +344,12 @@ TWICE = [[{"role": "system", "content": text} for text in ("Be kind.", other)]
 @pytest.mark.parametrize(("template", "changes", "talk"), [
     *((ONCE, {}, [*talk, *chat("Hi")]) for talk in TWICE),
     (CHATML.replace("in messages", "in messages if m.content", 1), {}, chat("\n")),
+    (CHATML.replace("m.content", "m.content or '<|im_end|>'"), {}, chat("")),
     (CHATML, {"pad_token": "!"}, chat("Hello! Stop!!")), (CHATML, {"plain": ["|>"]}, chat("a|> b")),
     (None, {"plain": ["SmolLM", "Hugging Face"]}, chat("Is SmolLM from Hugging Face?"))],
     ids=["other messages", "a repeated message is skipped", "an empty message is skipped",
-         "a letter to pad with", "a part of a control token", "words of the default system text"])
+         "an empty message is marked", "a letter to pad with", "a part of a control token",
+         "words of the default system text"])
 def test_what_is_no_forgery_stays_as_it_is(template: str | None, changes: dict, talk: list[dict],
                                            variant: Variant) -> None:
     """Text or tokens would be spelled out, refused or missing, as if they were forged."""

@@ -136,18 +136,19 @@ def test_names_of_the_tokenizers_class(kind: str | None, model: str, named: dict
 
 
 @pytest.mark.parametrize("flag", [None, "lstrip", "rstrip"])
-@pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens", "plain in the other"])
+@pytest.mark.parametrize("source", ["added_tokens_decoder", "added_tokens", "plain", "special"])
 def test_an_added_token_of_the_vocabulary(source: str, flag: str | None, tmp_path: Path) -> None:
-    """A turn marker would fall into characters, be forged, or not take the white space beside
-    it."""
-    marker = {"content": "Hi", "special": True, "lstrip": False, "rstrip": False,
+    """A turn marker would fall into characters, not take the white space beside it, or be forged
+    where one file calls it special and the other plain."""
+    marker = {"content": "Hi", "special": source != "special", "lstrip": False, "rstrip": False,
               "normalized": True, "single_word": False} | ({flag: True} if flag else {})
     at = LETTERS.index("Hi")
     files = {"tokenizer_config": {"added_tokens_decoder": {str(at): marker}}}
     if source == "added_tokens":
         files = {source: {"Hi": at}, "tokenizer_config": {"eos_token": "Hi"}}
     template = "{% for m in messages %}{{ m.content }} Hi {% endfor %}"
-    folder = write(tmp_path, template, plain=["Hi"] if "plain" in source else [], **files)
+    stored = {source: ["Hi"]} if source in ("plain", "special") else {}  # in tokenizer.json
+    folder = write(tmp_path, template, **stored, **files)
     tok, peer = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     for text in ("x", "a b"):
         assert tok.render(conversation(text)) == peer.apply_chat_template(
