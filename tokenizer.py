@@ -303,12 +303,11 @@ class Tokenizer:
         harmless, disarmed = [], []
         numbers: dict[str, str] = {}
         for m in messages:
-            text = m["content"]
-            words = text.strip()
+            said = m["content"].strip()
             # A template may skip an empty message, or one that repeats another.
-            plain = numbers.setdefault(words, f"x{len(numbers)}") if words else text
+            plain = numbers.setdefault(said, f"x{len(numbers)}") if said else m["content"]
             harmless.append({**m, "content": plain})
-            disarmed.append({**m, "content": self._marks.disarm(text)})
+            disarmed.append({**m, "content": self._marks.disarm(m["content"])})
         text = self._text(messages, *how)
         control_of = self._marks.spelled.findall
         control = control_of(text)
