@@ -303,9 +303,9 @@ class Tokenizer:
         harmless, disarmed = [], []
         numbers: dict[str, str] = {}
         for m in messages:
-            said = m["content"].strip()
-            # A template may skip an empty message, or one that repeats another.
-            plain = numbers.setdefault(said, f"x{len(numbers)}") if said else m["content"]
+            plain, said = m["content"], m["content"].strip()
+            if said:  # a template may skip an empty message, or one that repeats another
+                plain = numbers.setdefault(said, f"x{len(numbers)}")
             harmless.append({**m, "content": plain})
             disarmed.append({**m, "content": self._marks.disarm(m["content"])})
         text = self._text(messages, *how)
@@ -343,7 +343,8 @@ class Tokenizer:
         if end < 0:
             raise InputError(f"{self.folder}: the chat template changes what a user says, so "
                              "nothing can be put in its place")
-        before, ids = self._marks.swap(text[:end]), []
+        before = self._marks.swap(text[:end])
+        ids = []
         for token, (_, last) in zip(encoding.ids, encoding.offsets):
             if last <= len(before):
                 ids.append(token)
