@@ -26,7 +26,7 @@ from support.hub import InputError, optional_json
 from support.marks import Marks, any_of
 from support.messages import check_messages, conversation, merge_system
 from support.template import compile_template
-from support.vocabulary import THOUGHTS, one_line, read_tokenizer
+from support.vocabulary import THOUGHTS, added_by_text, one_line, read_tokenizer
 
 THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks
@@ -57,24 +57,28 @@ class Tokenizer:
         self.special_ids = self._control_tokens()
         self._marks = Marks(self._plain, self.special_ids, self.folder)
         self._control_ids = set(self.special_ids.values()) - self._stand_ins()
-        self._control_counts: dict[tuple, int] = {}  # see `_encode`
-        self._places: dict[tuple, tuple[str, list[int]]] = {}  # see `encode_turn`
 
     def _control_tokens(self) -> dict[str, int]:
         """Control token -> id: the special tokens, and those that the template writes although they
         are not called special (DeepSeek-R1's turn marks). The tokens of a think block are left out:
         a template has to find them, as text, in a history."""
-        added, found = self._plain.get_added_tokens_decoder(), {}
-        used = set(any_of(token.content for token in added.values()).findall(self._plain_talks()))
+        added = added_by_text(self._plain)
+        spelled = any_of(added)
+        used, found = set(), {}
+        answer = [{"role": "assistant", "content": "x"}]
+        # A conversation in every way that one is rendered
+        for system, last, thinking in product(("x", ""), ([], answer), (True, False)):
+            talk = [*conversation("x", system), *answer, *conversation("x"), *last]
+            with contextlib.suppress(InputError):  # no template, or one that refuses this
+                used.update(spelled.findall(self._text(talk, not last, thinking)))
         ends = self.names.get("bos_token"), self.names.get("eos_token")
-        for number, token in added.items():
-            text = token.content
+        for text, token in added.items():
             word = "".join(text.split()).isalnum()  # of a default system text, a role
             marks_turn = text in used and text.strip() and not word
             # One letter may be called special, such as "!" to pad with.
             special = token.special and (len(text) > 1 or text in ends)
             if (special or marks_turn) and text not in THOUGHTS:
-                found[text] = number
+                found[text] = self._plain.token_to_id(text)
         return found
 
     def _stand_ins(self) -> set[int]:
@@ -82,11 +86,11 @@ class Tokenizer:
         control tokens in a text, although some tokenizers call them special, unless they have
         another use as well."""
         found = set(self._tokenize("\U0010ffff").ids)
+        unknown = getattr(self._plain.model, "unk_token", None)
+        found.add(self._plain.token_to_id(unknown or ""))
         for text, number in self.special_ids.items():
             if re.fullmatch(BYTE, text):
                 found.add(number)
-        unknown = getattr(self._plain.model, "unk_token", None)
-        found.add(self._plain.token_to_id(unknown or ""))
         for name, text in self.names.items():
             if name not in UNKNOWN_NAMES:
                 found.discard(self.special_ids.get(text))
@@ -100,46 +104,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids, as in the middle of a text: no BOS is added, no control token can come
         out, and no space stands before the first word, where sentencepiece would put one."""
-        return self._known(self._without_control(self._inner_ids(text)))
-
-    def _inner_ids(self, text: str) -> list[int]:
-        """Text in the middle of a text -> ids."""
-        for before in LEADS if self._adds_space else ():
-            lead, whole = self._first_ids(before), self._first_ids(before + text)
-            if whole[:len(lead)] == lead:
-                return whole[len(lead):]
-        return self._first_ids(text)
-
-    def _first_ids(self, text: str) -> list[int]:
-        """Text that begins a text -> ids, without a BOS."""
-        return self._tokenize(self._marks.plain(text)).ids
-
-    @cached_property
-    def _adds_space(self) -> bool:
-        """Whether a text's first word is encoded as if a space stood before it."""
-        word = self._first_ids("x")
-        return self._first_ids("\nx")[-len(word):] != word
-
-    def _without_control(self, ids: list[int]) -> list[int]:
-        """Ids of plain text, every control token replaced by the ids of its letters. A vocabulary
-        may have one among the pieces that it puts plain text together from (Unigram)."""
-        if self._control_ids.isdisjoint(ids):
-            return ids
-        found = []
-        for number in ids:
-            if number not in self._control_ids:
-                found.append(number)
-                continue
-            for letter in self._plain.id_to_token(number):
-                found += filterfalse(self._control_ids.__contains__, self._inner_ids(letter))
-        return found
+        return self._model_ids(self._ids_behind(self._middle, text))
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text that begins a document -> ids, with what the tokenizer puts in front (BOS)."""
         with one_line(f"{self.folder}: tokenizer.json fails to begin a text"):
             word = self._plain.post_process(self._tokenize("x"))
         front = word.ids[:[*word.special_tokens_mask, 0].index(0)]  # an "x" may have no id at all
-        return self._known([*front, *self._without_control(self._first_ids(text))])
+        return self._known([*front, *self._model_ids(self._ids_behind([], text))])
 
     def encode_turn(self, role: str, text: str, system: bool = False,
                     thinking: bool = False) -> list[int]:
@@ -152,22 +124,46 @@ class Tokenizer:
             system: a system message comes before the user's text.
             thinking: of an assistant's turn, as in `render`.
         """
-        place = role, system, thinking
-        if place not in self._places:
-            self._places[place] = self._place(*place)
-        before, ids = self._places[place]
-        whole = self._tokenize(self._marks.mark(before + self._marks.guard(text))).ids
-        said = whole[len(ids):]
-        if whole[:len(ids)] != ids or not self._marks.ids.keys().isdisjoint(said):
-            return self.encode(text)  # it grows together with what is before it
-        return self._known(self._without_control(said))
-
-    def _place(self, role: str, system: bool, thinking: bool) -> tuple[str, list[int]]:
-        """What stands before a text in a short conversation, as text and as ids."""
         if role == "user":
-            return self._opened("x" if system else None)
-        before = self._text(conversation("x"), True, thinking)
-        return before, self._tokenize(self._marks.mark(before)).ids
+            before, ids = self._opened("x" if system else None)
+        else:
+            before = self._marks.swap(self._text(conversation("x"), True, thinking))
+            ids = self._tokenize(before).ids
+        return self._model_ids(self._ids_behind([(before, ids), *self._middle], text))
+
+    def _ids_behind(self, places: Sequence[tuple[str, list[int]]], text: str) -> list[int]:
+        """Plain text -> ids, behind the first of these (marked text, its ids) that it does not grow
+        together with, or at the beginning of a text."""
+        text = self._marks.plain(text)
+        for before, ids in places:
+            whole = self._tokenize(before + text).ids
+            if whole[:len(ids)] == ids:
+                return whole[len(ids):]
+        return self._tokenize(text).ids
+
+    @cached_property
+    def _middle(self) -> list[tuple[str, list[int]]]:
+        """What a text is put behind to be in the middle of one. Nothing, unless a text's first word
+        is encoded as if a space stood before it."""
+        word = self._tokenize("x").ids
+        if self._tokenize("\nx").ids[-len(word):] == word:
+            return []
+        return [(lead, self._tokenize(lead).ids) for lead in LEADS]
+
+    def _model_ids(self, ids: list[int]) -> list[int]:
+        """The model's ids for those of a text with marks. A control token that a vocabulary puts
+        plain text together from (Unigram) is replaced by the ids of its letters."""
+        found = []
+        for number in ids:
+            if number in self._marks.ids:
+                found.append(self._marks.ids[number])
+            elif number not in self._control_ids:
+                found.append(number)
+            else:
+                for letter in self._plain.id_to_token(number):
+                    spelled = self._ids_behind(self._middle, letter)
+                    found += filterfalse(self._control_ids.__contains__, spelled)
+        return self._known(found)
 
     def _known(self, ids: list[int]) -> list[int]:
         """The ids; InputError if the model has no embedding for one. (A vocabulary may have tokens
@@ -185,17 +181,16 @@ class Tokenizer:
     @cached_property
     def _template(self) -> Template:
         """The compiled chat template."""
-        return compile_template(self.folder, self.config.get("chat_template"), lambda: self.now)
+        return compile_template(self.folder, self.config.get("chat_template"))
 
     def _text(self, messages: list[dict], add_generation_prompt: bool,
               thinking: bool = True) -> str:
         """The conversation as text, by the model's own template; see `render` for `thinking`."""
-        template = self._template
+        template, switch = self._template, {} if thinking else {"enable_thinking": False}
         try:
             text = template.render(messages=messages, tools=None, documents=None,
                                    add_generation_prompt=add_generation_prompt,
-                                   **self.names,
-                                   **({} if thinking else {"enable_thinking": False}))
+                                   strftime_now=self.now.strftime, **self.names, **switch)
         except Exception as error:
             # Whatever a template does wrong is the template's fault.
             raise InputError(f"{self.folder}: the chat template fails on this conversation "
@@ -204,19 +199,6 @@ class Tokenizer:
             # A template without that switch; this is what Qwen3's writes.
             text = f"{text.rstrip()}\n\n{END_THINK}\n\n"
         return text
-
-    def _plain_talks(self) -> str:
-        """A short conversation as text, in every way that one is rendered; "" where there is no
-        template, or none that works."""
-        found = []
-        for system, prompt, thinking in product((True, False), repeat=3):
-            talk = conversation("x", "x" if system else "")
-            talk += [{"role": "assistant", "content": "x"}, *conversation("x")]
-            if not prompt:
-                talk.append({"role": "assistant", "content": "x"})
-            with contextlib.suppress(InputError):
-                found.append(self._text(talk, prompt, thinking))
-        return "\0".join(found)
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -283,14 +265,14 @@ class Tokenizer:
         """
         if return_user_mask:
             return self.render_with_user_mask(messages, add_generation_prompt, thinking)
-        _, encoding = self._encode(self._safe(messages), add_generation_prompt, thinking)
-        return self._known(self._model_ids(encoding.ids))
+        _, encoding = self._encode(messages, add_generation_prompt, thinking)
+        return self._model_ids(encoding.ids)
 
     def render_with_user_mask(self, messages: list[dict], add_generation_prompt: bool = True,
                               thinking: bool = True) -> tuple[list[int], list[bool]]:
         """`render`, and for every id whether it belongs to the text of the last user message: what
         a gate that pools by mean reads."""
-        text, encoding = self._encode(self._safe(messages), add_generation_prompt, thinking)
+        text, encoding = self._encode(messages, add_generation_prompt, thinking)
         start, end = self._last_user_span(messages, text, add_generation_prompt, thinking)
         ids, mask = [], []
         for token, (first, last) in zip(encoding.ids, encoding.offsets):
@@ -299,7 +281,7 @@ class Tokenizer:
             ids += spelled
             # A control token may have taken white space beside it along.
             mask += [inside and token not in self._marks.ids] * len(spelled)
-        return self._known(ids), mask
+        return ids, mask
 
     def _safe(self, messages: list[dict]) -> list[dict]:
         """Checked messages for the template: no forged control tokens, and the system text where
@@ -310,42 +292,30 @@ class Tokenizer:
         return [{**m, "content": self._marks.guard(m["content"])} for m in messages]
 
     def _encode(self, messages: list[dict], *how: bool) -> tuple[str, Encoding]:
-        """A safe conversation as rendered text, and the encoding of that text with marks.
+        """A conversation as rendered text, and the encoding of that text with marks.
 
         Raises:
             InputError: more control tokens than the same conversation has with harmless text, or
                 others than with that text disarmed: the template has put one together from pieces
                 of a message.
         """
-        text = self._text(messages, *how)
-        encoding, control_of = self._tokenize(self._marks.mark(text)), self._marks.spelled.findall
-        # A template may skip an empty message, or one that repeats another.
-        numbers: dict[str, str] = {}
+        messages = self._safe(messages)
         harmless, disarmed = [], []
+        numbers: dict[str, str] = {}
         for m in messages:
-            said = m["content"].strip()
-            plain = numbers.setdefault(said, f"x{len(numbers)}") if said else m["content"]
+            plain, said = m["content"], m["content"].strip()
+            if said:  # a template may skip an empty message, or one that repeats another
+                plain = numbers.setdefault(said, f"x{len(numbers)}")
             harmless.append({**m, "content": plain})
             disarmed.append({**m, "content": self._marks.disarm(m["content"])})
-        shape = *how, *map(str, harmless)
-        if shape not in self._control_counts:
-            self._control_counts[shape] = len(control_of(self._text(harmless, *how)))
+        text = self._text(messages, *how)
+        control_of = self._marks.spelled.findall
         control = control_of(text)
-        forged = len(control) > self._control_counts[shape]
-        if disarmed != messages:
-            forged |= control != control_of(self._text(disarmed, *how))
-        if forged:
+        most = len(control_of(self._text(harmless, *how)))
+        if len(control) > most or control != control_of(self._text(disarmed, *how)):
             raise InputError(f"{self.folder}: the chat template makes a control token out of a "
                              "message's text; take its odd pieces out of the text")
-        return text, encoding
-
-    def _model_ids(self, ids: list[int]) -> list[int]:
-        """The model's ids for those of a text with marks."""
-        found = []
-        for token in ids:
-            known = self._marks.ids.get(token)
-            found += self._without_control([token]) if known is None else [known]
-        return found
+        return text, self._tokenize(self._marks.swap(text))
 
     def render_shared(self, messages: list[dict], thinking: bool = True) -> tuple[list[int], int]:
         """The prompt ids of a conversation, and how many of them come before its first user text:
@@ -361,46 +331,44 @@ class Tokenizer:
 
         A model that continues them writes what a user would type (Magpie, arXiv 2406.08464).
         """
-        _, ids = self._opened(system)
-        return self._known(self._model_ids(ids))
+        return self._model_ids(self._opened(system)[1])
 
     def _opened(self, system: str | None) -> tuple[str, list[int]]:
-        """The same, as text and as ids with marks."""
+        """The same, as text and as ids, both with marks."""
         messages = [] if system is None else [{"role": "system", "content": system}]
-        messages = self._safe([*messages, {"role": "user", "content": PROBE}])
-        text, encoding = self._encode(messages, False)
+        text, encoding = self._encode([*messages, *conversation(PROBE)], False)
         # Encoded with a user text in place: "\n\n" at the end of a text is another token than
         # before a word.
         end = text.rfind(PROBE)
         if end < 0:
             raise InputError(f"{self.folder}: the chat template changes what a user says, so "
                              "nothing can be put in its place")
-        before, kept = text[:end], []
-        size = len(self._marks.mark(before))
+        before = self._marks.swap(text[:end])
+        ids = []
         for token, (_, last) in zip(encoding.ids, encoding.offsets):
-            if last <= size:
-                kept.append(token)
-        return before, kept
+            if last <= len(before):
+                ids.append(token)
+        return before, ids
 
     def _last_user_span(self, messages: list[dict], text: str, *how: bool) -> tuple[int, int]:
         """Character range of the last user message's text within its rendering with marks."""
-        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-        if last is None:
+        for last in reversed(range(len(messages))):
+            if messages[last]["role"] == "user":
+                break
+        else:
             raise InputError("a gate that pools over the user's text needs a user message")
         said = messages[last]["content"]
-        inner = said.strip()
-        # Another text in its place; or the same, for a template that looks at it, between brackets,
-        # with or without the white space that a template may trim.
-        for other in (PROBE, LEFT + said + RIGHT, said.replace(inner, LEFT + inner + RIGHT, 1)):
-            probed = self._text(self._safe(
-                [*messages[:last], {**messages[last], "content": other}, *messages[last + 1:]]),
-                *how)
+        # Another text in its place; or the same, for a template that looks at it, between brackets.
+        for other in (PROBE, LEFT + said + RIGHT):
+            talk = list(messages)
+            talk[last] = {**talk[last], "content": other}
+            probed = self._text(self._safe(talk), *how)
             for found in re.finditer(f"{PROBE}|{LEFT}.*{RIGHT}", probed, re.DOTALL):
                 before, after = probed[:found.start()], probed[found.end():]
                 rest = len(text) - len(after)
                 if len(before) <= rest and text.startswith(before) and text.endswith(after):
-                    return len(self._marks.mark(before)), len(self._marks.mark(text[:rest]))
-        if not inner:
+                    return len(self._marks.swap(before)), len(self._marks.swap(text[:rest]))
+        if not said.strip():
             return 0, 0
         raise InputError(f"{self.folder}: the chat template hides the user's text; "
                          "use --gate-pool last")

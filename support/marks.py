@@ -1,10 +1,10 @@
 """Which control tokens of a rendering are the template's own, and which a text only spells.
 
-Before a text goes through a template, each control token that it spells becomes one private
-character, which no template can cut in two (`guard`). In the rendering, the control tokens left are
-the template's: each becomes another private character, its mark, and what a text spells is spelled
-again (`mark`). The result is tokenized as a whole, with marks as added tokens and control tokens as
-plain characters.
+Each control token has a private character, its mark, and two swaps of one for the other keep the
+two kinds apart. Before a text goes through a template, the control tokens that it spells become
+marks, which no template can cut in two. In the rendering, the control tokens left are the
+template's: they become marks, and the marks become what the text spelled. The result is tokenized
+as a whole, with marks as added tokens and control tokens as plain characters.
 """
 
 from __future__ import annotations
@@ -32,45 +32,38 @@ class Marks:
     """
 
     def __init__(self, tokenizer: FastTokenizer, control: dict[str, int], folder: Path):
-        self.spelled = any_of(control)
-        self._marks: dict[str, str] = {}  # control token -> its mark
-        self._guards: dict[str, str] = {}  # control token -> what stands for a spelled one
+        marks = [chr(LAST_PRIVATE - i) for i in range(len(control))]
+        self.spelled, self._either = any_of(control), any_of([*control, *marks])
+        self._other = dict(zip([*control, *marks], [*marks, *control]))
+        self._taken = str.maketrans(dict.fromkeys(marks, "\ufffd"))
         self._needed: set[str] = set()  # characters without which there is no control token
-        known, tokens, marks = tokenizer.get_added_tokens_decoder(), [], []
-        for i, (text, number) in enumerate(control.items()):
-            mark, guard = chr(LAST_PRIVATE - 2 * i), chr(LAST_PRIVATE - 2 * i - 1)
-            self._marks[text], self._guards[text] = mark, guard
-            like, first = known[number], text.strip()[:1]
+        known, plain, added = tokenizer.get_added_tokens_decoder(), [], []
+        for text, mark in zip(control, marks):
+            like, first = known[control[text]], text.strip()[:1]
             self._needed |= {first, first.lower(), first.upper()} - {""}
             self._needed |= {c for c in text if not (c.isalnum() or c.isspace() or c in "/_")}
-            tokens.append(AddedToken(text, normalized=False))
-            marks.append(AddedToken(mark, normalized=False, lstrip=like.lstrip, rstrip=like.rstrip))
-        self._guarded = {ord(guard): text for text, guard in self._guards.items()}
-        private = (*self._marks.values(), *self._guards.values())
-        self._taken = dict.fromkeys(map(ord, private), "\ufffd")
-        tokenizer.add_special_tokens(tokens)
+            plain.append(AddedToken(text, normalized=False))
+            added.append(AddedToken(mark, normalized=False, lstrip=like.lstrip, rstrip=like.rstrip))
+        tokenizer.add_special_tokens(plain)
         size = tokenizer.get_vocab_size()
-        if any(map(tokenizer.id_to_token, range(size, size + len(marks)))):
+        if any(map(tokenizer.id_to_token, range(size, size + len(added)))):
             raise InputError(f"{folder}: tokenizer.json leaves out ids below its largest, so that "
                              "a new token would get the id of another")
-        tokenizer.add_tokens(marks)
-        self.ids = {}
-        for text, mark in self._marks.items():
-            self.ids[tokenizer.token_to_id(mark)] = control[text]
+        tokenizer.add_tokens(added)
+        self.ids = dict(zip(map(tokenizer.token_to_id, marks), control.values()))
+
+    def swap(self, text: str) -> str:
+        """A text with marks for its control tokens, and control tokens for its marks."""
+        return self._either.sub(lambda found: self._other[found.group()], text)
 
     def plain(self, text: str) -> str:
-        """A text without those private characters, which would pass for control tokens."""
+        """What somebody says, without the characters that are marks here."""
         return text.translate(self._taken)
 
     def guard(self, text: str) -> str:
-        """A text for the template, a private character in place of each control token. (A template
-        that escapes it, as by tojson(ensure_ascii=True), leaves the escape in the text.)"""
-        return self.spelled.sub(lambda found: self._guards[found.group()], self.plain(text))
-
-    def mark(self, text: str) -> str:
-        """A rendering with marks for the template's control tokens, those of texts spelled."""
-        text = self.spelled.sub(lambda found: self._marks[found.group()], text)
-        return text.translate(self._guarded)
+        """What somebody says, for the template. (One that escapes a mark, as by
+        tojson(ensure_ascii=True), leaves the escape in the text.)"""
+        return self.swap(self.plain(text))
 
     def disarm(self, text: str) -> str:
         """A text without the characters that control tokens begin with, in any case, and without

@@ -43,17 +43,17 @@ def check_messages(messages: list[dict]) -> list[dict]:
 
 def merge_system(messages: list[dict]) -> list[dict]:
     """Put the system text in front of the first user message, for models without a system role."""
-    system, rest = messages[0]["content"], [*messages[1:]]
-    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
-    if first is None:
-        raise InputError("a system message needs a user message after it with this model")
-    rest[first] = {**rest[first], "content": f"{system}\n\n{rest[first]['content']}"}
-    return rest
+    system, *rest = messages
+    for i, m in enumerate(rest):
+        if m["role"] == "user":
+            rest[i] = {**m, "content": f"{system['content']}\n\n{m['content']}"}
+            return rest
+    raise InputError("a system message needs a user message after it with this model")
 
 
 def with_system(messages: list[dict], system: str | None) -> list[dict]:
     """A conversation with a system message before it, unless it has its own or none is given."""
-    if not system or (messages and messages[0].get("role") == "system"):
+    if not system or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]
 

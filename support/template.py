@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
-from typing import Callable
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -32,12 +30,14 @@ def to_json(value: object, ensure_ascii: bool = False, indent: int | None = None
                       sort_keys=sort_keys)
 
 
-def compile_template(folder: Path, field: object, now: Callable[[], datetime]) -> Template:
+def raise_exception(message: str) -> None:
+    """What a template calls to refuse a conversation."""
+    raise TemplateError(message)
+
+
+def compile_template(folder: Path, field: object) -> Template:
     """The chat template of a folder: chat_template.jinja first, as transformers does, else the
     `field` of tokenizer_config.json.
-
-    Args:
-        now: the date for a template that writes one, asked for when it is rendered.
 
     Raises:
         InputError: there is none, or it is broken.
@@ -52,15 +52,10 @@ def compile_template(folder: Path, field: object, now: Callable[[], datetime]) -
     if not isinstance(source, str):
         raise InputError(f"{folder}: no chat template; PRISM needs an instruction-tuned "
                          "model (chat_template.jinja or tokenizer_config.json)")
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[loopcontrols, Generation])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
     try:
         return environment.from_string(source)
     except Exception as error:  # Python's own SyntaxError, too, for a break outside a loop

@@ -51,16 +51,21 @@ def read_tokenizer(folder: Path) -> tuple[FastTokenizer, dict, dict[str, str]]:
     settings = optional_json(folder / "tokenizer_config.json")
     added = settings.get("added_tokens_decoder")
     older = {} if added is not None else optional_json(folder / "special_tokens_map.json")
-    names = joined(settings, older)
-    special = [*named(names).values(), *unnamed(names, folder)]
+    named, unnamed = special_tokens(settings, older)
+    if not isinstance(unnamed, list) or not all(isinstance(text_of(t), str) for t in unnamed):
+        raise InputError(f"{folder}: {EXTRA} is {str(unnamed)[:60]}, not a list of tokens")
+    special = [*named.values(), *unnamed]
     with one_line(f"{folder}: its added tokens cannot be read"):
         if added is None:
             ids, texts = optional_json(folder / "added_tokens.json"), list(map(text_of, special))
             added = {i: {"content": text, "special": text in texts} for text, i in ids.items()}
         add_tokens(tokenizer, added, folder)
-        found = special_tokens(tokenizer, names, folder)
-        make_special(tokenizer, special)
-        return with_plain_thoughts(tokenizer), settings, found
+        names = checked_names(tokenizer, named, settings | older, folder)
+        known = added_by_text(tokenizer)
+        # Those that are nowhere yet get the ids that come next.
+        tokenizer.add_special_tokens([known.get(text_of(token)) or added_token(token, True)
+                                      for token in special])
+        return with_plain_thoughts(tokenizer), settings, names
 
 
 @contextmanager
@@ -89,9 +94,10 @@ def with_plain_thoughts(tokenizer: FastTokenizer) -> FastTokenizer:
     return FastTokenizer.from_str(json.dumps(content))
 
 
-def joined(settings: dict, older: dict) -> dict:
-    """What tokenizer_config.json and special_tokens_map.json say together: the tokens without a
-    name are a list under EXTRA, to which the second file adds."""
+def special_tokens(settings: dict, older: dict) -> tuple[dict[str, object], object]:
+    """The special tokens of tokenizer_config.json and special_tokens_map.json together, as these
+    have them: those with a name (a null names nothing), and a list of others, to which the second
+    file adds."""
     names = dict(settings)
     if OLDER in names and not names.get(EXTRA):
         names[EXTRA] = names.pop(OLDER)
@@ -102,10 +108,14 @@ def joined(settings: dict, older: dict) -> dict:
     # A name that only a model has is taken from the first file.
     single = {name: names[name] for name in names.keys() & (older.keys() - set(SPECIAL_NAMES))
               if name.endswith("_token")}
-    names = with_names(names | older | single)
-    if EXTRA not in names:
-        names[EXTRA] = names.get(OLDER)
-    return names
+    names, found = with_names(names | older | single), {}
+    for name, token in names.items():
+        if name in SPECIAL_NAMES or (name.endswith("_token") and isinstance(text_of(token), str)):
+            found[name] = token
+    if isinstance(names.get(OWN), dict):
+        found |= names[OWN]
+    found = {name: token for name, token in found.items() if token is not None}
+    return found, names.get(EXTRA, names.get(OLDER)) or []
 
 
 def with_names(names: dict) -> dict:
@@ -122,48 +132,17 @@ def text_of(token: object) -> object:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def named(names: dict) -> dict[str, object]:
-    """The special tokens that have a name, as the files have them; a null names nothing."""
-    found = {}
-    for name, token in names.items():
-        if name in SPECIAL_NAMES or (name.endswith("_token") and isinstance(text_of(token), str)):
-            found[name] = token
-    if isinstance(names.get(OWN), dict):
-        found |= names[OWN]
-    return {name: token for name, token in found.items() if token is not None}
-
-
-def unnamed(names: dict, folder: Path) -> list[object]:
-    """The special tokens without a name, as the files have them."""
-    extra = names[EXTRA] or []
-    if not isinstance(extra, list) or not all(isinstance(text_of(t), str) for t in extra):
-        raise InputError(f"{folder}: {EXTRA} is {str(extra)[:60]}, not a list of tokens")
-    return extra
-
-
-def make_special(tokenizer: FastTokenizer, tokens: list[object]) -> None:
-    """Make control tokens of what tokenizer.json has as text or not at all; the latter get the ids
-    that come next."""
-    known, special = added_by_text(tokenizer), []
-    for token in tokens:
-        text = text_of(token)
-        one = known.get(text) or added_token(text, token, True)
-        one.special = True
-        special.append(one)
-    tokenizer.add_special_tokens(special)
-
-
 def added_by_text(tokenizer: FastTokenizer) -> dict[str, AddedToken]:
     """The tokenizer's added tokens by what they spell."""
     return {one.content: one for one in tokenizer.get_added_tokens_decoder().values()}
 
 
-def added_token(text: str, token: object, special: bool) -> AddedToken:
+def added_token(token: object, special: bool) -> AddedToken:
     """An added token with the flags that a file gives it."""
     given = token if isinstance(token, dict) else {}
     flags = {name: bool(given.get(name)) for name in FLAGS}
     normalized = bool(given.get("normalized", not special))
-    return AddedToken(text, normalized=normalized, special=special, **flags)
+    return AddedToken(text_of(token), normalized=normalized, special=special, **flags)
 
 
 def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
@@ -172,12 +151,11 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
     known = added_by_text(tokenizer)
     for number, token in sorted((int(number), token) for number, token in added.items()):
         text = token["content"]
-        special = bool(token.get("special"))
-        old, new = known.get(text), added_token(text, token, special)
+        old = known.get(text)
+        special = bool(token.get("special")) or (old is not None and old.special)
+        new = added_token(token, special)
         # added_tokens.json has no flags.
-        flags = (*FLAGS, "normalized") if "lstrip" in token else ()
-        if old is None or any(getattr(old, flag) != getattr(new, flag) for flag in flags):
-            special |= old is not None and old.special
+        if old is None or ("lstrip" in token and new != old):
             add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
             add([new])
         if tokenizer.token_to_id(text) != number:
@@ -185,14 +163,15 @@ def add_tokens(tokenizer: FastTokenizer, added: object, folder: Path) -> None:
                              f"tokenizer.json makes it {tokenizer.token_to_id(text)}")
 
 
-def special_tokens(tokenizer: FastTokenizer, names: dict, folder: Path) -> dict[str, str]:
-    """bos_token and its like: those that the files name, then those of the tokenizer's class, which
+def checked_names(tokenizer: FastTokenizer, named: dict, names: dict,
+                  folder: Path) -> dict[str, str]:
+    """bos_token and its like: those that the files name, and those of the tokenizer's class, which
     count only if the vocabulary has them."""
     kind = names.get("tokenizer_class") or tokenizer_class(optional_json(folder / "config.json"))
     kind = str(kind).removesuffix("Fast").removesuffix("Tokenizer")
     found = {name: text for name, text in CLASS_NAMES.get(kind, {}).items()
              if name not in names and tokenizer.token_to_id(text) is not None}
-    for name, token in named(names).items():
+    for name, token in named.items():
         text = text_of(token)
         if not isinstance(text, str):
             raise InputError(f"{folder}: {name} is {str(text)[:60]}, not text")

@@ -139,7 +139,7 @@ def test_turn_marks_cannot_be_forged(tok: Tokenizer) -> None:
     assert tok.decode([USER, THINK, END_THINK, ASSISTANT]) == "<think></think>"
 
 
-def test_no_user_thinks(tok: Tokenizer, folder: Path, run: RunFolder, monkeypatch: Patch) -> None:
+def test_no_user_thinks(tok: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """Stage 1: a user's turn would open a think block, or not end where the assistant's begins."""
     opened = tok.open_user_turn(TUTOR)
     assert opened[-1] == USER and not {THINK, END_THINK} & set(opened)
@@ -147,15 +147,16 @@ def test_no_user_thinks(tok: Tokenizer, folder: Path, run: RunFolder, monkeypatc
     writer = load(folder, dtype=torch.float32)
     only = torch.full((writer.config.vocab_size,), -50.0).index_fill(0, torch.tensor(ASSISTANT), 0)
     monkeypatch.setattr(writer, "head", lambda x: only.expand(*x.shape[:-1], -1))
-    write_queries(run, writer, tok, {"tutor": TUTOR}, 2, 0, "continue")
-    rows = rows_of(run.path, "candidates.jsonl")
+    write_queries(RunFolder(tmp_path), writer, tok, {"tutor": TUTOR}, 2, 0, "continue")
+    rows = rows_of(tmp_path, "candidates.jsonl")
     assert all(row["complete"] and row["text"] in ("", *OPENINGS) for row in rows)
 
 
 def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Tokenizer,
-                                                     run: RunFolder, monkeypatch: Patch) -> None:
+                                                     tmp_path: Path, monkeypatch: Patch) -> None:
     """Stages 2, 3 and 5: thoughts would be lost, or not begin in the open block of the prompt."""
     asked = [Query("tutor", i, f"How do I draw tree {n}?") for i, n in enumerate("abcdefgh")]
+    run = RunFolder(tmp_path)
     answered = write_answers(run, net, tok, {"tutor": TUTOR}, asked, 48, 0)
     thought = [p for p in answered if END_THINK in p.base_ids and END_THINK in p.expert_ids]
     assert len(thought) > 1
@@ -215,58 +216,39 @@ def test_what_follows_thoughts_is_the_answer(tok: Tokenizer, folder: Path, tmp_p
     assert not other.opens_thinking and {t: other.without_thoughts(t) for t in said} == said
 
 
-SAID = {"gsm8k: base": ["It is 5?\n</think>\n\nIt is 4.", "It is 4."],
-        "mt_bench: base": ["Hm.\n</think>\n\nFour.", "Uh, unfinished", "Eh</think>Six."],
-        "mt_bench judge: replies": ["[[7]]"] * 3}
-
-
-@pytest.fixture(scope="module")
-def evaluated(folder: Path, tmp_path_factory: Folders) -> tuple[dict, dict]:
-    """An evaluation that is told SAID: its rows by task, and the prompts that each answer, or the
-    letter of "mmlu", was asked with."""
-    data = write_files(tmp_path_factory.mktemp("data"), {
+def test_an_evaluation_sees_no_thoughts(folder: Path, tok: Tokenizer, tmp_path: Path,
+                                        monkeypatch: Patch) -> None:
+    """MMLU's question would be asked with the block open; a number in thoughts, ended or not, would
+    count; or MT-Bench's later turns or judge would read a thought, finished or not."""
+    told = {"gsm8k: base": ["It is 5?\n</think>\n\nIt is 4.", "It is 4."],
+            "mt_bench: base": ["Hm.\n</think>\n\nFour.", "Uh, unfinished", "Eh</think>Six."],
+            "mt_bench judge: replies": ["[[7]]"] * 3}
+    data = write_files(tmp_path, {
         "mmlu/test/anatomy_test.csv": "2+2?,3,4,5,6,B\n",
         "gsm8k/test.jsonl": '{"question": "2+2?", "answer": "#### 4"}\n' * 2,
         "mt_bench/question.jsonl": json.dumps({"question_id": 1, "category": "math",
                                                "turns": ["2+2?", "And 3?", "So?"]}) + "\n"})
-    rows, prompts = defaultdict(list), defaultdict(list)
+    prompts = defaultdict(list)
 
     def answers(weights, work, task, strategy, asked, *rest) -> list[dict]:
         label = f"{task}: {strategy}"
         first = len(prompts[label])
-        prompts[label] += [ids for ids, _ in asked]
-        return [{"text": said, "stop": "eos"} for said in SAID[label][first:len(prompts[label])]]
+        prompts[label] += [tok.decode(ids) for ids, _ in asked]
+        return [{"text": said, "stop": "eos"} for said in told[label][first:len(prompts[label])]]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.Weights, "answers", answers)
-        read = watch(patch, evaluate, "hidden_states")
-        assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks",
-                              "mmlu,gsm8k,mt_bench", "--strategies", "base", "--out",
-                              str(data / "out"), "--dtype", "float32", "--device", "cpu"]) == 0
-    prompts["mmlu"] = prompts_of(read)
+    monkeypatch.setattr(evaluate.Weights, "answers", answers)
+    read = watch(monkeypatch, evaluate, "hidden_states")
+    assert evaluate.main(["--model", str(folder), "--data", str(data), "--tasks",
+                          "mmlu,gsm8k,mt_bench", "--strategies", "base", "--out",
+                          str(data / "out"), "--dtype", "float32", "--device", "cpu"]) == 0
+    rows = defaultdict(list)
     for row in rows_of(data / "out", "items.jsonl"):
         rows[row["task"]].append(row)
-    return rows, prompts
-
-
-def test_scored_on_what_follows_the_thoughts(evaluated: tuple[dict, dict]) -> None:
-    """A number in the thoughts would count, whether they end or not; or thoughts be lost."""
-    rows = evaluated[0]["gsm8k"]
-    assert [(r["output"], r["score"]) for r in rows] == [("It is 4.", 1.0), ("", 0.0)]
-    assert [r["evidence"]["whole"] for r in rows] == SAID["gsm8k: base"]
-
-
-def test_letters_of_a_benchmark(evaluated: tuple[dict, dict], tok: Tokenizer) -> None:
-    """MMLU's question would be asked with the block open."""
-    [row], [ids] = (part["mmlu"] for part in evaluated)
+    [ids], [row] = prompts_of(read), rows["mmlu"]
     assert ids == tok.render(conversation(row["prompt"]), thinking=False)
-
-
-def test_talks_and_judge_without_thoughts(evaluated: tuple[dict, dict], tok: Tokenizer) -> None:
-    """MT-Bench: a thought, finished or not, would come back in a later turn or reach the judge."""
-    rows, prompts = evaluated
-    turns = [tok.decode(ids) for ids in prompts["mt_bench: base"]]
-    judged = [tok.decode(ids) for ids in prompts["mt_bench judge: replies"]]
+    assert [(r["output"], r["score"]) for r in rows["gsm8k"]] == [("It is 4.", 1.0), ("", 0.0)]
+    assert [r["evidence"]["whole"] for r in rows["gsm8k"]] == told["gsm8k: base"]
+    turns, judged = prompts["mt_bench: base"], prompts["mt_bench judge: replies"]
     assert [r["output"] for r in rows["mt_bench"]] == ["Four.", "", "Six."]
     assert rows["mt_bench"][0]["score"] == 7.0
     for text in (*turns, *judged):
@@ -292,11 +274,10 @@ def test_chat_forgets_thoughts(net: Transformer, tok: Tokenizer, monkeypatch: Pa
 
 
 def test_a_router_reads_the_open_block(net: Transformer, tok: Tokenizer) -> None:
-    """The gate would read another prompt than is answered: open block, no thoughts of the past."""
+    """The gate would read another prompt than is answered."""
     prism = PRISM(net, rank=2)
     ids, mask = tok.render(TALK, return_user_mask=True)
-    assert ids[-2:] == [THINK, *tok.encode("\n")] and ids.count(THINK) == 1
-    assert END_THINK not in ids and "Hm" not in tok.decode(ids) and "Because" in tok.decode(ids)
+    assert ids[-2:] == [THINK, *tok.encode("\n")] and END_THINK not in ids
     assert tok.decode([i for i, m in zip(ids, mask) if m]) == "Really?"
     [answer] = generate.generate(prism, tok, [TALK], Sampling(4, 0.0))
     [p] = prism.gate_probability(torch.tensor([ids]), torch.tensor([len(ids)])).tolist()

@@ -18,33 +18,26 @@ def test_words_of_scripts_with_and_without_spaces(text: str, expected: int) -> N
     assert count_words(text) == expected
 
 
+LONGEST = " ".join(["why?"] * 60)
+KEPT = ['How do "spring tides" work here?', "2024 was a year of what?",
+        "3.5 metres is how many feet?", LONGEST,
+        "Are you a careful chemist and teacher?"]  # four words of the persona
+NO_QUERIES = ["How do tides work?", f"{LONGEST} why?", " \n \t\n", "1.", '"',
+              "Here are some questions for you:", "When you come to the sea,",
+              "亲爱的导游您好呀，", "Are you A CAREFUL, chemist who explains fire?"]
+
+
 @pytest.mark.parametrize(("text", "expected"), [
     (f"  \n\n {QUERY} \nSecond line.", QUERY),
     (f"12) {QUERY}", QUERY), (f"- {QUERY}", QUERY), (f'3. "{QUERY}"', QUERY),
     ("„Wie wird ein Brot knusprig?“", "Wie wird ein Brot knusprig?"),
-    ("“面包怎么烤才会脆？”", "面包怎么烤才会脆？")])
-def test_a_query_is_cleaned(text: str, expected: str) -> None:
-    """Numbering, quotes or a second line would be part of a query."""
+    ("“面包怎么烤才会脆？”", "面包怎么烤才会脆？"),
+    *zip(KEPT, KEPT), *((text, None) for text in NO_QUERIES)])
+def test_a_query_is_cleaned_kept_or_dropped(text: str, expected: str | None) -> None:
+    """Numbering, quotes around it or a second line would be part of a query; quotes within, a
+    number that is no numbering, or a phrase that it shares with the persona would be cut or drop
+    it; or one too short, too long, cut off, or with five words of the persona would be kept."""
     assert clean_query(text, "Nothing like it.", PERSONA) == expected
-
-
-@pytest.mark.parametrize("text", [
-    'How do "spring tides" work here?', "2024 was a year of what?",
-    "3.5 metres is how many feet?", " ".join(["why?"] * 60),
-    "Are you a careful chemist and teacher?"])  # four words of the persona
-def test_a_query_is_kept_as_it_is(text: str) -> None:
-    """Quotes within, a number that is no numbering, the longest query, or a phrase that it shares
-    with the persona would be cut or dropped."""
-    assert clean_query(text, "Nothing like it.", PERSONA) == text
-
-
-@pytest.mark.parametrize("text", [
-    "How do tides work?", " ".join(["why?"] * 61), " \n \t\n", "1.", '"',
-    "Here are some questions for you:", "When you come to the sea,", "亲爱的导游您好呀，",
-    "Are you A CAREFUL, chemist who explains fire?"])
-def test_what_is_no_query(text: str) -> None:
-    """One too short, too long, empty, cut off, or with five words of the persona would be kept."""
-    assert clean_query(text, "Nothing like it.", PERSONA) is None
 
 
 def test_likeness_in_scripts_without_spaces() -> None:
