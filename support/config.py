@@ -8,7 +8,7 @@ this decoder would not is refused by name: a wrong answer costs more than an err
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
@@ -54,11 +54,6 @@ BOTH_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_la
 Rule = Callable[[Fields, int], list[bool]]
 
 
-def every_layer(fields: Fields, layers: int) -> list[bool]:
-    """All layers have the window (Mistral, Phi-3)."""
-    return [True] * layers
-
-
 def upper_layers(fields: Fields, layers: int) -> list[bool]:
     """Layers from max_window_layers on, where use_sliding_window is set (Qwen)."""
     on = fields.flag("use_sliding_window")
@@ -73,7 +68,7 @@ def unrotated_layers(fields: Fields, layers: int) -> list[bool]:
 
 
 def all_but_every(nth: int) -> Rule:
-    """All layers but every n-th (Gemma 2, OLMo-3)."""
+    """All layers but every n-th (Gemma 2, OLMo-3); all (Mistral, Phi-3) if there are fewer."""
     return lambda fields, layers: [(i + 1) % nth != 0 for i in range(layers)]
 
 
@@ -159,7 +154,7 @@ _GEMMA = _BIAS | _WINDOW | {
 FAMILIES: dict[str, Family] = {
     "llama": Family(_BIASES),
     "mistral": Family(_WINDOW | {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
-                      windowed=every_layer),
+                      windowed=all_but_every(LARGEST)),
     "qwen2": Family(_QWEN, qkv_bias=True, windowed=upper_layers, tokenizer="Qwen2"),
     "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", windowed=upper_layers,
                     tokenizer="Qwen2"),
@@ -171,7 +166,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(_BIASES | {"embedding_multiplier": 1.0, "attention_multiplier": 1.0,
                                  "residual_multiplier": 1.0, "logits_scaling": 1.0}),
     "phi3": Family({"rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 4096},
-                   fused=True, windowed=every_layer, rope_kinds=("default",)),
+                   fused=True, windowed=all_but_every(LARGEST), rope_kinds=("default",)),
     "gemma2": Family(_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                                "max_position_embeddings": 8192},
                      BOTH_NORMS, norm_offset=1.0, embedding_by_width=True,
@@ -227,7 +222,7 @@ class Config:
     windows: list[int | None]
     rotated: list[bool]  # SmolLM3, EXAONE 4: layers that rotate queries and keys
     dtype: torch.dtype
-    eos_token_ids: list[int] = field(default_factory=list)
+    eos_token_ids: list[int]
 
     @classmethod
     def from_json(cls, raw: dict, where: str = "config.json") -> "Config":
@@ -241,6 +236,8 @@ class Config:
         family = _family(raw, where)
         known = COMMON | family.defaults
         fields = Fields({name: raw.get(name, known[name]) for name in known}, where)
+        size = partial(fields.integer, low=1, high=LARGEST)
+        scale = partial(fields.number, low=TINY, high=1e12)
         layers = fields.integer("num_hidden_layers", 1, 2**10)
         windows = windowed_layers(fields, layers, family.windowed)
         rotated = rotated_layers(fields, layers)
@@ -248,17 +245,31 @@ class Config:
             rotated = [window is not None for window in windows]
         rope, local_rope = _ropes(fields, family)
         bias = fields.flag("attention_bias")
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", default=heads)
+        head_dim = size("head_dim", default=max(hidden // heads, 1))
+        if heads % kv_heads or head_dim % 2:
+            raise InputError(f"{where}: {heads} query heads cannot share {kv_heads} key/value "
+                             f"heads of width {head_dim}")
+        embedding = hidden**0.5 if family.embedding_by_width else 1.0
+        divisor = scale("query_pre_attn_scalar", default=None)
+        attention = None if divisor is None else divisor**-0.5
         return cls(
-            family=family, vocab_size=fields.integer("vocab_size", 1, 2**22),
-            intermediate_size=fields.integer("intermediate_size", 1, LARGEST),
+            family=family, vocab_size=fields.integer("vocab_size", 1, 2**22), hidden_size=hidden,
+            intermediate_size=size("intermediate_size"), num_layers=layers, num_heads=heads,
+            num_kv_heads=kv_heads, head_dim=head_dim, windows=windows, rotated=rotated,
             max_position_embeddings=fields.integer("max_position_embeddings", 1, 2**30),
-            rms_norm_eps=fields.number("rms_norm_eps", 0, 1), num_layers=layers, windows=windows,
-            rotated=rotated, rope=rope, local_rope=local_rope,
+            rms_norm_eps=fields.number("rms_norm_eps", 0, 1), rope=rope, local_rope=local_rope,
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             qkv_bias=bias or family.qkv_bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"),
             activation=_activation(fields), dtype=_dtype(fields),
             eos_token_ids=fields.integers("eos_token_id", 0, 2**22),
-            **_heads(fields), **_scales(fields, family))
+            embedding_scale=scale("embedding_multiplier", default=embedding),
+            attention_scale=scale("attention_multiplier", default=attention),
+            attention_cap=scale("attn_logit_softcapping", default=None),
+            final_cap=scale("final_logit_softcapping", default=None),
+            residual_scale=scale("residual_multiplier", default=1.0),
+            logits_divisor=scale("logits_scaling", default=1.0))
 
     @property
     def projections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -297,35 +308,6 @@ def tokenizer_class(raw: dict) -> str | None:
     return FAMILIES[kind].tokenizer if isinstance(kind, str) and kind in FAMILIES else None
 
 
-def _heads(fields: Fields) -> dict[str, int]:
-    """The width of the hidden states, and the heads that they are read with."""
-    hidden = fields.integer("hidden_size", 1, LARGEST)
-    heads = fields.integer("num_attention_heads", 1, LARGEST)
-    kv_heads = fields.integer("num_key_value_heads", 1, LARGEST, default=heads)
-    head_dim = fields.integer("head_dim", 1, LARGEST, default=max(hidden // heads, 1))
-    if heads % kv_heads or head_dim % 2:
-        raise InputError(f"{fields.where}: {heads} query heads cannot share {kv_heads} key/value "
-                         f"heads of width {head_dim}")
-    return {"hidden_size": hidden, "num_heads": heads, "num_kv_heads": kv_heads,
-            "head_dim": head_dim}
-
-
-def _scales(fields: Fields, family: Family) -> dict[str, float | None]:
-    """The factors and caps that some families have."""
-    def factor(name: str, default: float | None) -> float | None:
-        return fields.number(name, TINY, 1e12, default)
-
-    embedding = fields.values["hidden_size"]**0.5 if family.embedding_by_width else 1.0
-    divisor = factor("query_pre_attn_scalar", None)
-    attention = None if divisor is None else divisor**-0.5
-    return {"embedding_scale": factor("embedding_multiplier", embedding),
-            "attention_scale": factor("attention_multiplier", attention),
-            "attention_cap": factor("attn_logit_softcapping", None),
-            "final_cap": factor("final_logit_softcapping", None),
-            "residual_scale": factor("residual_multiplier", 1.0),
-            "logits_divisor": factor("logits_scaling", 1.0)}
-
-
 def _activation(fields: Fields) -> Callable:
     """What bends the MLP's gate; Gemma calls it otherwise than the others."""
     field_name = "hidden_activation" if "hidden_activation" in fields.values else "hidden_act"
@@ -360,21 +342,15 @@ def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
     if family.local_theta is None:
         if by_layer_type:
             fields.refuse("rope_parameters", "(by layer type) is not supported")
-        rope = dict(old or new)
-        if fields.values["original_max_position_embeddings"] is not None:
-            name = "original_max_position_embeddings"
-            rope[name] = fields.values[name]
-        return _rope(rope, theta, fields, family), None
+        name = "original_max_position_embeddings"
+        original = {} if fields.values[name] is None else {name: fields.values[name]}
+        return _rope((old or new) | original, theta, fields, family), None
     if new and not by_layer_type:
         fields.refuse("rope_parameters", "has no full_attention and sliding_attention")
-    if "type" in old and "rope_type" not in old:
-        fields.refuse("rope_scaling", "has type in place of rope_type, which transformers ignores")
     by_type = Fields(new, f"{fields.where}: rope_parameters")
-    full = _rope(by_type.object("full_attention") | old, theta, fields, family)
-    if not full.get("truncate", True):  # transformers takes it for true here
-        raise InputError(f"{fields.where}: truncate = false is not supported in rope_parameters")
-    theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
-    return full, _rope(by_type.object("sliding_attention"), theta, fields, family)
+    local_theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
+    return (_rope(by_type.object("full_attention") | old, theta, fields, family),
+            _rope(by_type.object("sliding_attention"), local_theta, fields, family))
 
 
 def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
