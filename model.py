@@ -12,7 +12,7 @@ the length (longrope), and a sliding window is a mask over a full-length cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import GatedLoRALinear
 from support.attention import additive_mask, attend
-from support.checkpoint import (EMBEDDING, HEAD, NORM_PLACES, check_names, check_shapes,
-                                checkpoint_files, copy_weights, destinations, is_copy)
+from support.checkpoint import (HEAD, NORM_PLACES, check_headers, checkpoint_files, copy_weights,
+                                destinations, head_is_copy)
 from support.config import Config
 from support.cpu import linear, rms_norm
 from support.hub import InputError, read_json, resolve
@@ -380,20 +380,18 @@ def load(name: str | Path, device: torch.device | str = "cpu",
     """
     folder = resolve(name)
     config = Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    found = checkpoint_files(folder)
+    files = checkpoint_files(folder)
     if layers is not None and layers > config.num_layers:
         raise InputError(f"{folder}: it has {config.num_layers} layers, not the {layers} asked for")
-    tied, holds_head = config.tie_word_embeddings, HEAD in found
-    config = replace(config, tie_word_embeddings=tied and not holds_head)
+    tied, holds_head = config.tie_word_embeddings, HEAD in files
+    config.tie_word_embeddings = tied and not holds_head
     with torch.device("meta"):  # shapes only: everything is checked before memory is asked for
         net = Transformer(config)
-    places = destinations(net, config)
-    files = check_names(folder, places, found)
-    check_shapes(places, files)
-    config = replace(config, dtype=dtype or config.dtype, num_layers=layers or config.num_layers)
+    check_headers(folder, destinations(net, config), files)
+    config.dtype, config.num_layers = dtype or config.dtype, layers or config.num_layers
     # A tied model's head of its own is used, as by transformers; most of them are copies.
-    if layers is not None or (tied and holds_head and is_copy(files, EMBEDDING, HEAD)):
-        config = replace(config, tie_word_embeddings=True)
+    if layers is not None or (tied and holds_head and head_is_copy(files)):
+        config.tie_word_embeddings = True
     with torch.device(device):
         net = Transformer(config)
     copy_weights(destinations(net, config), files)

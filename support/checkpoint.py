@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,52 +72,33 @@ def destinations(net: nn.Module, config: Config) -> dict[str, Tensor]:
     A layer's norms have names of their own, and the stacked projections have several sources, one
     below the other; if the checkpoint has them fused, it is in the order in which we stack them.
     """
-    found = {}
-    for path, parameter in net.named_parameters():
-        owner, _, kind = path.rpartition(".")  # "layers.0.self_attn.qkv_proj" and "weight"
-        layer, module = ".".join(owner.split(".")[:2]), owner.rpartition(".")[2]
-        if path in ("embed_tokens", "lm_head"):
-            module, kind = path, "weight"
-        if module in PARTS:
-            names, widths = parts(config)[module], config.projections[module][1]
-            if len(names) < len(widths):  # fused
-                widths = [sum(widths)]
-            for name, rows in zip(names, parameter.split(widths)):
-                found[f"model.{layer}.{name}.{kind}"] = rows
-        else:
-            if module in NORM_PLACES:
-                name = f"model.{layer}.{config.family.norms[NORM_PLACES.index(module)]}"
-            elif module == "lm_head":
-                name = module
-            else:
-                name = f"model.{owner or module}"
-            found[f"{name}.{kind}"] = parameter
+    found = {EMBEDDING: net.embed_tokens, "model.norm.weight": net.norm.weight}
+    if net.lm_head is not net.embed_tokens:
+        found[HEAD] = net.lm_head
+    norms, stacks = dict(zip(NORM_PLACES, config.family.norms)), parts(config)
+    for path, parameter in net.layers.named_parameters():
+        layer, *owner, module, kind = path.split(".")  # of "0.self_attn.qkv_proj.weight"
+        names = stacks.get(module) or [".".join([*owner, norms.get(module, module)])]
+        widths = config.projections[module][1] if len(names) > 1 else len(parameter)
+        for name, rows in zip(names, parameter.split(widths)):
+            found[f"model.layers.{layer}.{name}.{kind}"] = rows
     return found
 
 
-def check_names(folder: Path, expected: Iterable[str], files: dict[str, Path]) -> dict[str, Path]:
-    """The files of the tensors that are needed; old checkpoints may have rotary buffers beside
-    them, which are left out.
+def check_headers(folder: Path, expected: dict[str, Tensor], files: dict[str, Path]) -> None:
+    """Compare the files' headers with the net, before anything of its size is allocated. Old
+    checkpoints may have rotary buffers beside the weights, which are left out.
 
     Raises:
-        InputError: a tensor is missing, or is there and unknown.
+        InputError: a tensor is missing, unknown, of another shape, or not floating point.
     """
-    expected, present = set(expected), set(files)
-    present -= {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    for kind, names in (("missing", expected - present), ("unexpected", present - expected)):
+    present = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
+    wanted = set(expected)
+    for kind, names in (("missing", wanted - present), ("unexpected", present - wanted)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{folder}: {kind} tensor {min(names)}{more}")
-    return {name: files[name] for name in sorted(expected)}
-
-
-def check_shapes(expected: dict[str, Tensor], files: dict[str, Path]) -> None:
-    """Compare the files' headers with the net, before anything of its size is allocated.
-
-    Raises:
-        InputError: a tensor of another shape, or one that is not floating point.
-    """
-    for name, found in stored(files):
+    for name, found in stored({name: files[name] for name in expected}):
         shape = list(expected[name].shape)
         if found.get_shape() != shape or found.get_dtype() not in FLOATING:
             raise InputError(f"{files[name]}: tensor {name} is {found.get_dtype()} "
@@ -136,9 +117,9 @@ def stored(files: dict[str, Path]) -> Iterator[tuple[str, object]]:
                 yield name, file.get_slice(name)
 
 
-def is_copy(files: dict[str, Path], one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint are the same."""
-    a, b = (found[:] for _, found in stored({name: files[name] for name in (one, other)}))
+def head_is_copy(files: dict[str, Path]) -> bool:
+    """Whether a checkpoint's head is its embedding once more."""
+    a, b = (found[:] for _, found in stored({name: files[name] for name in (EMBEDDING, HEAD)}))
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
