@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from support.adapter import check_tensors, read_tensors, write_tensors
+from support.adapter import read_tensors, write_tensors
 from support.distributed import exchange, main_first, rank, world
 from support.fields import read_fields
 from support.hub import InputError, optional_json, write_file
@@ -366,8 +366,7 @@ def load_training_state(folder: Path, parameters: Sequence[nn.Parameter],
     for i, p in enumerate(parameters):
         expected |= {f"{i}.value": p, f"{i}.mean": p, f"{i}.square": p}
     try:
-        tensors = read_tensors(path)
-        check_tensors(tensors, expected, path)
+        tensors = read_tensors(path, expected)
         if tensors["step"] < 1:
             raise InputError(f"{path}: step {float(tensors['step']):g}")
     except InputError as error:
