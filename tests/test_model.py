@@ -71,6 +71,13 @@ def greedy(model: PreTrainedModel, prompts: list[list[int]], steps: int,
                           eos_token_id=stop, pad_token_id=0)[:, width:].tolist()
 
 
+def answers(net: Transformer, prompts: list[list[int]], steps: int, stop: set[int],
+            slots: int) -> dict[int, list[int]]:
+    """What our engine answers to them, by their index."""
+    engine = Engine(net, Sampling(max_new_tokens=steps, temperature=0), stop, slots=slots)
+    return {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
+
+
 @torch.no_grad()
 def decode_with_cache(net: Transformer, ids: Tensor, prompts: list[int], steps: int) -> Tensor:
     """Logits [B, steps, V] the engine's way: one padded prefill of ragged prompts, then one token a
@@ -112,8 +119,7 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Tiny) -
     """The engine's ids, with ragged slots, would not be those of transformers' generate."""
     folder, steps = tiny_checkpoint(family), 24
     prompts = [ids[:n].tolist() for ids, n in zip(random_ids(4, 24), LENGTHS)]
-    engine = Engine(load(folder), Sampling(max_new_tokens=steps, temperature=0), set(), slots=3)
-    ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
+    ours = answers(load(folder), prompts, steps, set(), slots=3)
     assert ours == dict(enumerate(greedy(reference(folder), prompts, steps)))
     assert len(set(sum(ours.values(), []))) > 5  # not all of them loops of one token
 
@@ -132,22 +138,18 @@ def test_family_decodes_in_bf16_as_well_as_it_reads(family: str, tiny_checkpoint
 # --------------------------------------------------------------------------------------------------
 # RoPE and sliding windows
 
+LONGER = {"rope_theta": 5000.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, **LONGER}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1000.0},
     "linear": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0},
-    "llama3": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-    "yarn": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
-             "original_max_position_embeddings": 64},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, **LONGER},
+    "yarn": YARN,
     "yarn-no-original-length": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0},
-    "yarn-attention-factor": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
-                              "attention_factor": 0.8, "original_max_position_embeddings": 64},
-    "yarn-mscale": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 16.0, "mscale": 1.0,
-                    "mscale_all_dim": 0.5, "original_max_position_embeddings": 64},
-    "yarn-betas-not-truncated": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
-                                 "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False,
-                                 "original_max_position_embeddings": 64},
-}
+    "yarn-attention-factor": YARN | {"attention_factor": 0.8},
+    "yarn-mscale": YARN | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+    "yarn-betas-not-truncated": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}}
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -292,12 +294,10 @@ def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transf
     ids that transformers' generate gives, through our engine with ragged slots."""
     prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in PROMPTS]
     stop = stop_tokens(smollm32, smollm_tok)
-    engine = Engine(smollm32, Sampling(max_new_tokens=32, temperature=0), stop, slots=len(prompts))
-    ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
     theirs = {}
     for i, row in enumerate(greedy(reference(smollm_folder), prompts, 32, sorted(stop))):
         ends = [at for at, token in enumerate(row) if token in stop]
         theirs[i] = row[:ends[0] + 1] if ends else row
     assert len({tuple(row) for row in theirs.values()}) == len(prompts)  # no two answers alike
     assert sum(map(len, theirs.values())) > 20 * len(prompts)
-    assert ours == theirs
+    assert answers(smollm32, prompts, 32, stop, slots=len(prompts)) == theirs
