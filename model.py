@@ -375,8 +375,7 @@ def load(name: str | Path, device: torch.device | str = "cpu",
         dtype: what to compute in; None takes the checkpoint's own.
         layers: load only so many decoder layers, and no head: all that a gate needs.
 
-    Raises:
-        InputError: a missing, unexpected or wrongly shaped tensor, or an unsupported config.
+    InputError on a missing, unexpected or wrongly shaped tensor, or an unsupported config.
     """
     folder = resolve(name)
     config = Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))

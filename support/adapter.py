@@ -119,11 +119,8 @@ def write_adapter(folder: Path, weights: Weights, config: Config, about: dict) -
 
 
 def read_adapter(folder: Path, config: Config) -> tuple[int, float, Weights]:
-    """Rank, alpha and weights of an adapter folder, ours or PEFT's own.
-
-    Raises:
-        InputError: a broken file, or something in it that does not fit the base, by name.
-    """
+    """Rank, alpha and weights of an adapter folder, ours or PEFT's own; InputError on a broken
+    file, or on something in it that does not fit the base, by name."""
     if only_peft(folder):
         return read_peft(folder, config)
     path, settings = folder / ADAPTER_FILE, read_settings(folder)
@@ -188,11 +185,8 @@ def only_peft(folder: Path) -> bool:
 
 def read_peft_settings(folder: Path) -> dict:
     """What adapter_config.json of PEFT's own folder says, checked for type and range, under the
-    names of prism.json where it has one; with PEFT's defaults for what is missing.
-
-    Raises:
-        InputError: a value that makes no sense, or makes the adapter more than a LoRA, by name.
-    """
+    names of prism.json where it has one; with PEFT's defaults for what is missing. InputError on a
+    value that makes no sense, or makes the adapter more than a LoRA, by name."""
     fields = Fields(read_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
     if "peft_type" not in fields.values:  # as in the files of the same name that MLX writes
         fields.refuse("peft_type", "is missing; it is not an adapter of PEFT's")
@@ -280,12 +274,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file.
-
-    Raises:
-        InputError: it is not readable, holds anything but finite floating-point numbers, or has not
-            exactly the `expected` names and shapes.
-    """
+    """All tensors of a small safetensors file; InputError if it is not readable, holds anything but
+    finite floating-point numbers, or has not exactly the `expected` names and shapes."""
     check_file(path)
     try:
         found = parse_safetensors(path.read_bytes())

