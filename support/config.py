@@ -48,66 +48,6 @@ BOTH_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_la
 
 
 # --------------------------------------------------------------------------------------------------
-# Which layers have a sliding window, in files that do not list it by layer (`layer_types`), and
-# which layers rotate queries and keys. Every rule gives one true or false a layer.
-
-Rule = Callable[[Fields, int], list[bool]]
-
-
-def upper_layers(fields: Fields, layers: int) -> list[bool]:
-    """Layers from max_window_layers on, where use_sliding_window is set (Qwen)."""
-    on = fields.flag("use_sliding_window")
-    first = fields.integer("max_window_layers", 0, LARGEST)
-    return [on and i >= first for i in range(layers)]
-
-
-def unrotated_layers(fields: Fields, layers: int) -> list[bool]:
-    """The layers without positions, where use_sliding_window is set (SmolLM3)."""
-    on = fields.flag("use_sliding_window")
-    return [on and not rotated for rotated in rotated_layers(fields, layers)]
-
-
-def all_but_every(nth: int) -> Rule:
-    """All layers but every n-th (Gemma 2, OLMo-3); all (Mistral, Phi-3) if there are fewer."""
-    return lambda fields, layers: [(i + 1) % nth != 0 for i in range(layers)]
-
-
-def by_pattern(fields: Fields, layers: int) -> list[bool]:
-    """All but every n-th layer, or as a text spells it: "LLLG" is three local layers, one global
-    one, and so on; there the last layer is always global (EXAONE 4, Gemma 3)."""
-    pattern = fields.values["sliding_window_pattern"]
-    if isinstance(pattern, str) and pattern and set(pattern) <= set("LG"):
-        local = [pattern[i % len(pattern)] == "L" for i in range(layers)]
-        return [*local[:-1], False]
-    return all_but_every(fields.integer("sliding_window_pattern", 1, LARGEST))(fields, layers)
-
-
-def rotated_layers(fields: Fields, layers: int) -> list[bool]:
-    """Which layers use RoPE: all but SmolLM3's every fourth, or as its list of 0 and 1 says."""
-    if fields.values.get("no_rope_layers") is None:
-        every = fields.integer("no_rope_layer_interval", 1, LARGEST, default=layers + 1)
-        return all_but_every(every)(fields, layers)
-    flags = fields.integers("no_rope_layers", 0, 1)
-    if len(flags) < layers:
-        fields.refuse("no_rope_layers", "is not a 0 or 1 a layer")
-    return [bool(flag) for flag in flags[:layers]]
-
-
-def windowed_layers(fields: Fields, layers: int, rule: Rule) -> list[int | None]:
-    """Each layer's window in tokens, None for full attention: by layer_types, else by the rule."""
-    window = fields.integer("sliding_window", 1, 2**30, default=None)
-    types = fields.values.get("layer_types")
-    if types is None:
-        local = [False] * layers if window is None else rule(fields, layers)
-    elif not isinstance(types, list) or len(types) != layers or any(
-            t not in ("full_attention", "sliding_attention") for t in types):
-        fields.refuse("layer_types", "is not supported")
-    else:
-        local = [t == "sliding_attention" for t in types]
-    return [window if yes else None for yes in local]
-
-
-# --------------------------------------------------------------------------------------------------
 # The families
 
 
@@ -126,7 +66,7 @@ class Family:
     fused: bool = False  # the checkpoint has q, k, v in one tensor, and gate and up in one
     norm_offset: float = 0.0  # RMSNorm multiplies by this + weight; folded into the weight
     embedding_by_width: bool = False  # embeddings are multiplied by sqrt(hidden_size)
-    windowed: Rule | None = None  # the layers with a window where no layer_types are given
+    global_every: int = LARGEST  # each n-th layer has no window, where no layer_types are given
     nope_beside_windows: bool = False  # in a model with windows, layers without one do not rotate
     local_theta: float | None = None  # layers with a window have a RoPE of their own; its default
     rope_kinds: tuple[str, ...] = tuple(ROPE_KINDS)
@@ -153,34 +93,32 @@ _GEMMA = _BIAS | _WINDOW | {
     "final_logit_softcapping": None}
 FAMILIES: dict[str, Family] = {
     "llama": Family(_BIASES),
-    "mistral": Family(_WINDOW | {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
-                      windowed=all_but_every(LARGEST)),
-    "qwen2": Family(_QWEN, qkv_bias=True, windowed=upper_layers, tokenizer="Qwen2"),
-    "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", windowed=upper_layers,
-                    tokenizer="Qwen2"),
+    "mistral": Family(_WINDOW | {"num_key_value_heads": 8, "max_position_embeddings": 2**17}),
+    "qwen2": Family(_QWEN, qkv_bias=True, tokenizer="Qwen2"),
+    "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", tokenizer="Qwen2"),
     "smollm3": Family(_BIASES | _WINDOW | {
         "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None,
         "no_rope_layer_interval": 4, "tie_word_embeddings": True, "num_key_value_heads": 4,
-        "rope_theta": 2e6, "max_position_embeddings": 32768}, windowed=unrotated_layers),
+        "rope_theta": 2e6, "max_position_embeddings": 32768}),
     "olmo2": Family(_OLMO, POST_NORM, qk_norm="all"),
     "granite": Family(_BIASES | {"embedding_multiplier": 1.0, "attention_multiplier": 1.0,
                                  "residual_multiplier": 1.0, "logits_scaling": 1.0}),
     "phi3": Family({"rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 4096},
-                   fused=True, windowed=all_but_every(LARGEST), rope_kinds=("default",)),
+                   fused=True, rope_kinds=("default",)),
     "gemma2": Family(_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                                "max_position_embeddings": 8192},
                      BOTH_NORMS, norm_offset=1.0, embedding_by_width=True,
-                     windowed=all_but_every(2), tokenizer="Gemma"),
-    "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": 6, "rope_theta": 1e6,
+                     global_every=2, tokenizer="Gemma"),
+    "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": None, "rope_theta": 1e6,
                                     "rope_local_base_freq": None,
                                     "max_position_embeddings": 2**17},
                           BOTH_NORMS, qk_norm="head", norm_offset=1.0, embedding_by_width=True,
-                          windowed=by_pattern, local_theta=1e4, tokenizer="Gemma"),
+                          global_every=6, local_theta=1e4, tokenizer="Gemma"),
     "olmo3": Family(_OLMO | _WINDOW | {"rope_theta": 5e5}, POST_NORM, qk_norm="all",
-                    windowed=all_but_every(4), local_theta=5e5),
-    "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": 4,
+                    global_every=4, local_theta=5e5),
+    "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": None,
                                  "num_key_value_heads": 32},
-                      POST_NORM, qk_norm="head", windowed=by_pattern, nope_beside_windows=True),
+                      POST_NORM, qk_norm="head", global_every=4, nope_beside_windows=True),
 }
 
 
@@ -236,8 +174,8 @@ class Config:
         size = partial(fields.integer, low=1, high=LARGEST)
         scale = partial(fields.number, low=TINY, high=1e12)
         layers = fields.integer("num_hidden_layers", 1, 2**10)
-        windows = windowed_layers(fields, layers, family.windowed)
-        rotated = rotated_layers(fields, layers)
+        rotated = _rotated_layers(fields, layers)
+        windows = _windows(fields, family, rotated)
         if family.nope_beside_windows and fields.values["sliding_window"] is not None:
             rotated = [window is not None for window in windows]
         rope, local_rope = _ropes(fields, family)
@@ -303,6 +241,48 @@ def tokenizer_class(raw: dict) -> str | None:
     """The class of a config.json's tokenizer, where tokenizer_config.json names none."""
     kind = raw.get("model_type")
     return FAMILIES[kind].tokenizer if isinstance(kind, str) and kind in FAMILIES else None
+
+
+def _rotated_layers(fields: Fields, layers: int) -> list[bool]:
+    """Which layers use RoPE: all but SmolLM3's every fourth, or as its list of 0 and 1 says."""
+    if fields.values.get("no_rope_layers") is None:
+        every = fields.integer("no_rope_layer_interval", 1, LARGEST, default=LARGEST)
+        return [(i + 1) % every != 0 for i in range(layers)]
+    flags = fields.integers("no_rope_layers", 0, 1)
+    if len(flags) < layers:
+        fields.refuse("no_rope_layers", "is not a 0 or 1 a layer")
+    return [bool(flag) for flag in flags[:layers]]
+
+
+def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | None]:
+    """Each layer's window in tokens, None for full attention: by layer_types.
+
+    In files without it, no layer has one where use_sliding_window is off; else those without
+    positions have it (SmolLM3), those from max_window_layers on (Qwen), or all but every n-th. A
+    pattern may also be a text: "LLLG" is three layers with a window, one without, and so on; the
+    last layer then never has one (EXAONE 4, Gemma 3).
+    """
+    values, layers, first = fields.values, len(rotated), 0
+    types, pattern = values.get("layer_types"), values.get("sliding_window_pattern")
+    window = fields.integer("sliding_window", 1, 2**30, default=None)
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers or any(
+                t not in ("full_attention", "sliding_attention") for t in types):
+            fields.refuse("layer_types", "is not supported")
+        local = [t == "sliding_attention" for t in types]
+    elif window is None or ("use_sliding_window" in values
+                            and not fields.flag("use_sliding_window")):
+        local = [False] * layers
+    elif "no_rope_layers" in values:
+        local = [not yes for yes in rotated]
+    elif isinstance(pattern, str) and pattern and set(pattern) <= set("LG"):
+        local = [pattern[i % len(pattern)] == "L" for i in range(layers - 1)] + [False]
+    else:
+        every = fields.integer("sliding_window_pattern", 1, LARGEST, family.global_every)
+        if "max_window_layers" in values:
+            first = fields.integer("max_window_layers", 0, LARGEST)
+        local = [i >= first and (i + 1) % every != 0 for i in range(layers)]
+    return [window if yes else None for yes in local]
 
 
 def _activation(fields: Fields) -> Callable:
