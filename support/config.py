@@ -333,7 +333,7 @@ def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
 def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
     """What rope.py reads of a rotary setting; raises on a kind we do not compute."""
     kind = given.get("rope_type") or given.get("type") or "default"
-    if not isinstance(kind, str) or kind not in family.rope_kinds:
+    if kind not in family.rope_kinds:
         raise InputError(f"{fields.where}: rope_type {str(kind)[:60]!r} is not supported "
                          f"(supported: {', '.join(family.rope_kinds)})")
     rope = Fields({"rope_theta": theta} | given, f"{fields.where}: rope_type {kind}")

@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Folders, Tiny, copy_folder, edit_json
-from safetensors.torch import load_file, save_file
+from conftest import Folders, Tiny, copy_folder, edit_json, edit_tensors
 from tiny import VOCAB, random_prompts, randomize_adapter
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from generate import router
@@ -103,12 +103,13 @@ def test_fused_adapter_that_is_not_block_diagonal(tiny_checkpoint: Tiny, tmp_pat
     """Phi-3's qkv_proj, trained further elsewhere, may mix the parts: refused, not cut."""
     net = load(tiny_checkpoint("phi3"))
     PRISM(net, 4).save(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = "base_model.model.model.layers.1.self_attn.qkv_proj"
-    assert tensors[f"{name}.lora_A.weight"].shape == (12, 64)
-    tensors[f"{name}.lora_B.weight"][0, 11] = 1.0  # a query row reads the values' h
-    save_file(tensors, path)
+
+    def mix(tensors: dict[str, Tensor]) -> None:
+        name = "base_model.model.model.layers.1.self_attn.qkv_proj"
+        assert tensors[f"{name}.lora_A.weight"].shape == (12, 64)
+        tensors[f"{name}.lora_B.weight"][0, 11] = 1.0  # a query row reads the values' h
+
+    edit_tensors(tmp_path / "adapter_model.safetensors", mix)
     with pytest.raises(InputError, match="layers.1.self_attn.qkv_proj"):
         PRISM.load(tmp_path, net)
 
@@ -217,9 +218,8 @@ def test_a_tensor_that_does_not_fit(change: Callable, theirs: bool, net: Transfo
         (saved / "prism.json").unlink()
         (saved / "gate.safetensors").unlink()
     assert PRISM.load(saved, net).rank == 4
-    tensors = load_file(saved / "adapter_model.safetensors")
-    change(tensors, "base_model.model.model.layers.2.mlp.up_proj")
-    save_file(tensors, saved / "adapter_model.safetensors")
+    edit_tensors(saved / "adapter_model.safetensors",
+                 lambda t: change(t, "base_model.model.model.layers.2.mlp.up_proj"))
     with pytest.raises(InputError, match=r"layers\.2\.mlp\.up_proj|no LoRA|is missing"):
         PRISM.load(saved, net)
 
