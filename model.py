@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import GatedLoRALinear
 from support.attention import additive_mask, attend
-from support.checkpoint import (HEAD, NORM_PLACES, check_headers, checkpoint_files, copy_weights,
-                                destinations, head_is_copy)
-from support.config import Config
+from support.checkpoint import (HEAD, check_headers, checkpoint_files, copy_weights, destinations,
+                                head_is_copy)
+from support.config import BOTH_NORMS, Config
 from support.cpu import linear, rms_norm
 from support.hub import InputError, read_json, resolve
 from support.rope import rope_frequencies
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         self.width = config.head_dim
         self.layer, self.window = layer, config.windows[layer]
         self.rotated = config.rotated[layer]
-        self.rope = int(config.local_rope is not None and self.window is not None)
+        self.rope = int(len(config.ropes) > 1 and self.window is not None)
         self.scale, self.cap = config.attention_scale, config.attention_cap
         d, (q, kv, _) = config.projections["qkv_proj"]
         self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.qkv_bias, config.dtype)
@@ -202,9 +202,9 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.scale = config.residual_scale
-        for place, name in zip(NORM_PLACES, config.family.norms, strict=True):
+        for place in BOTH_NORMS:  # all places
             norm = nn.Identity()
-            if name is not None:
+            if place in config.family.norms:
                 norm = RMSNorm(config.hidden_size, config)
             self.add_module(place, norm)
 
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.ropes: list[tuple[Tensor, float]] = []  # in fp32 always, hence no buffers
-        for rope in filter(None, (config.rope, config.local_rope)):
+        for rope in config.ropes:
             inverse, scale = rope_frequencies(rope, config.head_dim)
             self.ropes.append((inverse.to(self.device), scale))
 

@@ -24,8 +24,6 @@ PARTS = {"qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
          "o_proj": ("self_attn.o_proj",), "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
          "down_proj": ("mlp.down_proj",)}
 FUSED = {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj",)}
-# Our names of a layer's norms, in the order of Config.norms, which has the checkpoint's
-NORM_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights may be stored in
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
@@ -71,7 +69,7 @@ def destinations(net: nn.Module, config: Config) -> dict[str, Tensor]:
     found = {EMBEDDING: net.embed_tokens, "model.norm.weight": net.norm.weight}
     if net.lm_head is not net.embed_tokens:
         found[HEAD] = net.lm_head
-    norms, stacks = dict(zip(NORM_PLACES, config.family.norms)), parts(config)
+    norms, stacks = config.family.norms, parts(config)
     for path, parameter in net.layers.named_parameters():
         layer, *owner, module, kind = path.split(".")  # of "0.self_attn.qkv_proj.weight"
         names = stacks.get(module) or [".".join([*owner, norms.get(module, module)])]

@@ -8,7 +8,7 @@ this decoder would not is refused by name: a wrong answer costs more than an err
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
 
@@ -39,12 +39,12 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu,
 ROPE_KINDS = {"default": (), "linear": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-# Where a layer's RMSNorms stand, by their names in the checkpoint: before attention, after it (both
-# before the sum), before the MLP, after it. Mind that one name means two places.
-PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
-POST_NORM = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-BOTH_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-              "post_feedforward_layernorm")
+# Where a layer's RMSNorms stand (after: before the sum), and their names in the checkpoint. Mind
+# that one name means two places.
+PRE_NORM = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
+POST_NORM = {"after_attention": "post_attention_layernorm",
+             "after_mlp": "post_feedforward_layernorm"}
+BOTH_NORMS = PRE_NORM | POST_NORM | {"before_mlp": "pre_feedforward_layernorm"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ class Family:
     """
 
     defaults: dict
-    norms: tuple[str | None, ...] = PRE_NORM
+    norms: dict[str, str] = field(default_factory=PRE_NORM.copy)
     qk_norm: str | None = None  # RMSNorm before RoPE: over each "head", or over "all" together
     qkv_bias: bool = False  # q, k and v have a bias, o has none, and no field says so
     fused: bool = False  # the checkpoint has q, k, v in one tensor, and gate and up in one
@@ -130,8 +130,9 @@ FAMILIES: dict[str, Family] = {
 class Config:
     """What the decoder needs to know of a checkpoint's `config.json`.
 
-    `rope` is the merged rotary setting with its `rope_type` and `rope_theta`; `windows` has one
-    entry a layer, the width of its sliding window in tokens or None for full attention.
+    `ropes` has the merged rotary setting with its `rope_type` and `rope_theta`, and another one if
+    layers with a window have their own (Gemma 3, OLMo-3); `windows` has one entry a layer, the
+    width of its sliding window in tokens or None for full attention.
     """
 
     family: Family
@@ -144,8 +145,7 @@ class Config:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: dict
-    local_rope: dict | None  # Gemma 3, OLMo-3: the rotary setting of the layers with a window
+    ropes: list[dict]
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -178,7 +178,6 @@ class Config:
         windows = _windows(fields, family, rotated)
         if family.nope_beside_windows and fields.values["sliding_window"] is not None:
             rotated = [window is not None for window in windows]
-        rope, local_rope = _ropes(fields, family)
         bias = fields.flag("attention_bias")
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         kv_heads = size("num_key_value_heads", default=heads)
@@ -194,7 +193,7 @@ class Config:
             intermediate_size=size("intermediate_size"), num_layers=layers, num_heads=heads,
             num_kv_heads=kv_heads, head_dim=head_dim, windows=windows, rotated=rotated,
             max_position_embeddings=fields.integer("max_position_embeddings", 1, 2**30),
-            rms_norm_eps=fields.number("rms_norm_eps", 0, 1), rope=rope, local_rope=local_rope,
+            rms_norm_eps=fields.number("rms_norm_eps", 0, 1), ropes=_ropes(fields, family),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             qkv_bias=bias or family.qkv_bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"),
             activation=_activation(fields), dtype=_dtype(fields),
@@ -307,7 +306,7 @@ def _dtype(fields: Fields) -> torch.dtype:
 # Rotary settings
 
 
-def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
+def _ropes(fields: Fields, family: Family) -> list[dict]:
     """The rotary setting, from either spelling, and that of the layers with a window if the family
     has two; a top-level rope_scaling is then the other layers'.
 
@@ -321,13 +320,13 @@ def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
             fields.refuse("rope_parameters", "(by layer type) is not supported")
         name = "original_max_position_embeddings"
         original = {} if fields.values[name] is None else {name: fields.values[name]}
-        return _rope((old or new) | original, theta, fields, family), None
+        return [_rope((old or new) | original, theta, fields, family)]
     if new and not by_layer_type:
         fields.refuse("rope_parameters", "has no full_attention and sliding_attention")
     by_type = Fields(new, f"{fields.where}: rope_parameters")
     local_theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
-    return (_rope(by_type.object("full_attention") | old, theta, fields, family),
-            _rope(by_type.object("sliding_attention"), local_theta, fields, family))
+    return [_rope(by_type.object("full_attention") | old, theta, fields, family),
+            _rope(by_type.object("sliding_attention"), local_theta, fields, family)]
 
 
 def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
