@@ -40,10 +40,6 @@ BASE_FIELDS = ("base_model", "base_source", "base_fingerprint")
 GATE_FIELDS = ("gate_layer", "gate_pool", "threshold")  # all null where there is no gate
 
 
-# --------------------------------------------------------------------------------------------------
-# Names and shapes
-
-
 def module_names(config: Config, layer: int, stack: str) -> list[str]:
     """The names in PEFT's files of the parts of a layer's stacked projection."""
     return [f"base_model.model.model.layers.{layer}.{name}" for name in parts(config)[stack]]
@@ -87,6 +83,43 @@ def from_peft(found: dict[str, Tensor], shaped: Weights, config: Config, path: P
             raise InputError(f"{path}: {names[0]}.lora_B is not block-diagonal")
         weights[layer, stack] = A, blocks
     return weights
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a small safetensors file."""
+    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_file(path, to_safetensors(found, {"format": "pt"}))
+
+
+def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """All tensors of a small safetensors file; InputError if it is not readable, holds anything but
+    finite floating-point numbers, or has not exactly the `expected` names and shapes."""
+    check_file(path)
+    try:
+        found = parse_safetensors(path.read_bytes())
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, tensor in found.items():
+        if tensor.dtype not in FLOATING or not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: {name} is not of 16 to 64 bits floating point, or holds NaN "
+                             "or infinity")
+    if expected is not None and found.keys() != expected.keys():
+        raise InputError(f"{path}: tensor {min(found.keys() ^ expected.keys())} is missing or "
+                         "unexpected")
+    for name, target in (expected or {}).items():
+        if found[name].shape != target.shape:
+            raise InputError(f"{path}: {name} is {list(found[name].shape)}, expected "
+                             f"{list(target.shape)}")
+    return found
+
+
+def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a gate from its file, which must be that of one like `targets`."""
+    found = read_tensors(path, targets)
+    if not bool((found["deviation"] > 0).all()):
+        raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
+                         "ever trained")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,45 +293,4 @@ def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor
         found[module] = A, B, alpha / (r**0.5 if settings["use_rslora"] else r)
     if not found:
         raise InputError(f"{path}: no LoRA in it")
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# Tensors
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a small safetensors file."""
-    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_file(path, to_safetensors(found, {"format": "pt"}))
-
-
-def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file; InputError if it is not readable, holds anything but
-    finite floating-point numbers, or has not exactly the `expected` names and shapes."""
-    check_file(path)
-    try:
-        found = parse_safetensors(path.read_bytes())
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    for name, tensor in found.items():
-        if tensor.dtype not in FLOATING or not bool(tensor.isfinite().all()):
-            raise InputError(f"{path}: {name} is not of 16 to 64 bits floating point, or holds NaN "
-                             "or infinity")
-    if expected is not None and found.keys() != expected.keys():
-        raise InputError(f"{path}: tensor {min(found.keys() ^ expected.keys())} is missing or "
-                         "unexpected")
-    for name, target in (expected or {}).items():
-        if found[name].shape != target.shape:
-            raise InputError(f"{path}: {name} is {list(found[name].shape)}, expected "
-                             f"{list(target.shape)}")
-    return found
-
-
-def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a gate from its file, which must be that of one like `targets`."""
-    found = read_tensors(path, targets)
-    if not bool((found["deviation"] > 0).all()):
-        raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
-                         "ever trained")
     return found

@@ -47,10 +47,6 @@ POST_NORM = {"after_attention": "post_attention_layernorm",
 BOTH_NORMS = PRE_NORM | POST_NORM | {"before_mlp": "pre_feedforward_layernorm"}
 
 
-# --------------------------------------------------------------------------------------------------
-# The families
-
-
 @dataclass(frozen=True)
 class Family:
     """What the name of a family stands for, beside what its config.json says.
@@ -120,10 +116,6 @@ FAMILIES: dict[str, Family] = {
                                  "num_key_value_heads": 32},
                       POST_NORM, qk_norm="head", global_every=4, nope_beside_windows=True),
 }
-
-
-# --------------------------------------------------------------------------------------------------
-# The config
 
 
 @dataclass
@@ -300,10 +292,6 @@ def _dtype(fields: Fields) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"{fields.where}: dtype {name[:60]!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-# --------------------------------------------------------------------------------------------------
-# Rotary settings
 
 
 def _ropes(fields: Fields, family: Family) -> list[dict]:
