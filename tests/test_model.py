@@ -273,19 +273,14 @@ def test_loading_freezes_and_casts(tiny_checkpoint: Tiny) -> None:
 # The real model
 
 PROMPTS = [
-    "Hi!",
-    "What is the capital of France?",
+    "Hi!", "What is the capital of France?", "1, 1, 2, 3, 5, 8, what comes next?",
     "def fibonacci(n):\n    \"\"\"Return the n-th number.\"\"\"\n",
-    "Translate into French: The weather is nice today.",
-    "What is 17 + 25? Think step by step.",
+    "Translate into French: The weather is nice today.", "What is 17 + 25? Think step by step.",
     "Summarise in one sentence: The quick brown fox jumps over the lazy dog, which does not mind.",
-    "为什么天空是蓝色的？",
+    "为什么天空是蓝色的？", "Is it safe to mix bleach and vinegar? 🧪",
     "Write a polite email asking my landlord to repair the heating. " * 4,
-    "1, 1, 2, 3, 5, 8, what comes next?",
     "How do I reverse a list in Python?\n\n```python\nxs = [1, 2, 3]\n```",
-    "Is it safe to mix bleach and vinegar? 🧪",
-    "What are the pros and cons of remote work for small teams in 2024?",
-]
+    "What are the pros and cons of remote work for small teams in 2024?"]
 
 
 def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transformer,
