@@ -213,16 +213,22 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("family, spelling", [
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("gemma3_text", {  # as released
+        "layer_types": None, "_sliding_window_pattern": None, "sliding_window_pattern": 3,
+        "rope_parameters": None, "rope_theta": 2000.0, "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     *((family, some) for family in ("llama", "gemma3_text", "olmo3") for some in SPELLINGS)],
     ids=lambda value: " ".join([value] if isinstance(value, str) else value))
 def test_rope_spellings(family: str, spelling: dict, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """Of two spellings the wrong one would be taken; or, of OLMo-3's one theta, that of the layers
-    without a window for those with one, which transformers gives its default."""
+    without a window for those with one, which transformers gives its default; or Gemma 3's released
+    files, with a pattern and three fields, be read wrongly."""
     folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
     edit_json(folder / "config.json", lambda c: c.update(spelling))
     try:
         ours = load(folder)
     except InputError:
-        assert (family in ROPES) != ("full_attention" in (spelling["rope_parameters"] or {}))
+        rope = spelling["rope_parameters"]
+        assert rope and (family in ROPES) != ("full_attention" in rope)
         return
     assert_same(ours(random_ids(2, 24)), oracle(folder, random_ids(2, 24)))

@@ -186,17 +186,6 @@ def test_sliding_window_equals_transformers(family: str, overrides: dict, window
     assert_parity(folder)
 
 
-def test_gemma3_fields_before_layer_types(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """Gemma 3's released files, with a pattern and three RoPE fields, would be read wrongly."""
-    folder = copy_folder(tiny_checkpoint("gemma3_text"), tmp_path / "c")
-    edit_json(folder / "config.json", lambda c: ([c.pop(n) for n in (
-        "layer_types", "rope_parameters", "_sliding_window_pattern")], c.update(
-            sliding_window_pattern=3, rope_theta=2000.0, rope_local_base_freq=50.0,
-            rope_scaling={"rope_type": "linear", "factor": 4.0})))
-    assert load(folder).config.windows == [8, 8, None, 8]
-    assert_parity(folder)
-
-
 @pytest.mark.parametrize("window, rotated", [(None, True), (8, False)])
 def test_exaone4_as_released(window: int | None, rotated: bool, tiny_checkpoint: Tiny,
                              tmp_path: Path) -> None:
