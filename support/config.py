@@ -249,13 +249,11 @@ def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | 
     """Each layer's window in tokens, None for full attention: by layer_types.
 
     In files without it, no layer has one where use_sliding_window is off; else those without
-    positions have it (SmolLM3), those from max_window_layers on (Qwen), or all but every n-th. A
-    pattern may also be a text: "LLLG" is three layers with a window, one without, and so on; the
-    last layer then never has one (EXAONE 4, Gemma 3).
+    positions have it (SmolLM3), those from max_window_layers on (Qwen), or all but every n-th.
     """
     values, layers, first = fields.values, len(rotated), 0
-    types, pattern = values.get("layer_types"), values.get("sliding_window_pattern")
     window = fields.integer("sliding_window", 1, 2**30, default=None)
+    types = values.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or any(
                 t not in ("full_attention", "sliding_attention") for t in types):
@@ -266,8 +264,6 @@ def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | 
         local = [False] * layers
     elif "no_rope_layers" in values:
         local = [not yes for yes in rotated]
-    elif isinstance(pattern, str) and pattern and set(pattern) <= set("LG"):
-        local = [pattern[i % len(pattern)] == "L" for i in range(layers - 1)] + [False]
     else:
         every = fields.integer("sliding_window_pattern", 1, LARGEST, family.global_every)
         if "max_window_layers" in values:

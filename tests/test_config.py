@@ -60,7 +60,7 @@ REFUSED = {"is_encoder_decoder": True, "use_bidirectional_attention": True, "is_
         ("smollm3", "no_rope_layers", [1, 0]), ("smollm3", "no_rope_layers", [1, 2, 1, 1]),
         ("smollm3", "attn_logit_softcapping", 30.0), ("granite", "logits_scaling", 0),
         ("granite", "residual_multiplier", "0.4"), ("gemma2", "hidden_activation", "gelu"),
-        ("gemma2", "final_logit_softcapping", -1.0), ("exaone4", "sliding_window_pattern", "LXLG"),
+        ("gemma2", "final_logit_softcapping", -1.0), ("exaone4", "sliding_window_pattern", "LLLG"),
         ("gemma3_text", "attn_logit_softcapping", 30.0),
         *((family, *fate) for family in FAMILIES for fate in REFUSED.items())])
 ], ids=lambda value: str(value)[:20])
@@ -217,12 +217,15 @@ SPELLINGS = [
         "layer_types": None, "_sliding_window_pattern": None, "sliding_window_pattern": 3,
         "rope_parameters": None, "rope_theta": 2000.0, "rope_local_base_freq": 50.0,
         "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    ("exaone4", {"layer_types": ["full_attention"] * 4}),
+    ("exaone4", {"layer_types": ["full_attention"] * 4, "sliding_window": None}),
     *((family, some) for family in ("llama", "gemma3_text", "olmo3") for some in SPELLINGS)],
     ids=lambda value: " ".join([value] if isinstance(value, str) else value))
 def test_rope_spellings(family: str, spelling: dict, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """Of two spellings the wrong one would be taken; or, of OLMo-3's one theta, that of the layers
     without a window for those with one, which transformers gives its default; or Gemma 3's released
-    files, with a pattern and three fields, be read wrongly."""
+    files, with a pattern and three fields, be read wrongly; or EXAONE 4, which rotates no queries
+    and keys on full layers beside windows, and all without any: no field says so."""
     folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
     edit_json(folder / "config.json", lambda c: c.update(spelling))
     try:

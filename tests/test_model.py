@@ -9,7 +9,7 @@ from typing import Sequence
 
 import pytest
 import torch
-from conftest import Folders, Tiny, build_tiny, copy_folder, edit_json, reference
+from conftest import Folders, Tiny, build_tiny, reference
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -183,21 +183,6 @@ def test_sliding_window_equals_transformers(family: str, overrides: dict, window
     """A window would be ignored, off by one, or on other layers, in contexts of three windows."""
     folder = tiny_checkpoint(family, **overrides)
     assert load(folder).config.windows == windows
-    assert_parity(folder)
-
-
-@pytest.mark.parametrize("window, rotated", [(None, True), (8, False)])
-def test_exaone4_as_released(window: int | None, rotated: bool, tiny_checkpoint: Tiny,
-                             tmp_path: Path) -> None:
-    """EXAONE 4 rotates no queries and keys on full layers beside windows, and all without any: no
-    field says so, and the other way round it would load and answer nonsense."""
-    folder = copy_folder(tiny_checkpoint("exaone4"), tmp_path / "c")
-    before = read_json(folder / "config.json")
-    assert Config.from_json(before | {"layer_types": None, "sliding_window_pattern": "LLLG"}) == (
-        Config.from_json(before))
-    edit_json(folder / "config.json", lambda c: c.update(
-        sliding_window=window, layer_types=["full_attention"] * 4))
-    assert load(folder).config.rotated == [rotated] * 4
     assert_parity(folder)
 
 
