@@ -137,8 +137,9 @@ def test_every_field_has_a_fate(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_computed_as_by_transformers(family: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """A field would be ignored, or computed otherwise: each changes our Config, and with all of
-    them changed the logits are transformers'."""
+    """A field would be ignored, or computed otherwise (a window ignored, off by one or on other
+    layers, in contexts of three): each changes our Config, and with all of them changed the logits
+    are transformers'."""
     changes = computed(family)
     base = raw(tiny_checkpoint, family)
     for name in ("layer_types", "no_rope_layers"):  # they hide the rules behind them

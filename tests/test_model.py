@@ -136,7 +136,7 @@ def test_family_decodes_in_bf16_as_well_as_it_reads(family: str, tiny_checkpoint
 
 
 # --------------------------------------------------------------------------------------------------
-# RoPE and sliding windows
+# RoPE
 
 LONGER = {"rope_theta": 5000.0, "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, **LONGER}
@@ -165,25 +165,6 @@ def test_rope_kinds_equal_transformers(rope: str, tiny_checkpoint: Tiny, tmp_pat
     older = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling,
              "torch_dtype": config.pop("dtype")}
     assert Config.from_json(config | older) == load(folder).config
-
-
-@pytest.mark.parametrize("family, overrides, windows", [
-    ("mistral", {"sliding_window": 8}, [8] * 4), ("phi3", {"sliding_window": 8}, [8] * 4),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-     [None, None, 8, 8]),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
-     [None, None, None, 8]),
-    ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, [None, 8, None, None]),
-    ("gemma2", {}, [8, None, 8, None]),
-    ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}, [8] * 4),
-    ("olmo3", {}, [8, 8, 8, None]), ("exaone4", {}, [8, 8, 8, None]),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_sliding_window_equals_transformers(family: str, overrides: dict, windows: list[int | None],
-                                            tiny_checkpoint: Tiny) -> None:
-    """A window would be ignored, off by one, or on other layers, in contexts of three windows."""
-    folder = tiny_checkpoint(family, **overrides)
-    assert load(folder).config.windows == windows
-    assert_parity(folder)
 
 
 # --------------------------------------------------------------------------------------------------
