@@ -199,6 +199,14 @@ def test_fields_left_out_or_null(family: str, tiny_checkpoint: Tiny, tmp_path: P
 
 
 LLAMA3, YARN = COMPUTED["rope_parameters"], {"rope_type": "yarn", "factor": 4.0}
+LONG = YARN | {"rope_theta": 5000.0, "original_max_position_embeddings": 64}
+KINDS = [
+    {"rope_type": "default", "rope_theta": 1000.0},
+    {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0},
+    LLAMA3 | {"rope_theta": 5000.0, "original_max_position_embeddings": 64},
+    LONG, YARN | {"rope_theta": 5000.0}, LONG | {"attention_factor": 0.8},
+    LONG | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+    LONG | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}]
 SPELLINGS = [
     {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 700},
     {"rope_parameters": None, "rope_scaling": YARN | {"rope_theta": 30.0}, "rope_theta": 700},
@@ -213,6 +221,8 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("family, spelling", [
+    *(("llama", {"rope_parameters": rope}) for rope in KINDS),
+    *(("llama", {"rope_parameters": None, "rope_scaling": rope}) for rope in KINDS),
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     ("gemma3_text", {  # as released
         "layer_types": None, "_sliding_window_pattern": None, "sliding_window_pattern": 3,
@@ -222,12 +232,15 @@ SPELLINGS = [
     ("exaone4", {"layer_types": ["full_attention"] * 4, "sliding_window": None}),
     *((family, some) for family in ("llama", "gemma3_text", "olmo3") for some in SPELLINGS)],
     ids=lambda value: " ".join([value] if isinstance(value, str) else value))
-def test_rope_spellings(family: str, spelling: dict, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """Of two spellings the wrong one would be taken; or, of OLMo-3's one theta, that of the layers
-    without a window for those with one, which transformers gives its default; or Gemma 3's released
-    files, with a pattern and three fields, be read wrongly; or EXAONE 4, which rotates no queries
-    and keys on full layers beside windows, and all without any: no field says so."""
-    folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
+def test_rope_and_layers(family: str, spelling: dict, tiny_checkpoint: Tiny,
+                         tmp_path: Path) -> None:
+    """Positions would be wrong in one RoPE kind, or the wrong one of two spellings be taken; or, of
+    OLMo-3's one theta, that of the layers without a window for those with one, which transformers
+    gives its default; or Gemma 3's released files, a pattern and three fields, be read wrongly;
+    or EXAONE 4's, which rotates no queries and keys on full layers beside windows, and all without
+    any: no field says so."""
+    folder, ids = copy_folder(tiny_checkpoint(family), tmp_path / "c"), random_ids(2, 24)
+    other = oracle(folder, ids)
     edit_json(folder / "config.json", lambda c: c.update(spelling))
     try:
         ours = load(folder)
@@ -235,4 +248,6 @@ def test_rope_spellings(family: str, spelling: dict, tiny_checkpoint: Tiny, tmp_
         rope = spelling["rope_parameters"]
         assert rope and (family in ROPES) != ("full_attention" in rope)
         return
-    assert_same(ours(random_ids(2, 24)), oracle(folder, random_ids(2, 24)))
+    theirs = oracle(folder, ids)
+    assert_same(ours(ids), theirs)
+    assert (theirs - other).abs().max() > 100 * TOLERANCE  # the setting is worth far more

@@ -19,8 +19,7 @@ from engine import Engine, Request
 from generate import stop_tokens
 from model import KVCache, Transformer, load
 from sampling import Sampling
-from support.config import FAMILIES, Config
-from support.hub import read_json
+from support.config import FAMILIES
 from tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
@@ -133,38 +132,6 @@ def test_family_decodes_in_bf16_as_well_as_it_reads(family: str, tiny_checkpoint
     errors = [(x.float() - exact).square().mean().sqrt()
               for x in (net(ids)[:, 9:21], decode_with_cache(net, ids, [10] * 4, 12))]
     assert 0 < errors[1] < 1.5 * errors[0] < 0.3 * exact.std()
-
-
-# --------------------------------------------------------------------------------------------------
-# RoPE
-
-LONGER = {"rope_theta": 5000.0, "original_max_position_embeddings": 64}
-YARN = {"rope_type": "yarn", "factor": 4.0, **LONGER}
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 1000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, **LONGER},
-    "yarn": YARN,
-    "yarn-no-original-length": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0},
-    "yarn-attention-factor": YARN | {"attention_factor": 0.8},
-    "yarn-mscale": YARN | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5},
-    "yarn-betas-not-truncated": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}}
-
-
-@pytest.mark.parametrize("rope", ROPES)
-def test_rope_kinds_equal_transformers(rope: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """Positions would be wrong in one RoPE kind, or its older spelling be read otherwise."""
-    folder = tiny_checkpoint("llama", rope_parameters=ROPES[rope])
-    ids = random_ids(len(LENGTHS), max(LENGTHS))
-    other = oracle(tiny_checkpoint("llama"), ids, LENGTHS)
-    # Same weights: the setting itself is worth far more than the tolerance.
-    assert (assert_parity(folder) - other).abs().max() > 100 * TOLERANCE
-    config = read_json(folder / "config.json")
-    scaling = config.pop("rope_parameters")
-    older = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling,
-             "torch_dtype": config.pop("dtype")}
-    assert Config.from_json(config | older) == load(folder).config
 
 
 # --------------------------------------------------------------------------------------------------
