@@ -206,7 +206,7 @@ KINDS = [
     LLAMA3 | {"rope_theta": 5000.0, "original_max_position_embeddings": 64},
     LONG, YARN | {"rope_theta": 5000.0}, LONG | {"attention_factor": 0.8},
     LONG | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5},
-    LONG | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}]
+    LONG | {"beta_fast": 4.0, "beta_slow": 2.0, "truncate": False}]
 SPELLINGS = [
     {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 700},
     {"rope_parameters": None, "rope_scaling": YARN | {"rope_theta": 30.0}, "rope_theta": 700},
