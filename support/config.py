@@ -251,7 +251,7 @@ def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | 
     In files without it, no layer has one where use_sliding_window is off; else those without
     positions have it (SmolLM3), those from max_window_layers on (Qwen), or all but every n-th.
     """
-    values, layers, first = fields.values, len(rotated), 0
+    values, layers = fields.values, len(rotated)
     window = fields.integer("sliding_window", 1, 2**30, default=None)
     types = values.get("layer_types")
     if types is not None:
@@ -265,7 +265,7 @@ def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | 
     elif "no_rope_layers" in values:
         local = [not yes for yes in rotated]
     else:
-        every = fields.integer("sliding_window_pattern", 1, LARGEST, family.global_every)
+        first, every = 0, fields.integer("sliding_window_pattern", 1, LARGEST, family.global_every)
         if "max_window_layers" in values:
             first = fields.integer("max_window_layers", 0, LARGEST)
         local = [i >= first and (i + 1) % every != 0 for i in range(layers)]
