@@ -12,7 +12,7 @@ the length (longrope), and a sliding window is a mask over a full-length cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import GatedLoRALinear
 from support.attention import additive_mask, attend
-from support.checkpoint import (EMBEDDING, HEAD, NORM_PLACES, check_names, check_shapes,
-                                checkpoint_files, copy_weights, destinations, is_copy)
-from support.config import Config
+from support.checkpoint import (HEAD, check_headers, checkpoint_files, copy_weights, destinations,
+                                head_is_copy)
+from support.config import BOTH_NORMS, Config
 from support.cpu import linear, rms_norm
 from support.hub import InputError, read_json, resolve
 from support.rope import rope_frequencies
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         self.width = config.head_dim
         self.layer, self.window = layer, config.windows[layer]
         self.rotated = config.rotated[layer]
-        self.rope = int(config.local_rope is not None and self.window is not None)
+        self.rope = int(len(config.ropes) > 1 and self.window is not None)
         self.scale, self.cap = config.attention_scale, config.attention_cap
         d, (q, kv, _) = config.projections["qkv_proj"]
         self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.qkv_bias, config.dtype)
@@ -202,9 +202,9 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.scale = config.residual_scale
-        for place, name in zip(NORM_PLACES, config.family.norms, strict=True):
+        for place in BOTH_NORMS:  # all places
             norm = nn.Identity()
-            if name is not None:
+            if place in config.family.norms:
                 norm = RMSNorm(config.hidden_size, config)
             self.add_module(place, norm)
 
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.ropes: list[tuple[Tensor, float]] = []  # in fp32 always, hence no buffers
-        for rope in filter(None, (config.rope, config.local_rope)):
+        for rope in config.ropes:
             inverse, scale = rope_frequencies(rope, config.head_dim)
             self.ropes.append((inverse.to(self.device), scale))
 
@@ -375,25 +375,22 @@ def load(name: str | Path, device: torch.device | str = "cpu",
         dtype: what to compute in; None takes the checkpoint's own.
         layers: load only so many decoder layers, and no head: all that a gate needs.
 
-    Raises:
-        InputError: a missing, unexpected or wrongly shaped tensor, or an unsupported config.
+    InputError on a missing, unexpected or wrongly shaped tensor, or an unsupported config.
     """
     folder = resolve(name)
     config = Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    found = checkpoint_files(folder)
+    files = checkpoint_files(folder)
     if layers is not None and layers > config.num_layers:
         raise InputError(f"{folder}: it has {config.num_layers} layers, not the {layers} asked for")
-    tied, holds_head = config.tie_word_embeddings, HEAD in found
-    config = replace(config, tie_word_embeddings=tied and not holds_head)
+    tied, holds_head = config.tie_word_embeddings, HEAD in files
+    config.tie_word_embeddings = tied and not holds_head
     with torch.device("meta"):  # shapes only: everything is checked before memory is asked for
         net = Transformer(config)
-    places = destinations(net, config)
-    files = check_names(folder, places, found)
-    check_shapes(places, files)
-    config = replace(config, dtype=dtype or config.dtype, num_layers=layers or config.num_layers)
+    check_headers(folder, destinations(net, config), files)
+    config.dtype, config.num_layers = dtype or config.dtype, layers or config.num_layers
     # A tied model's head of its own is used, as by transformers; most of them are copies.
-    if layers is not None or (tied and holds_head and is_copy(files, EMBEDDING, HEAD)):
-        config = replace(config, tie_word_embeddings=True)
+    if layers is not None or (tied and holds_head and head_is_copy(files)):
+        config.tie_word_embeddings = True
     with torch.device(device):
         net = Transformer(config)
     copy_weights(destinations(net, config), files)

@@ -17,6 +17,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from lora import projections
 from support.checkpoint import fingerprint, parts
 from support.config import Config
 from support.fields import Fields, is_number
@@ -37,10 +38,6 @@ LARGEST_RANK, LARGEST_ALPHA = 10**4, 1e9
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BASE_FIELDS = ("base_model", "base_source", "base_fingerprint")
 GATE_FIELDS = ("gate_layer", "gate_pool", "threshold")  # all null where there is no gate
-
-
-# --------------------------------------------------------------------------------------------------
-# Names and shapes
 
 
 def module_names(config: Config, layer: int, stack: str) -> list[str]:
@@ -81,14 +78,48 @@ def from_peft(found: dict[str, Tensor], shaped: Weights, config: Config, path: P
         A = torch.cat([found[f"{name}.lora_A.weight"] for name in names])
         # Split or fused, this is the same matrix, [sum o_i, p * r].
         whole = torch.block_diag(*(found[f"{name}.lora_B.weight"] for name in names))
-        blocks = []
-        for i, rows in enumerate(whole.split([len(B) for B in Bs])):
-            rank = Bs[i].shape[1]
-            blocks.append(rows[:, i * rank:(i + 1) * rank])
+        blocks = [whole[rows, ranks] for _, rows, ranks in projections(Bs)]
         if not torch.equal(torch.block_diag(*blocks), whole):
             raise InputError(f"{path}: {names[0]}.lora_B is not block-diagonal")
         weights[layer, stack] = A, blocks
     return weights
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a small safetensors file."""
+    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_file(path, to_safetensors(found, {"format": "pt"}))
+
+
+def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """All tensors of a small safetensors file; InputError if it is not readable, holds anything but
+    finite floating-point numbers, or has not exactly the `expected` names and shapes."""
+    check_file(path)
+    try:
+        found = parse_safetensors(path.read_bytes())
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, tensor in found.items():
+        if tensor.dtype not in FLOATING or not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: {name} is not of 16 to 64 bits floating point, or holds NaN "
+                             "or infinity")
+    if expected is not None and found.keys() != expected.keys():
+        raise InputError(f"{path}: tensor {min(found.keys() ^ expected.keys())} is missing or "
+                         "unexpected")
+    for name, target in (expected or {}).items():
+        if found[name].shape != target.shape:
+            raise InputError(f"{path}: {name} is {list(found[name].shape)}, expected "
+                             f"{list(target.shape)}")
+    return found
+
+
+def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a gate from its file, which must be that of one like `targets`."""
+    found = read_tensors(path, targets)
+    if not bool((found["deviation"] > 0).all()):
+        raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
+                         "ever trained")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,19 +132,18 @@ def write_adapter(folder: Path, weights: Weights, config: Config, about: dict) -
 
     A fused module has the alpha of all its parts, too, so that alpha / rank stays what it is.
     """
-    fused, rank, alpha = {}, about["rank"], about["alpha"]
+    rank, alpha, counts = about["rank"], about["alpha"], {}
     for stack, names in parts(config).items():
-        count = len(config.projections[stack][1])
-        if len(names) < count:
-            fused[names[0].split(".")[1]] = count
-    targets = [name.split(".")[1] for names in parts(config).values() for name in names]
+        for name in names:  # of "self_attn.q_proj"
+            counts[name.split(".")[1]] = len(config.projections[stack][1]) // len(names)
+    fused = {name: count for name, count in counts.items() if count > 1}
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": about["base_model"],
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "use_dora": False,
         "layers_to_transform": sorted({layer for layer, _ in weights}), "layers_pattern": "layers",
-        "target_modules": targets,
+        "target_modules": list(counts),
         "rank_pattern": {name: count * rank for name, count in fused.items()},
         "alpha_pattern": {name: count * alpha for name, count in fused.items()}}
     write_tensors(folder / ADAPTER_FILE, to_peft(weights, config))
@@ -122,11 +152,8 @@ def write_adapter(folder: Path, weights: Weights, config: Config, about: dict) -
 
 
 def read_adapter(folder: Path, config: Config) -> tuple[int, float, Weights]:
-    """Rank, alpha and weights of an adapter folder, ours or PEFT's own.
-
-    Raises:
-        InputError: a broken file, or something in it that does not fit the base, by name.
-    """
+    """Rank, alpha and weights of an adapter folder, ours or PEFT's own; InputError on a broken
+    file, or on something in it that does not fit the base, by name."""
     if only_peft(folder):
         return read_peft(folder, config)
     path, settings = folder / ADAPTER_FILE, read_settings(folder)
@@ -134,16 +161,15 @@ def read_adapter(folder: Path, config: Config) -> tuple[int, float, Weights]:
     if layer is not None and layer >= config.num_layers - 1:
         raise InputError(f"{folder / PRISM_FILE}: gate_layer is {layer}, but the base has "
                          f"{config.num_layers} layers")
-    found = read_tensors(path)
     shaped = zero_weights(config, rank, 0 if layer is None else layer + 1, "meta")
-    check_tensors(found, to_peft(shaped, config), path)
+    found = read_tensors(path, to_peft(shaped, config))
     return rank, settings["alpha"], from_peft(found, shaped, config, path)
 
 
 def describe_base(name: str | None, folder: Path | None) -> dict[str, str | None]:
     """The fields of prism.json that say which base an adapter belongs to."""
     if name is None or folder is None:
-        return {"base_model": None, "base_source": None, "base_fingerprint": None}
+        return dict.fromkeys(BASE_FIELDS)
     base = str(Path(name).resolve()) if Path(name).is_dir() else name
     return {"base_model": base, "base_source": base_source(folder, name),
             "base_fingerprint": fingerprint(folder)}
@@ -163,10 +189,7 @@ def read_settings(folder: Path) -> dict:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such adapter folder")
     if only_peft(folder):
-        peft = read_peft_settings(folder)
-        return {"base_model": peft["base_model_name_or_path"], "base_fingerprint": None,
-                "base_source": None, "rank": peft["r"], "alpha": peft["lora_alpha"],
-                **dict.fromkeys(GATE_FIELDS)}
+        return read_peft_settings(folder)
     fields = Fields(read_json(folder / PRISM_FILE), str(folder / PRISM_FILE))
     for name in (*BASE_FIELDS, *GATE_FIELDS):
         if name not in fields.values:
@@ -194,12 +217,9 @@ def only_peft(folder: Path) -> bool:
 
 
 def read_peft_settings(folder: Path) -> dict:
-    """What adapter_config.json of PEFT's own folder says beside its tensors, checked for type and
-    range, with PEFT's defaults for what is missing.
-
-    Raises:
-        InputError: a value that makes no sense, or makes the adapter more than a LoRA, by name.
-    """
+    """What adapter_config.json of PEFT's own folder says, checked for type and range, under the
+    names of prism.json where it has one; with PEFT's defaults for what is missing. InputError on a
+    value that makes no sense, or makes the adapter more than a LoRA, by name."""
     fields = Fields(read_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
     if "peft_type" not in fields.values:  # as in the files of the same name that MLX writes
         fields.refuse("peft_type", "is missing; it is not an adapter of PEFT's")
@@ -216,10 +236,10 @@ def read_peft_settings(folder: Path) -> dict:
         alphas = {re.compile(rf"(.*\.)?({end})$"): alpha for end, alpha in alphas.items()}
     except (re.error, RecursionError, OverflowError) as error:
         fields.refuse("alpha_pattern", f"holds a broken regular expression ({error})")
-    return {
-        "base_model_name_or_path": fields.text("base_model_name_or_path", None),
-        "r": fields.integer("r", 1, LARGEST_RANK, default=8),
-        "lora_alpha": fields.number("lora_alpha", -LARGEST_ALPHA, LARGEST_ALPHA, default=8),
+    return dict.fromkeys((*BASE_FIELDS, *GATE_FIELDS)) | {
+        "base_model": fields.text("base_model_name_or_path", None),
+        "rank": fields.integer("r", 1, LARGEST_RANK, default=8),
+        "alpha": fields.number("lora_alpha", -LARGEST_ALPHA, LARGEST_ALPHA, default=8),
         "use_rslora": fields.flag("use_rslora"), "alphas": alphas}
 
 
@@ -240,13 +260,13 @@ def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
         names = module_names(config, layer, stack)
         found = [trained.get(name) for name in names]
         if len(names) < len(Bs) and found[0]:  # fused: each part reads the same A
-            a, b, s = found[0]
-            found = [(a, part, s) for part in b.split([len(B) for B in Bs])]
-        for i, module in enumerate(found):
-            if module is not None:
-                a, b, s = module
-                A[i * rank:i * rank + len(a)] = a
-                Bs[i][:, :len(a)] = b * (s / common)
+            a, b, scale = found[0]
+            found = [(a, part, scale) for part in b.split([len(B) for B in Bs])]
+        for own_A, own_B, module in zip(A.split(rank), Bs, found):
+            if module:
+                a, b, scale = module
+                own_A[:len(a)] = a
+                own_B[:, :len(a)] = b * (scale / common)
     return rank, rank * common, weights
 
 
@@ -260,64 +280,17 @@ def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor
         if name not in possible:
             raise InputError(f"{path}: {name} is not a LoRA of one of the base's projections")
         module = name.rpartition(".lora_")[0]
-        A = tensors.get(f"{module}.lora_A.weight")
-        B = tensors.get(f"{module}.lora_B.weight")
-        d = possible[f"{module}.lora_A.weight"].shape[1]
-        o = len(possible[f"{module}.lora_B.weight"])
+        at_A, at_B = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        A, B = tensors.get(at_A), tensors.get(at_B)
+        d, o = possible[at_A].shape[1], len(possible[at_B])
         if A is None or B is None or not len(A) or A.shape[1:] != (d,) or B.shape != (o, len(A)):
             shapes = [None if t is None else list(t.shape) for t in (A, B)]
             raise InputError(f"{path}: the A and B of {module} are {shapes[0]} and {shapes[1]}, "
                              f"expected [r, {d}] and [{o}, r]")
         key, r = module.removeprefix("base_model.model."), len(A)
         fitting = (alpha for end, alpha in settings["alphas"].items() if end.match(key))
-        alpha = next(fitting, settings["lora_alpha"])
+        alpha = next(fitting, settings["alpha"])
         found[module] = A, B, alpha / (r**0.5 if settings["use_rslora"] else r)
     if not found:
         raise InputError(f"{path}: no LoRA in it")
     return found
-
-
-# --------------------------------------------------------------------------------------------------
-# Tensors
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a small safetensors file."""
-    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_file(path, to_safetensors(found, {"format": "pt"}))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file; InputError if it is not a readable one, or holds
-    anything but finite floating-point numbers."""
-    check_file(path)
-    try:
-        found = parse_safetensors(path.read_bytes())
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    for name, tensor in found.items():
-        if tensor.dtype not in FLOATING or not bool(tensor.isfinite().all()):
-            raise InputError(f"{path}: {name} is not of 16 to 64 bits floating point, or holds NaN "
-                             "or infinity")
-    return found
-
-
-def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a gate from its file, which must be that of one like `targets`."""
-    found = read_tensors(path)
-    check_tensors(found, targets, path)
-    if not bool((found["deviation"] > 0).all()):
-        raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
-                         "ever trained")
-    return found
-
-
-def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """InputError unless what was read from `path` has exactly the expected names and shapes."""
-    if found.keys() != expected.keys():
-        raise InputError(f"{path}: tensor {min(found.keys() ^ expected.keys())} is missing or "
-                         "unexpected")
-    for name, target in expected.items():
-        if found[name].shape != target.shape:
-            raise InputError(f"{path}: {name} is {list(found[name].shape)}, expected "
-                             f"{list(target.shape)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,21 +24,15 @@ PARTS = {"qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
          "o_proj": ("self_attn.o_proj",), "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
          "down_proj": ("mlp.down_proj",)}
 FUSED = {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj",)}
-# Our names of a layer's norms, in the order of Config.norms, which has the checkpoint's
-NORM_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights may be stored in
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FINGERPRINT_ELEMENTS = 64  # of the first and the middle row of each tensor
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from model.safetensors or from the index of a sharded checkpoint.
-
-    Raises:
-        InputError: no weights, an index that names a missing file, or one in another folder.
-    """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    """Tensor name -> file, from model.safetensors or from the index of a sharded checkpoint;
+    InputError if there are none, or the index names a missing file, or one in another folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         with open_tensors(single) as file:
             return {name: single for name in file.keys()}
@@ -72,52 +66,30 @@ def destinations(net: nn.Module, config: Config) -> dict[str, Tensor]:
     A layer's norms have names of their own, and the stacked projections have several sources, one
     below the other; if the checkpoint has them fused, it is in the order in which we stack them.
     """
-    found = {}
-    for path, parameter in net.named_parameters():
-        owner, _, kind = path.rpartition(".")  # "layers.0.self_attn.qkv_proj" and "weight"
-        layer, module = ".".join(owner.split(".")[:2]), owner.rpartition(".")[2]
-        if path in ("embed_tokens", "lm_head"):
-            module, kind = path, "weight"
-        if module in PARTS:
-            names, widths = parts(config)[module], config.projections[module][1]
-            if len(names) < len(widths):  # fused
-                widths = [sum(widths)]
-            for name, rows in zip(names, parameter.split(widths)):
-                found[f"model.{layer}.{name}.{kind}"] = rows
-        else:
-            if module in NORM_PLACES:
-                name = f"model.{layer}.{config.family.norms[NORM_PLACES.index(module)]}"
-            elif module == "lm_head":
-                name = module
-            else:
-                name = f"model.{owner or module}"
-            found[f"{name}.{kind}"] = parameter
+    found = {EMBEDDING: net.embed_tokens, "model.norm.weight": net.norm.weight}
+    if net.lm_head is not net.embed_tokens:
+        found[HEAD] = net.lm_head
+    norms, stacks = config.family.norms, parts(config)
+    for path, parameter in net.layers.named_parameters():
+        layer, *owner, module, kind = path.split(".")  # of "0.self_attn.qkv_proj.weight"
+        names = stacks.get(module) or [".".join([*owner, norms.get(module, module)])]
+        widths = config.projections[module][1] if len(names) > 1 else len(parameter)
+        for name, rows in zip(names, parameter.split(widths)):
+            found[f"model.layers.{layer}.{name}.{kind}"] = rows
     return found
 
 
-def check_names(folder: Path, expected: Iterable[str], files: dict[str, Path]) -> dict[str, Path]:
-    """The files of the tensors that are needed; old checkpoints may have rotary buffers beside
-    them, which are left out.
-
-    Raises:
-        InputError: a tensor is missing, or is there and unknown.
-    """
-    expected, present = set(expected), set(files)
-    present -= {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    for kind, names in (("missing", expected - present), ("unexpected", present - expected)):
+def check_headers(folder: Path, expected: dict[str, Tensor], files: dict[str, Path]) -> None:
+    """InputError if a tensor is missing, unknown, of another shape or not floating point: asked of
+    the files' headers before anything of the net's size is allocated. Old checkpoints may have
+    rotary buffers beside the weights, which are left out."""
+    present = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
+    wanted = set(expected)
+    for kind, names in (("missing", wanted - present), ("unexpected", present - wanted)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{folder}: {kind} tensor {min(names)}{more}")
-    return {name: files[name] for name in sorted(expected)}
-
-
-def check_shapes(expected: dict[str, Tensor], files: dict[str, Path]) -> None:
-    """Compare the files' headers with the net, before anything of its size is allocated.
-
-    Raises:
-        InputError: a tensor of another shape, or one that is not floating point.
-    """
-    for name, found in stored(files):
+    for name, found in stored({name: files[name] for name in expected}):
         shape = list(expected[name].shape)
         if found.get_shape() != shape or found.get_dtype() not in FLOATING:
             raise InputError(f"{files[name]}: tensor {name} is {found.get_dtype()} "
@@ -136,18 +108,15 @@ def stored(files: dict[str, Path]) -> Iterator[tuple[str, object]]:
                 yield name, file.get_slice(name)
 
 
-def is_copy(files: dict[str, Path], one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint are the same."""
-    a, b = (found[:] for _, found in stored({name: files[name] for name in (one, other)}))
+def head_is_copy(files: dict[str, Path]) -> bool:
+    """Whether a checkpoint's head is its embedding once more."""
+    a, b = (found[:] for _, found in stored({name: files[name] for name in (EMBEDDING, HEAD)}))
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def copy_weights(expected: dict[str, Tensor], files: dict[str, Path]) -> None:
-    """Copy every tensor that has a place into it, in the dtype of the place.
-
-    Raises:
-        InputError: NaN or infinity, of which one makes every answer nonsense.
-    """
+    """Copy every tensor that has a place into it, in the dtype of the place; InputError on NaN or
+    infinity, of which one makes every answer nonsense."""
     for name, found in stored({n: files[n] for n in expected}):
         part = expected[name].copy_(found[:])
         # A sum shows it, at a twentieth of isfinite's time; but a sum may overflow by itself.

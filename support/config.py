@@ -39,81 +39,12 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu,
 ROPE_KINDS = {"default": (), "linear": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-# Where a layer's RMSNorms stand, by their names in the checkpoint: before attention, after it (both
-# before the sum), before the MLP, after it. Mind that one name means two places.
-PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
-POST_NORM = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-BOTH_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-              "post_feedforward_layernorm")
-
-
-# --------------------------------------------------------------------------------------------------
-# Which layers have a sliding window, in files that do not list it by layer (`layer_types`), and
-# which layers rotate queries and keys. Every rule gives one true or false a layer.
-
-Rule = Callable[[Fields, int], list[bool]]
-
-
-def every_layer(fields: Fields, layers: int) -> list[bool]:
-    """All layers have the window (Mistral, Phi-3)."""
-    return [True] * layers
-
-
-def upper_layers(fields: Fields, layers: int) -> list[bool]:
-    """Layers from max_window_layers on, where use_sliding_window is set (Qwen)."""
-    on = fields.flag("use_sliding_window")
-    first = fields.integer("max_window_layers", 0, LARGEST)
-    return [on and i >= first for i in range(layers)]
-
-
-def unrotated_layers(fields: Fields, layers: int) -> list[bool]:
-    """The layers without positions, where use_sliding_window is set (SmolLM3)."""
-    on = fields.flag("use_sliding_window")
-    return [on and not rotated for rotated in rotated_layers(fields, layers)]
-
-
-def all_but_every(nth: int) -> Rule:
-    """All layers but every n-th (Gemma 2, OLMo-3)."""
-    return lambda fields, layers: [(i + 1) % nth != 0 for i in range(layers)]
-
-
-def by_pattern(fields: Fields, layers: int) -> list[bool]:
-    """All but every n-th layer, or as a text spells it: "LLLG" is three local layers, one global
-    one, and so on; there the last layer is always global (EXAONE 4, Gemma 3)."""
-    pattern = fields.values["sliding_window_pattern"]
-    if isinstance(pattern, str) and pattern and set(pattern) <= set("LG"):
-        local = [pattern[i % len(pattern)] == "L" for i in range(layers)]
-        return [*local[:-1], False]
-    return all_but_every(fields.integer("sliding_window_pattern", 1, LARGEST))(fields, layers)
-
-
-def rotated_layers(fields: Fields, layers: int) -> list[bool]:
-    """Which layers use RoPE: all but SmolLM3's every fourth, or as its list of 0 and 1 says."""
-    if fields.values.get("no_rope_layers") is None:
-        every = fields.integer("no_rope_layer_interval", 1, LARGEST, default=layers + 1)
-        return all_but_every(every)(fields, layers)
-    flags = fields.integers("no_rope_layers", 0, 1)
-    if len(flags) < layers:
-        fields.refuse("no_rope_layers", "is not a 0 or 1 a layer")
-    return [bool(flag) for flag in flags[:layers]]
-
-
-def windowed_layers(fields: Fields, layers: int, rule: Rule) -> list[int | None]:
-    """Each layer's window in tokens, None for full attention: by layer_types, else by the rule."""
-    window = fields.integer("sliding_window", 1, 2**30, default=None)
-    types = fields.values.get("layer_types")
-    if types is None:
-        local = [False] * layers if window is None else rule(fields, layers)
-    elif not isinstance(types, list) or len(types) != layers or any(
-            t not in ("full_attention", "sliding_attention") for t in types):
-        fields.refuse("layer_types", "is not supported")
-    else:
-        local = [t == "sliding_attention" for t in types]
-    return [window if yes else None for yes in local]
-
-
-# --------------------------------------------------------------------------------------------------
-# The families
+# Where a layer's RMSNorms stand (after: before the sum), and their names in the checkpoint. Mind
+# that one name means two places.
+PRE_NORM = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
+POST_NORM = {"after_attention": "post_attention_layernorm",
+             "after_mlp": "post_feedforward_layernorm"}
+BOTH_NORMS = PRE_NORM | POST_NORM | {"before_mlp": "pre_feedforward_layernorm"}
 
 
 @dataclass(frozen=True)
@@ -125,13 +56,13 @@ class Family:
     """
 
     defaults: dict
-    norms: tuple[str | None, ...] = PRE_NORM
+    norms: dict[str, str] = field(default_factory=PRE_NORM.copy)
     qk_norm: str | None = None  # RMSNorm before RoPE: over each "head", or over "all" together
     qkv_bias: bool = False  # q, k and v have a bias, o has none, and no field says so
     fused: bool = False  # the checkpoint has q, k, v in one tensor, and gate and up in one
     norm_offset: float = 0.0  # RMSNorm multiplies by this + weight; folded into the weight
     embedding_by_width: bool = False  # embeddings are multiplied by sqrt(hidden_size)
-    windowed: Rule | None = None  # the layers with a window where no layer_types are given
+    global_every: int = LARGEST  # each n-th layer has no window, where no layer_types are given
     nope_beside_windows: bool = False  # in a model with windows, layers without one do not rotate
     local_theta: float | None = None  # layers with a window have a RoPE of their own; its default
     rope_kinds: tuple[str, ...] = tuple(ROPE_KINDS)
@@ -158,47 +89,42 @@ _GEMMA = _BIAS | _WINDOW | {
     "final_logit_softcapping": None}
 FAMILIES: dict[str, Family] = {
     "llama": Family(_BIASES),
-    "mistral": Family(_WINDOW | {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
-                      windowed=every_layer),
-    "qwen2": Family(_QWEN, qkv_bias=True, windowed=upper_layers, tokenizer="Qwen2"),
-    "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", windowed=upper_layers,
-                    tokenizer="Qwen2"),
+    "mistral": Family(_WINDOW | {"num_key_value_heads": 8, "max_position_embeddings": 2**17}),
+    "qwen2": Family(_QWEN, qkv_bias=True, tokenizer="Qwen2"),
+    "qwen3": Family(_QWEN | _BIAS | {"head_dim": 128}, qk_norm="head", tokenizer="Qwen2"),
     "smollm3": Family(_BIASES | _WINDOW | {
         "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None,
         "no_rope_layer_interval": 4, "tie_word_embeddings": True, "num_key_value_heads": 4,
-        "rope_theta": 2e6, "max_position_embeddings": 32768}, windowed=unrotated_layers),
+        "rope_theta": 2e6, "max_position_embeddings": 32768}),
     "olmo2": Family(_OLMO, POST_NORM, qk_norm="all"),
     "granite": Family(_BIASES | {"embedding_multiplier": 1.0, "attention_multiplier": 1.0,
                                  "residual_multiplier": 1.0, "logits_scaling": 1.0}),
     "phi3": Family({"rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 4096},
-                   fused=True, windowed=every_layer, rope_kinds=("default",)),
+                   fused=True, rope_kinds=("default",)),
     "gemma2": Family(_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                                "max_position_embeddings": 8192},
                      BOTH_NORMS, norm_offset=1.0, embedding_by_width=True,
-                     windowed=all_but_every(2), tokenizer="Gemma"),
-    "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": 6, "rope_theta": 1e6,
+                     global_every=2, tokenizer="Gemma"),
+    "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": None, "rope_theta": 1e6,
                                     "rope_local_base_freq": None,
                                     "max_position_embeddings": 2**17},
                           BOTH_NORMS, qk_norm="head", norm_offset=1.0, embedding_by_width=True,
-                          windowed=by_pattern, local_theta=1e4, tokenizer="Gemma"),
+                          global_every=6, local_theta=1e4, tokenizer="Gemma"),
     "olmo3": Family(_OLMO | _WINDOW | {"rope_theta": 5e5}, POST_NORM, qk_norm="all",
-                    windowed=all_but_every(4), local_theta=5e5),
-    "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": 4,
+                    global_every=4, local_theta=5e5),
+    "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": None,
                                  "num_key_value_heads": 32},
-                      POST_NORM, qk_norm="head", windowed=by_pattern, nope_beside_windows=True),
+                      POST_NORM, qk_norm="head", global_every=4, nope_beside_windows=True),
 }
-
-
-# --------------------------------------------------------------------------------------------------
-# The config
 
 
 @dataclass
 class Config:
     """What the decoder needs to know of a checkpoint's `config.json`.
 
-    `rope` is the merged rotary setting with its `rope_type` and `rope_theta`; `windows` has one
-    entry a layer, the width of its sliding window in tokens or None for full attention.
+    `ropes` has the merged rotary setting with its `rope_type` and `rope_theta`, and another one if
+    layers with a window have their own (Gemma 3, OLMo-3); `windows` has one entry a layer, the
+    width of its sliding window in tokens or None for full attention.
     """
 
     family: Family
@@ -211,8 +137,7 @@ class Config:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: dict
-    local_rope: dict | None  # Gemma 3, OLMo-3: the rotary setting of the layers with a window
+    ropes: list[dict]
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -227,38 +152,50 @@ class Config:
     windows: list[int | None]
     rotated: list[bool]  # SmolLM3, EXAONE 4: layers that rotate queries and keys
     dtype: torch.dtype
-    eos_token_ids: list[int] = field(default_factory=list)
+    eos_token_ids: list[int]
 
     @classmethod
     def from_json(cls, raw: dict, where: str = "config.json") -> "Config":
         """Read both spellings in circulation: top-level `rope_theta` / `rope_scaling` /
-        `torch_dtype`, and `rope_parameters` / `dtype`.
-
-        Raises:
-            InputError: unknown model_type, RoPE kind, or a field whose value this decoder would
-                have to ignore, by name.
+        `torch_dtype`, and `rope_parameters` / `dtype`. InputError on an unknown model_type or RoPE
+        kind, or on a field whose value this decoder would have to ignore, by name.
         """
         family = _family(raw, where)
         known = COMMON | family.defaults
         fields = Fields({name: raw.get(name, known[name]) for name in known}, where)
+        size = partial(fields.integer, low=1, high=LARGEST)
+        scale = partial(fields.number, low=TINY, high=1e12)
         layers = fields.integer("num_hidden_layers", 1, 2**10)
-        windows = windowed_layers(fields, layers, family.windowed)
-        rotated = rotated_layers(fields, layers)
+        rotated = _rotated_layers(fields, layers)
+        windows = _windows(fields, family, rotated)
         if family.nope_beside_windows and fields.values["sliding_window"] is not None:
             rotated = [window is not None for window in windows]
-        rope, local_rope = _ropes(fields, family)
         bias = fields.flag("attention_bias")
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", default=heads)
+        head_dim = size("head_dim", default=max(hidden // heads, 1))
+        if heads % kv_heads or head_dim % 2:
+            raise InputError(f"{where}: {heads} query heads cannot share {kv_heads} key/value "
+                             f"heads of width {head_dim}")
+        embedding = hidden**0.5 if family.embedding_by_width else 1.0
+        divisor = scale("query_pre_attn_scalar", default=None)
+        attention = None if divisor is None else divisor**-0.5
         return cls(
-            family=family, vocab_size=fields.integer("vocab_size", 1, 2**22),
-            intermediate_size=fields.integer("intermediate_size", 1, LARGEST),
+            family=family, vocab_size=fields.integer("vocab_size", 1, 2**22), hidden_size=hidden,
+            intermediate_size=size("intermediate_size"), num_layers=layers, num_heads=heads,
+            num_kv_heads=kv_heads, head_dim=head_dim, windows=windows, rotated=rotated,
             max_position_embeddings=fields.integer("max_position_embeddings", 1, 2**30),
-            rms_norm_eps=fields.number("rms_norm_eps", 0, 1), num_layers=layers, windows=windows,
-            rotated=rotated, rope=rope, local_rope=local_rope,
+            rms_norm_eps=fields.number("rms_norm_eps", 0, 1), ropes=_ropes(fields, family),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             qkv_bias=bias or family.qkv_bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"),
             activation=_activation(fields), dtype=_dtype(fields),
             eos_token_ids=fields.integers("eos_token_id", 0, 2**22),
-            **_heads(fields), **_scales(fields, family))
+            embedding_scale=scale("embedding_multiplier", default=embedding),
+            attention_scale=scale("attention_multiplier", default=attention),
+            attention_cap=scale("attn_logit_softcapping", default=None),
+            final_cap=scale("final_logit_softcapping", default=None),
+            residual_scale=scale("residual_multiplier", default=1.0),
+            logits_divisor=scale("logits_scaling", default=1.0))
 
     @property
     def projections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -297,33 +234,42 @@ def tokenizer_class(raw: dict) -> str | None:
     return FAMILIES[kind].tokenizer if isinstance(kind, str) and kind in FAMILIES else None
 
 
-def _heads(fields: Fields) -> dict[str, int]:
-    """The width of the hidden states, and the heads that they are read with."""
-    hidden = fields.integer("hidden_size", 1, LARGEST)
-    heads = fields.integer("num_attention_heads", 1, LARGEST)
-    kv_heads = fields.integer("num_key_value_heads", 1, LARGEST, default=heads)
-    head_dim = fields.integer("head_dim", 1, LARGEST, default=max(hidden // heads, 1))
-    if heads % kv_heads or head_dim % 2:
-        raise InputError(f"{fields.where}: {heads} query heads cannot share {kv_heads} key/value "
-                         f"heads of width {head_dim}")
-    return {"hidden_size": hidden, "num_heads": heads, "num_kv_heads": kv_heads,
-            "head_dim": head_dim}
+def _rotated_layers(fields: Fields, layers: int) -> list[bool]:
+    """Which layers use RoPE: all but SmolLM3's every fourth, or as its list of 0 and 1 says."""
+    if fields.values.get("no_rope_layers") is None:
+        every = fields.integer("no_rope_layer_interval", 1, LARGEST, default=LARGEST)
+        return [(i + 1) % every != 0 for i in range(layers)]
+    flags = fields.integers("no_rope_layers", 0, 1)
+    if len(flags) < layers:
+        fields.refuse("no_rope_layers", "is not a 0 or 1 a layer")
+    return [bool(flag) for flag in flags[:layers]]
 
 
-def _scales(fields: Fields, family: Family) -> dict[str, float | None]:
-    """The factors and caps that some families have."""
-    def factor(name: str, default: float | None) -> float | None:
-        return fields.number(name, TINY, 1e12, default)
+def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | None]:
+    """Each layer's window in tokens, None for full attention: by layer_types.
 
-    embedding = fields.values["hidden_size"]**0.5 if family.embedding_by_width else 1.0
-    divisor = factor("query_pre_attn_scalar", None)
-    attention = None if divisor is None else divisor**-0.5
-    return {"embedding_scale": factor("embedding_multiplier", embedding),
-            "attention_scale": factor("attention_multiplier", attention),
-            "attention_cap": factor("attn_logit_softcapping", None),
-            "final_cap": factor("final_logit_softcapping", None),
-            "residual_scale": factor("residual_multiplier", 1.0),
-            "logits_divisor": factor("logits_scaling", 1.0)}
+    In files without it, no layer has one where use_sliding_window is off; else those without
+    positions have it (SmolLM3), those from max_window_layers on (Qwen), or all but every n-th.
+    """
+    values, layers = fields.values, len(rotated)
+    window = fields.integer("sliding_window", 1, 2**30, default=None)
+    types = values.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers or any(
+                t not in ("full_attention", "sliding_attention") for t in types):
+            fields.refuse("layer_types", "is not supported")
+        local = [t == "sliding_attention" for t in types]
+    elif window is None or ("use_sliding_window" in values
+                            and not fields.flag("use_sliding_window")):
+        local = [False] * layers
+    elif "no_rope_layers" in values:
+        local = [not yes for yes in rotated]
+    else:
+        first, every = 0, fields.integer("sliding_window_pattern", 1, LARGEST, family.global_every)
+        if "max_window_layers" in values:
+            first = fields.integer("max_window_layers", 0, LARGEST)
+        local = [i >= first and (i + 1) % every != 0 for i in range(layers)]
+    return [window if yes else None for yes in local]
 
 
 def _activation(fields: Fields) -> Callable:
@@ -344,11 +290,7 @@ def _dtype(fields: Fields) -> torch.dtype:
     return DTYPES[name]
 
 
-# --------------------------------------------------------------------------------------------------
-# Rotary settings
-
-
-def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
+def _ropes(fields: Fields, family: Family) -> list[dict]:
     """The rotary setting, from either spelling, and that of the layers with a window if the family
     has two; a top-level rope_scaling is then the other layers'.
 
@@ -360,27 +302,26 @@ def _ropes(fields: Fields, family: Family) -> tuple[dict, dict | None]:
     if family.local_theta is None:
         if by_layer_type:
             fields.refuse("rope_parameters", "(by layer type) is not supported")
-        rope = dict(old or new)
-        if fields.values["original_max_position_embeddings"] is not None:
-            name = "original_max_position_embeddings"
-            rope[name] = fields.values[name]
-        return _rope(rope, theta, fields, family), None
+        name = "original_max_position_embeddings"
+        original = {} if fields.values[name] is None else {name: fields.values[name]}
+        return [_rope((old or new) | original, theta, fields, family)]
     if new and not by_layer_type:
         fields.refuse("rope_parameters", "has no full_attention and sliding_attention")
     if "type" in old and "rope_type" not in old:
         fields.refuse("rope_scaling", "has type in place of rope_type, which transformers ignores")
     by_type = Fields(new, f"{fields.where}: rope_parameters")
-    full = _rope(by_type.object("full_attention") | old, theta, fields, family)
+    full = by_type.object("full_attention") | old
     if not full.get("truncate", True):  # transformers takes it for true here
         raise InputError(f"{fields.where}: truncate = false is not supported in rope_parameters")
-    theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
-    return full, _rope(by_type.object("sliding_attention"), theta, fields, family)
+    local_theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
+    return [_rope(full, theta, fields, family),
+            _rope(by_type.object("sliding_attention"), local_theta, fields, family)]
 
 
 def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
     """What rope.py reads of a rotary setting; raises on a kind we do not compute."""
     kind = given.get("rope_type") or given.get("type") or "default"
-    if not isinstance(kind, str) or kind not in family.rope_kinds:
+    if kind not in family.rope_kinds:
         raise InputError(f"{fields.where}: rope_type {str(kind)[:60]!r} is not supported "
                          f"(supported: {', '.join(family.rope_kinds)})")
     rope = Fields({"rope_theta": theta} | given, f"{fields.where}: rope_type {kind}")

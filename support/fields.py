@@ -26,8 +26,17 @@ class Fields:
         shown = str(self.values.get(name))[:60]
         raise InputError(f"{self.where}: {name} = {shown!r} {why}")
 
+    def _typed(self, name: str, kind: type, default: Any, why: str) -> Any:
+        """The value of a field if it is of this type."""
+        value = self.values.get(name)
+        if value is None and default is not REQUIRED:
+            return default
+        if not isinstance(value, kind):
+            self.refuse(name, why)
+        return value
+
     def number(self, name: str, low: float, high: float, default: Any = REQUIRED,
-               kind: type = float) -> float:
+               kind: type | tuple = (int, float)) -> float:
         """A number in [low, high]; a bool is none, an integer counts as a float."""
         value = self.values.get(name)
         if value is None and default is not REQUIRED:
@@ -51,26 +60,15 @@ class Fields:
 
     def flag(self, name: str, default: bool = False) -> bool:
         """A true or false; the text "false" would count as true."""
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, bool):
-            self.refuse(name, "is neither true nor false")
-        return default if value is None else value
+        return self._typed(name, bool, default, "is neither true nor false")
 
     def text(self, name: str, default: Any = REQUIRED) -> str:
         """A text."""
-        value = self.values.get(name)
-        if value is None and default is not REQUIRED:
-            return default
-        if not isinstance(value, str):
-            self.refuse(name, "is not a text")
-        return value
+        return self._typed(name, str, default, "is not a text")
 
     def object(self, name: str) -> dict:
         """An object of its own; empty if missing."""
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(name, "is not an object")
-        return value or {}
+        return self._typed(name, dict, {}, "is not an object")
 
 
 def read_fields(path: Path) -> Fields:
@@ -78,7 +76,6 @@ def read_fields(path: Path) -> Fields:
     return Fields(optional_json(path), str(path))
 
 
-def is_number(value: object, low: float, high: float, kind: type = float) -> bool:
+def is_number(value: object, low: float, high: float, kind: type | tuple = (int, float)) -> bool:
     """Whether a value from a JSON file is a number of this kind in [low, high]."""
-    kinds = int if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high

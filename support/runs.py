@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support.adapter import check_tensors, read_tensors
+from support.adapter import read_tensors
 from support.distributed import exchange, main_first, rank, world
 from support.fields import read_fields
 from support.hub import InputError, optional_json, write_file
@@ -121,6 +121,7 @@ class RunFolder:
         self._write(name, map(asdict, rows))
 
     def _write(self, name: str, rows: Iterable[dict]) -> None:
+        assert self.writes or rank() > 0, "a run is written within `with run:`"
         if self.writes:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_file(self.path / name, "".join(lines))
@@ -365,8 +366,7 @@ def load_training_state(path: Path, parameters: Sequence[nn.Parameter],
     if not path.exists():
         return 0
     try:
-        tensors = read_tensors(path)
-        check_tensors(tensors, here, path)
+        tensors = read_tensors(path, here)
         if tensors["step"] < 1:
             raise InputError(f"{path}: step {float(tensors['step']):g}")
     except InputError as error:

@@ -10,10 +10,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Folders, Tiny, copy_folder, edit_json
-from safetensors.torch import load_file, save_file
+from conftest import Folders, Tiny, copy_folder, edit_json, edit_tensors, reference
 from tiny import VOCAB, random_prompts, randomize_adapter
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
 from generate import router
 from model import Transformer, load
@@ -66,7 +65,7 @@ def test_every_family_equals_peft(family: str, gate_layer: int,
     """PEFT would compute something else from our files; a projection behind the gate would have no
     adapter; or a gradient not be that of autograd through PEFT's model and a naive KL."""
     folder = tiny_checkpoint(family)
-    net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    net, base = load(folder), reference(folder)
     prism = randomize_adapter(PRISM(net, 4, 8.0, gate_layer=gate_layer))
     prism.save(tmp_path)
     ids, _ = random_prompts(net.config.vocab_size, 3, 12)
@@ -103,12 +102,13 @@ def test_fused_adapter_that_is_not_block_diagonal(tiny_checkpoint: Tiny, tmp_pat
     """Phi-3's qkv_proj, trained further elsewhere, may mix the parts: refused, not cut."""
     net = load(tiny_checkpoint("phi3"))
     PRISM(net, 4).save(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = "base_model.model.model.layers.1.self_attn.qkv_proj"
-    assert tensors[f"{name}.lora_A.weight"].shape == (12, 64)
-    tensors[f"{name}.lora_B.weight"][0, 11] = 1.0  # a query row reads the values' h
-    save_file(tensors, path)
+
+    def mix(tensors: dict[str, Tensor]) -> None:
+        name = "base_model.model.model.layers.1.self_attn.qkv_proj"
+        assert tensors[f"{name}.lora_A.weight"].shape == (12, 64)
+        tensors[f"{name}.lora_B.weight"][0, 11] = 1.0  # a query row reads the values' h
+
+    edit_tensors(tmp_path / "adapter_model.safetensors", mix)
     with pytest.raises(InputError, match="layers.1.self_attn.qkv_proj"):
         PRISM.load(tmp_path, net)
 
@@ -136,14 +136,13 @@ def test_an_adapter_trained_elsewhere(family: str, kind: str, tiny_checkpoint: T
     """An adapter of PEFT's would be read wrongly: ranks, alphas, subsets of projections and layers,
     rslora. It has no gate, so every row is gated; saved and loaded again it is the same."""
     folder, theirs = tiny_checkpoint(family), tmp_path / "theirs"
-    net, base = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    net, base = load(folder), reference(folder)
     torch.manual_seed(0)  # PEFT draws the weights; some are so large that rounding counts
     peft.get_peft_model(base, peft.LoraConfig(
         **{"r": 3, "lora_alpha": 7, "init_lora_weights": False, "task_type": "CAUSAL_LM",
            **ELSEWHERE[kind]})).save_pretrained(theirs)
     ids, lengths = random_prompts(net.config.vocab_size, 4, 16)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    wanted = peft.PeftModel.from_pretrained(base, theirs).eval()(ids).logits
+    wanted = peft.PeftModel.from_pretrained(reference(folder), theirs).eval()(ids).logits
     prism = PRISM.load(theirs, net)
     torch.testing.assert_close(prism(ids, 4), wanted, rtol=0, atol=3e-4)
     assert float((wanted - net(ids)).abs().max()) > 0.1
@@ -162,8 +161,7 @@ def test_an_adapter_trained_elsewhere(family: str, kind: str, tiny_checkpoint: T
 def peft_folder(folder: Path, tmp_path_factory: Folders) -> Path:
     """A folder of PEFT's own for the tiny model."""
     made = tmp_path_factory.mktemp("peft")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    peft.get_peft_model(base, peft.LoraConfig(
+    peft.get_peft_model(reference(folder), peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(made)
     return made
 
@@ -182,23 +180,18 @@ PEFT_VALUES = {
     "init_lora_weights": ["pissa"]}
 
 
-@pytest.mark.parametrize("field, value", [
-    (field, value) for field, values in PEFT_VALUES.items() for value in values],
+@pytest.mark.parametrize("named, change", [
+    *((rf"\b{field}\b", {field: value}) for field, values in PEFT_VALUES.items()
+      for value in values),
+    ("peft_type .* is missing; it is not an adapter of PEFT", None)],  # as in MLX's file
     ids=lambda value: str(value)[:24])
-def test_a_setting_of_peft_that_cannot_be_computed(field: str, value: object, net: Transformer,
-                                                   elsewhere: Path) -> None:
+def test_a_setting_of_peft_that_cannot_be_computed(named: str, change: dict | None,
+                                                   net: Transformer, elsewhere: Path) -> None:
     """A value of another type, out of range, or that makes it more than a LoRA (DoRA, trained
     biases) would be ignored, or end in a traceback as in PEFT."""
-    edit_json(elsewhere / "adapter_config.json", lambda c: c.update({field: value}))
-    with pytest.raises(InputError, match=rf"\b{field}\b"):
-        PRISM.load(elsewhere, net)
-
-
-def test_an_adapter_of_mlx(net: Transformer, elsewhere: Path) -> None:
-    """MLX's file of the same name would be refused for a field that only PEFT's has."""
-    (elsewhere / "adapter_config.json").write_text(json.dumps(
-        {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20}}))
-    with pytest.raises(InputError, match="peft_type .* is missing; it is not an adapter of PEFT"):
+    edit_json(elsewhere / "adapter_config.json",
+              lambda c: c.update(change) if change else c.pop("peft_type"))
+    with pytest.raises(InputError, match=named):
         PRISM.load(elsewhere, net)
 
 
@@ -217,9 +210,8 @@ def test_a_tensor_that_does_not_fit(change: Callable, theirs: bool, net: Transfo
         (saved / "prism.json").unlink()
         (saved / "gate.safetensors").unlink()
     assert PRISM.load(saved, net).rank == 4
-    tensors = load_file(saved / "adapter_model.safetensors")
-    change(tensors, "base_model.model.model.layers.2.mlp.up_proj")
-    save_file(tensors, saved / "adapter_model.safetensors")
+    edit_tensors(saved / "adapter_model.safetensors",
+                 lambda t: change(t, "base_model.model.model.layers.2.mlp.up_proj"))
     with pytest.raises(InputError, match=r"layers\.2\.mlp\.up_proj|no LoRA|is missing"):
         PRISM.load(saved, net)
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
-from conftest import Folders, Tiny, build_tiny, copy_folder, edit_json
-from safetensors.torch import load_file, save_file
+from conftest import Folders, Tiny, build_tiny, copy_folder, edit_json, edit_tensors
 from test_model import assert_parity, random_ids
 from torch import Tensor
 
@@ -37,13 +35,6 @@ def test_sharded_checkpoint_equals_single_file(sharded: Path, tiny_checkpoint: T
     assert_parity(sharded)
 
 
-def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Apply `change` to the tensors of model.safetensors."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 K2 = "model.layers.2.self_attn.k_proj.weight"
 
 
@@ -61,7 +52,8 @@ def test_wrong_tensor_is_named(family: str, name: str, tensor: Tensor | None,
                                tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """A missing, unexpected or wrongly shaped tensor would be made up, ignored or not be named."""
     folder = copy_folder(tiny_checkpoint(family), tmp_path / "c")
-    rewrite_tensors(folder, lambda t: t.pop(name) if tensor is None else t.update({name: tensor}))
+    edit_tensors(folder / "model.safetensors",
+                 lambda t: t.pop(name) if tensor is None else t.update({name: tensor}))
     with pytest.raises(InputError, match=re.escape(name)):
         load(folder)
 
@@ -72,11 +64,11 @@ def test_head_in_a_tied_checkpoint(family: str, tiny_checkpoint: Tiny, tmp_path:
     error. Another head than the embedding is used, as by transformers since version 5."""
     folder = copy_folder(tiny_checkpoint(family, tie_word_embeddings=True), tmp_path / "c")
     before = load(folder)(random_ids(1, 6))
-    rewrite_tensors(folder, lambda t: t.update({
+    edit_tensors(folder / "model.safetensors", lambda t: t.update({
         HEAD: t[EMBEDDING].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     net = load(folder)
     assert net.lm_head is net.embed_tokens and torch.equal(net(random_ids(1, 6)), before)
-    rewrite_tensors(folder, lambda t: t.update({HEAD: t[EMBEDDING].flip(0)}))
+    edit_tensors(folder / "model.safetensors", lambda t: t.update({HEAD: t[EMBEDDING].flip(0)}))
     assert_parity(folder)
     assert load(folder, layers=1).lm_head.shape == net.lm_head.shape
 
@@ -112,6 +104,6 @@ def test_fingerprint_is_that_of_the_checkpoint(tiny_checkpoint: Tiny, sharded: P
     for name in (EMBEDDING, HEAD, "model.layers.0.self_attn.q_proj.weight",
                  "model.layers.3.mlp.down_proj.weight", "model.layers.2.self_attn.k_proj.bias",
                  "model.norm.weight"):
-        rewrite_tensors(copy, lambda tensors: tensors[name].view(-1)[:1].add_(1.0))
+        edit_tensors(copy / "model.safetensors", lambda t: t[name].view(-1)[:1].add_(1.0))
         found.append(fingerprint(copy))
     assert len(set(found)) == len(found)

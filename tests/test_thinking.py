@@ -139,7 +139,7 @@ def test_turn_marks_cannot_be_forged(tok: Tokenizer) -> None:
     assert tok.decode([USER, THINK, END_THINK, ASSISTANT]) == "<think></think>"
 
 
-def test_no_user_thinks(tok: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_no_user_thinks(tok: Tokenizer, folder: Path, run: RunFolder, monkeypatch: Patch) -> None:
     """Stage 1: a user's turn would open a think block, or not end where the assistant's begins."""
     opened = tok.open_user_turn(TUTOR)
     assert opened[-1] == USER and not {THINK, END_THINK} & set(opened)
@@ -147,16 +147,15 @@ def test_no_user_thinks(tok: Tokenizer, folder: Path, tmp_path: Path, monkeypatc
     writer = load(folder, dtype=torch.float32)
     only = torch.full((writer.config.vocab_size,), -50.0).index_fill(0, torch.tensor(ASSISTANT), 0)
     monkeypatch.setattr(writer, "head", lambda x: only.expand(*x.shape[:-1], -1))
-    write_queries(RunFolder(tmp_path), writer, tok, {"tutor": TUTOR}, 2, 0, "continue")
-    rows = rows_of(tmp_path, "candidates.jsonl")
+    write_queries(run, writer, tok, {"tutor": TUTOR}, 2, 0, "continue")
+    rows = rows_of(run.path, "candidates.jsonl")
     assert all(row["complete"] and row["text"] in ("", *OPENINGS) for row in rows)
 
 
 def test_answers_are_kept_judged_and_distilled_whole(net: Transformer, tok: Tokenizer,
-                                                     tmp_path: Path, monkeypatch: Patch) -> None:
+                                                     run: RunFolder, monkeypatch: Patch) -> None:
     """Stages 2, 3 and 5: thoughts would be lost, or not begin in the open block of the prompt."""
     asked = [Query("tutor", i, f"How do I draw tree {n}?") for i, n in enumerate("abcdefgh")]
-    run = RunFolder(tmp_path)
     answered = write_answers(run, net, tok, {"tutor": TUTOR}, asked, 48, 0)
     thought = [p for p in answered if END_THINK in p.base_ids and END_THINK in p.expert_ids]
     assert len(thought) > 1
