@@ -763,8 +763,9 @@ def replacements(s: Setup) -> dict[str, object]:
                                      self.sampling.temperature)
                 self.prompt_tokens += sum(len(requests[i].ids) for i in some)
                 self.new_tokens += sum(map(len, rows))
-                yield from (Output(i, ids, "eos" if ids[-1] in self.stop_ids else "length")
-                            for i, ids in zip(some, rows))
+                for i, ids in zip(some, rows):
+                    stop = "eos" if ids[-1] in self.stop_ids else "length"
+                    yield Output(i, requests[i], len(ids), ids, stop)
 
     @torch.inference_mode()
     def log_probabilities(net: Transformer, prompts: Sequence, targets: Sequence,

@@ -146,21 +146,19 @@ class GatedLoRALinear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(total, dtype=dtype), requires_grad=False)
 
-    def forward(self, x: Tensor, lora: LoRA | None = None, k: int | Tensor = 0,
+    def forward(self, x: Tensor, lora: LoRA | None = None, k: int = 0,
                 generator: torch.Generator | None = None,
                 inner: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Map x [B, T, d] to [B, T, sum o_i], the adapter on rows [:k] only.
 
         Args:
             lora: the adapter of this layer; None leaves the base model.
-            k: number of leading rows to adapt, 0 <= k <= B; or, to answer with shapes that do not
-                depend on it, a column [B, 1, 1] that is 1 in rows to adapt and 0 in others.
+            k: number of leading rows to adapt, 0 <= k <= B.
             generator: source of the dropout mask; None means no dropout (inference).
             inner: what is mapped is inner(x) instead of x. An adapted layer then keeps x for the
                 backward pass and computes inner(x) again, where autograd would keep both.
         """
-        by_column = isinstance(k, Tensor)
-        adapted = lora is not None and (by_column or k > 0)
+        adapted = lora is not None and k > 0
         if adapted and (generator is not None or torch.is_grad_enabled()):
             return GatedLoRAFunction.apply(x, self.weight, self.bias, inner, k, lora, generator,
                                            lora.A, *lora.B)
@@ -168,9 +166,6 @@ class GatedLoRALinear(nn.Module):
         y = linear(x, self.weight, self.bias)
         if adapted:
             A, B = lora.stacked(x.dtype)
-            rows = len(x) if by_column else k
-            h = x[:rows] @ A.t()
-            if by_column:
-                h = h * k
-            y[:rows].flatten(0, -2).addmm_(h.flatten(0, -2), B.t())
+            h = x[:k] @ A.t()
+            y[:k].flatten(0, -2).addmm_(h.flatten(0, -2), B.t())
         return y

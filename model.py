@@ -131,7 +131,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(q, config)
             self.k_norm = RMSNorm(kv, config)
 
-    def forward(self, x: Tensor, at: Positions, lora: Modules, k: int | Tensor,
+    def forward(self, x: Tensor, at: Positions, lora: Modules, k: int,
                 generator: Generator) -> Tensor:
         """x [B, T, d] -> [B, T, d]; writes the keys and values to at.cache if there is one."""
         B, T, _ = x.shape
@@ -181,7 +181,7 @@ class MLP(nn.Module):
         self.down_proj = GatedLoRALinear(widths[0], (d,), config.mlp_bias, config.dtype)
         self.f = config.activation
 
-    def forward(self, x: Tensor, lora: Modules, k: int | Tensor,
+    def forward(self, x: Tensor, lora: Modules, k: int,
                 generator: Generator) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
         gate_up = self.gate_up_proj(x, lora and lora["gate_up_proj"], k, generator)
@@ -208,7 +208,7 @@ class Block(nn.Module):
                 norm = RMSNorm(config.hidden_size, config)
             self.add_module(place, norm)
 
-    def forward(self, x: Tensor, at: Positions, lora: Modules = None, k: int | Tensor = 0,
+    def forward(self, x: Tensor, at: Positions, lora: Modules = None, k: int = 0,
                 generator: Generator = None) -> Tensor:
         """x [B, T, d] -> [B, T, d]; `lora` holds this layer's adapter, for the leading k rows."""
         y = self.self_attn(self.before_attention(x), at, lora, k, generator)
@@ -297,12 +297,12 @@ class Transformer(nn.Module):
         return x * float(torch.tensor(scale, dtype=x.dtype, device="cpu"))
 
     def run(self, x: Tensor, at: Positions, layers: range, adapter: Sequence | None = None,
-            k: int | Tensor = 0, generator: Generator = None) -> Tensor:
+            k: int = 0, generator: Generator = None) -> Tensor:
         """Run x [B, T, d] through the given layers.
 
         Args:
             adapter: one entry a layer, its LoRA modules or None; None altogether is the base model.
-            k: the adapter applies to the leading k rows, or to those that a column [B, 1, 1] marks.
+            k: the adapter applies to the leading k rows.
             generator: source of LoRA dropout masks while training, else None.
         """
         for i in layers:

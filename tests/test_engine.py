@@ -127,16 +127,11 @@ class WatchedEngine(Engine):
     mixed = False  # whether both routes were ever busy at once
 
     def check(self) -> None:
-        """Gated rows come first, none twice, and the device knows what the slots say."""
-        rows = [slot.out for slot in self.busy]
+        """Gated rows come first, and none twice."""
+        rows = self.busy
         self.mixed |= 0 < self.k < len(rows)
         assert [row.routed for row in rows] == [True] * self.k + [False] * (len(rows) - self.k)
         assert len(rows) <= self.slots and len({row.index for row in rows}) == len(rows)
-        if rows:
-            tokens, lengths, counts, *_ = self.state[:len(rows)].T.tolist()
-            assert tokens == [row.ids[-1] for row in rows]
-            assert lengths == [slot.length for slot in self.busy]
-            assert counts == [len(row.ids) for row in rows]
 
     def _collect(self) -> list[Output]:
         self.check()
@@ -184,9 +179,9 @@ def test_static_steps_have_few_shapes(net: Transformer, monkeypatch: pytest.Monk
     engine, shapes = Engine(net, GREEDY, set(), 5), []
     engine.static, advance = True, engine._advance
 
-    def watched(rows: int, keys: int, k: int | None) -> None:
-        shapes.append((rows, keys))
-        advance(rows, keys, k)
+    def watched(state: Tensor, keys: int, k: int) -> Tensor:
+        shapes.append((len(state), keys))
+        return advance(state, keys, k)
 
     engine._advance = watched
     prompts = prompts_of([3, 4, 9, 12, 17, 5, 6])
