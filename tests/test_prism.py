@@ -116,12 +116,6 @@ def test_prefill_is_one_pass(net: Transformer, gate_layer: int, gate: str, opene
 # Losses
 
 
-def states(n: int, d: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random post-norm hidden states [n, d]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator).to(dtype)
-
-
 def naive_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float,
              cap: float | None = None) -> Tensor:
     """T^2 sum KL(teacher || student) by torch's own functions on full logits."""
@@ -135,35 +129,30 @@ def naive_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: floa
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("rows", [1, 7, 51])
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_distill_loss_is_the_naive_kl(net: Transformer, monkeypatch: pytest.MonkeyPatch,
-                                      rows: int, temperature: float, cap: float | None) -> None:
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_distill_loss_is_the_naive_kl(folder: Path, monkeypatch: pytest.MonkeyPatch, rtol: float,
+                                      dtype: torch.dtype, rows: int, temperature: float,
+                                      cap: float | None) -> None:
     """Chunks of `rows` tokens, three worked on at once, would not give the value and gradient of
-    KL(teacher || student) on full logits, soft-capped ones, too."""
+    KL(teacher || student) on full logits, soft-capped ones, too; or the loss of bf16 states be
+    bf16's, or the gradient not have the student's dtype."""
+    net = load(folder, dtype=dtype)
     monkeypatch.setattr(net.config, "final_cap", cap)
     monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", rows * VOCAB)
     monkeypatch.setattr(cpu, "CACHED_ELEMENTS", 3 * VOCAB)
-    student, teacher = states(50, seed=1).requires_grad_(), states(50, seed=2)
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 50, 32, generator=generator).to(dtype)
+    student.requires_grad_()
     mine = distill_loss(student, teacher, net, temperature)
     (3 * mine).backward()
-    reference = student.detach().clone().requires_grad_()
-    naive = naive_kl(reference, teacher, net.lm_head, temperature, cap)
+    reference = student.detach().float().requires_grad_()
+    naive = naive_kl(reference, teacher.float(), net.lm_head.float(), temperature, cap)
     (3 * naive).backward()
-    torch.testing.assert_close(mine, naive, rtol=1e-5, atol=0)
+    assert mine.dtype == torch.float32 and student.grad.dtype == dtype
+    torch.testing.assert_close(mine, naive, rtol=rtol, atol=0)
     scale = float(reference.grad.abs().max())
-    torch.testing.assert_close(student.grad, reference.grad, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(student.grad.float(), reference.grad, rtol=0, atol=rtol * scale)
     assert mine.item() > 50 * 0.01 and teacher.grad is None
-
-
-def test_distill_loss_under_bf16(folder: Path) -> None:
-    """The loss of bf16 states would be bf16's, or the gradient not have the student's dtype."""
-    net = load(folder, dtype=torch.bfloat16)
-    student = states(30, seed=1, dtype=torch.bfloat16).requires_grad_()
-    teacher = states(30, seed=2, dtype=torch.bfloat16)
-    loss = distill_loss(student, teacher, net)
-    loss.backward()
-    exact = naive_kl(student.detach().float(), teacher.float(), net.lm_head.float(), 1.0)
-    assert loss.dtype == torch.float32 and student.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
 
 
 def test_gate_loss_is_balanced_cross_entropy() -> None:
