@@ -3,7 +3,7 @@
 It keeps a fixed number of slots busy: prompts are read in groups, every step advances all
 slots by one token, and a slot that finishes is refilled at once from the queue (continuous
 batching, Orca, OSDI 2022). Rows stay ordered gated-first, so one step serves adapted and base rows
-together.
+together. Between steps the device keeps the cache alone: the host tells each step what to read.
 
 What was simplified: no paged cache (one row a slot, as long as the longest request needs), and a
 prompt is read whole, not in pieces between decoding steps.
@@ -31,6 +31,7 @@ from support.hub import InputError
 # Steps of fixed shapes, rounded up to so many keys. Never run on a GPU yet, so only if asked for.
 STATIC, STATIC_KEYS = os.environ.get("PRISM_STATIC") == "1", 256
 MOST_PADDING = 1.25  # longest of the shared beginnings that are read together, over the shortest
+Rows = Sequence[Sequence[int]]  # of token ids
 
 
 @dataclass
@@ -98,7 +99,7 @@ class PrefixReader:
         self.prefixes: dict[tuple[int, ...], tuple[KVCache, int]] = {}
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[Sequence[int]], shared: Sequence[int],
+    def read(self, rows: Rows, shared: Sequence[int],
              fill: bool = True) -> tuple[Tensor, Tensor, KVCache | None]:
         """Run every row from position shared[i] on, after its first shared[i] ids.
 
@@ -126,14 +127,15 @@ class PrefixReader:
                 cache.copy(at, *self.prefixes[tuple(row[:n])], n)
         return *self._run(rests, cache, start, keys), cache
 
-    def _run(self, rows: Sequence[Sequence[int]], cache: KVCache | None,
-             start: Tensor | None = None, keys: int | None = None) -> tuple[Tensor, Tensor]:
+    def _run(self, rows: Rows, cache: KVCache | None, start: Tensor | None = None,
+             keys: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of ids through all layers: the states [B, T, d] and the lengths [B]."""
         net = self.net
         ids, lengths = pad(rows, net.device)
         self.tokens += sum(map(len, rows))
-        at, layers = net.positions(ids.shape, cache, start, keys), range(len(net.layers))
-        return net.run(net.embed(ids), at, layers, self.adapter, len(ids)), lengths
+        at = net.positions(ids.shape, cache, start, keys)
+        x = net.run(net.embed(ids), at, range(len(net.layers)), self.adapter, len(ids))
+        return x, lengths
 
 
 class Engine:
@@ -189,7 +191,8 @@ class Engine:
         # step runs the leading rows, its adapter the first k. `_insert` and `_remove` keep it so.
         self.busy: list[Output] = []
         self.k = 0
-        self.draws: dict[int, list[float]] = {}  # of each busy one: the uniform number of a token
+        # Of each of them, the uniform numbers that its tokens are drawn with.
+        self.draws: dict[int, list[float]] = {}
         self.on_token, self.graphs = on_token, {}
         self.pool = torch.cuda.graph_pool_handle() if self.cache.kv.is_cuda else None
         with progress_bar(bar, "answer", total=len(queue)) as shown:
@@ -208,25 +211,25 @@ class Engine:
 
     def _admit(self, outs: list[Output]) -> None:
         """Read prompts, draw their first tokens, and give each a slot."""
-        if self.prism is None:
-            ids, prefixes = zip(*((out.request.ids, out.request.prefix) for out in outs))
-            x, lengths, cache = self.reader.read(ids, prefixes)
-            hidden = self.net.norm(last_states(x, lengths))
-        else:
-            hidden, cache, outs = self._read_routed(outs)
+        outs, hidden, cache = self._read(outs)
         for out in outs:
-            generator = torch.Generator().manual_seed(out.request.seed)  # the host's, on a GPU too
+            # On the host, so that all devices draw the same.
+            generator = torch.Generator().manual_seed(out.request.seed)
             self.draws[out.index] = torch.rand(out.limit, generator=generator).tolist()
         self._draw(outs, hidden)
         for row, out in enumerate(outs):
             self._insert(out, cache, row)
 
-    def _read_routed(self, outs: list[Output]) -> tuple[Tensor, KVCache, list[Output]]:
-        """Prompts through the gate: the states [B, d] at their last tokens, gated rows first, the
-        cache that holds them, and the outputs in that order, with their routes."""
+    def _read(self, outs: list[Output]) -> tuple[list[Output], Tensor, KVCache]:
+        """Prompts through the model: the outputs, gated ones first and told their routes, the
+        states [B, d] at their last tokens, and the cache that holds them."""
         requests, mask = [out.request for out in outs], None
-        ids, lengths = pad([r.ids for r in requests], self.net.device)
-        self.reader.tokens += sum(len(r.ids) for r in requests)
+        rows = [r.ids for r in requests]
+        if self.prism is None:
+            x, lengths, cache = self.reader.read(rows, [r.prefix for r in requests])
+            return outs, self.net.norm(last_states(x, lengths)), cache
+        self.reader.tokens += sum(map(len, rows))
+        ids, lengths = pad(rows, self.net.device)
         cache = KVCache(self.net, *ids.shape)
         if requests[0].user_mask is not None:
             mask = pad([r.user_mask for r in requests], self.net.device)[0].bool()
@@ -237,7 +240,7 @@ class Engine:
         outs = [outs[at] for at in routed.order]
         for out in outs[:routed.k]:
             out.routed = True
-        return routed.hidden, cache, outs
+        return outs, routed.hidden, cache
 
     def _insert(self, out: Output, source: KVCache, source_row: int) -> None:
         """Give an answer the row behind all others or, if the adapter answers it, the row behind
@@ -269,10 +272,12 @@ class Engine:
     def _step(self) -> None:
         """A token more for every busy slot."""
         rows, keys = len(self.busy), max(out.cached for out in self.busy) + 1
-        state = [(out.ids[-1], out.cached) for out in self.busy]
-        state = upload(torch.tensor(state), self.net.device)
-        advance = self._replay if self.static and self.k in (0, rows) else self._advance
-        self._draw(self.busy, advance(state, keys, self.k)[:rows])
+        state = torch.tensor([(out.ids[-1], out.cached) for out in self.busy])
+        advance = self._advance
+        if self.static and self.k in (0, rows):
+            advance = self._replay
+        hidden = advance(upload(state, self.net.device), keys, self.k)
+        self._draw(self.busy, hidden[:rows])
 
     def _advance(self, state: Tensor, keys: int, k: int) -> Tensor:
         """The post-norm states [B, d] of the last token in each of the leading rows.
@@ -284,18 +289,19 @@ class Engine:
         """
         net = self.net
         at = net.positions((len(state), 1), self.cache, state[:, 1], keys)
-        x, layers = net.embed(state[:, :1]), range(len(net.layers))
-        return net.norm(net.run(x, at, layers, self.adapter, k)[:, -1])
+        x = net.embed(state[:, :1])
+        x = net.run(x, at, range(len(net.layers)), self.adapter, k)
+        return net.norm(x[:, -1])
 
     def _replay(self, state: Tensor, keys: int, k: int) -> Tensor:
         """`_advance`, where all rows take one route, in few shapes: the next power of two of rows,
-        the next multiple of STATIC_KEYS of keys. On a GPU each becomes a CUDA graph: recorded once,
-        it is launched at once, where the host needs longer for a small model's kernels than the
-        GPU."""
+        the next multiple of STATIC_KEYS of keys. On a GPU each becomes a CUDA graph, recorded once
+        and launched as one: a small model's kernels take longer to launch than to run."""
         _, slots, _, capacity, _ = self.cache.kv.shape
         rows = min(1 << (len(state) - 1).bit_length(), slots)
         keys = min(math.ceil(keys / STATIC_KEYS) * STATIC_KEYS, capacity)
-        state, k = F.pad(state, (0, 0, 0, rows - len(state))), rows if k else 0
+        state = F.pad(state, (0, 0, 0, rows - len(state)))
+        k = rows if k else 0
         if not state.is_cuda:
             return self._advance(state, keys, k)
         shape = rows, keys, k
@@ -340,7 +346,7 @@ class Engine:
         return finished
 
 
-def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Sequence[int],
+def hidden_states(net: Transformer, rows: Rows, starts: Sequence[int],
                   shared: Sequence[int] | None = None, adapter: nn.ModuleList | None = None,
                   bar: str | None = None,
                   reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
@@ -376,8 +382,8 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
     return states, reader.tokens - before
 
 
-def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
-                            targets: Sequence[Sequence[int]],
+def token_log_probabilities(net: Transformer, prompts: Rows,
+                            targets: Rows,
                             shared: Sequence[int] | None = None, bar: str | None = None,
                             reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """log P(target token | all before it) of each prompt + target: fp32 tensors [len(target)], and
