@@ -13,11 +13,12 @@ from tiny import VOCAB, random_prompts, randomize_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine import pad
+from generate import gate_inputs
 from model import Transformer, load
 from prism import PRISM, Gate, distill_loss, gate_loss
 from support import cpu
 from support.hub import InputError
+from support.messages import conversation
 from tokenizer import Tokenizer
 import prism as prism_module
 
@@ -66,10 +67,8 @@ def test_the_gate_that_is_trained_is_the_gate_that_routes(
     prism = randomize_adapter(PRISM(net, 4, gate_pool=pool, gate_layer=gate_layer))
     prism.gate.mean.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     prism.gate.deviation.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
-    ids, masks = zip(*[tok.render([{"role": "user", "content": text}], return_user_mask=True)
-                       for text in MESSAGES])
-    ids, lengths = pad(ids, "cpu")
-    mask = pad(masks, "cpu")[0].bool() if pool == "mean" else None
+    talks = list(map(conversation, MESSAGES))
+    ids, lengths, mask = gate_inputs(pool, tok, talks, torch.device("cpu"))
     alone = prism.gate_probability(ids, lengths, mask)
     h = prism.features(ids, lengths, mask)
     torch.testing.assert_close(prism.gate(h).sigmoid(), alone, rtol=0, atol=1e-6)
