@@ -746,8 +746,9 @@ def replacements(s: Setup) -> dict[str, object]:
                                      self.sampling.temperature)
                 self.prompt_tokens += sum(len(requests[i].ids) for i in some)
                 self.new_tokens += sum(map(len, rows))
-                yield from (Output(i, ids, "eos" if ids[-1] in self.stop_ids else "length")
-                            for i, ids in zip(some, rows))
+                for i, ids in zip(some, rows):
+                    stop = "eos" if ids[-1] in self.stop_ids else "length"
+                    yield Output(i, requests[i], len(ids), ids, stop)
 
     def read_whole(model: torch.nn.Module, rows: Sequence, batch: int) -> Iterator:
         """The index and the logits or last states of rows read whole, `batch` at a time."""

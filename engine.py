@@ -3,7 +3,7 @@
 It keeps a fixed number of slots busy: prompts are read in groups, every step advances all
 slots by one token, and a slot that finishes is refilled at once from the queue (continuous
 batching, Orca, OSDI 2022). Rows stay ordered gated-first, so one step serves adapted and base rows
-together.
+together. Between steps the device keeps the cache alone: the host tells each step what to read.
 
 What was simplified: no paged cache (one row a slot, as long as the longest request needs), and a
 prompt is read whole, not in pieces between decoding steps.
@@ -19,7 +19,7 @@ from typing import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from model import KVCache, Positions, Transformer
+from model import KVCache, Transformer
 from prism import PRISM, last_states
 from sampling import Sampling, sample
 from support.config import kept_tokens
@@ -30,6 +30,7 @@ from support.hub import InputError
 # Steps of fixed shapes, rounded up to so many keys. Never run on a GPU yet, so only if asked for.
 STATIC, STATIC_KEYS = os.environ.get("PRISM_STATIC") == "1", 256
 MOST_PADDING = 1.25  # longest of the shared beginnings that are read together, over the shortest
+Rows = Sequence[Sequence[int]]  # of token ids
 
 
 @dataclass
@@ -48,10 +49,13 @@ class Request:
 
 @dataclass
 class Output:
-    """What the engine made of request `index`: sampled ids (the stop token included), the reason it
-    stopped ("eos" or "length"), the gate's probability (None without one) and its route."""
+    """What the engine made of request `index`: sampled ids (the stop token included, at most
+    `limit`), the reason it stopped ("eos" or "length"), the gate's probability (None without one)
+    and its route."""
 
     index: int
+    request: Request
+    limit: int
     ids: list[int] = field(default_factory=list)
     stop: str | None = None
     gate: float | None = None
@@ -61,6 +65,11 @@ class Output:
     def text_ids(self) -> list[int]:
         """The ids without the token that ended them."""
         return self.ids[:-1] if self.stop == "eos" else self.ids
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the cache holds: all but the last, which the next step reads."""
+        return len(self.request.ids) + len(self.ids) - 1
 
 
 def group_by_length(rows: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
@@ -89,49 +98,43 @@ class PrefixReader:
         self.prefixes: dict[tuple[int, ...], tuple[KVCache, int]] = {}
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[Sequence[int]],
-             shared: Sequence[int]) -> tuple[Tensor, Tensor, KVCache]:
+    def read(self, rows: Rows, shared: Sequence[int],
+             fill: bool = True) -> tuple[Tensor, Tensor, KVCache | None]:
         """Run every row from position shared[i] on, after its first shared[i] ids.
 
         Returns the last layer's states [B, T, d] (before the final norm, right-padded), the lengths
-        [B] of those remainders, and the cache, which holds the whole rows.
+        [B] of those remainders, and the cache, which holds the whole rows. Without `fill` there is
+        none if no row needs one.
         """
-        net = self.net
+        net, cache, start = self.net, None, None
         wanted = {tuple(row[:n]) for row, n in zip(rows, shared) if n}
         if MOST_PADDING * sum(map(len, wanted | self.prefixes.keys())) > self.keep:
             self.prefixes = {}
         for group in group_by_length(wanted - self.prefixes.keys()):
-            ids, _ = pad(group, net.device)
-            cache = KVCache(net, *ids.shape)
-            self._run(ids, net.positions(ids.shape, cache))
+            held = KVCache(net, len(group), len(group[-1]))
+            self._run(group, held)
             for at, prefix in enumerate(group):
-                self.prefixes[prefix] = cache, at
-            self.tokens += sum(map(len, group))
+                self.prefixes[prefix] = held, at
         rests = [row[n:] for row, n in zip(rows, shared)]
-        ids, lengths = pad(rests, net.device)
-        self.tokens += sum(map(len, rests))
-        keys = max(shared) + ids.shape[1]
-        cache = KVCache(net, len(rows), keys)
+        keys = max(shared) + max(map(len, rests))
+        if wanted:
+            start = upload(torch.tensor(shared), net.device)
+        if wanted or fill:
+            cache = KVCache(net, len(rows), keys)
         for at, (row, n) in enumerate(zip(rows, shared)):
             if n:
                 cache.copy(at, *self.prefixes[tuple(row[:n])], n)
-        start = upload(torch.tensor(shared), net.device) if any(shared) else None
-        return self._run(ids, net.positions(ids.shape, cache, start, keys)), lengths, cache
+        return *self._run(rests, cache, start, keys), cache
 
-    def _run(self, ids: Tensor, at: Positions) -> Tensor:
-        """ids [B, T] through all layers, [B, T, d]."""
-        layers = range(len(self.net.layers))
-        return self.net.run(self.net.embed(ids), at, layers, self.adapter, len(ids))
-
-
-@dataclass
-class Slot:
-    """A row of the engine's cache: the answer that it works on, the tokens [0, length) that it
-    holds, and the uniform numbers [max_new_tokens] that its tokens are drawn with."""
-
-    out: Output
-    length: int
-    draws: Tensor
+    def _run(self, rows: Rows, cache: KVCache | None, start: Tensor | None = None,
+             keys: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of ids through all layers: the states [B, T, d] and the lengths [B]."""
+        net = self.net
+        ids, lengths = pad(rows, net.device)
+        self.tokens += sum(map(len, rows))
+        at = net.positions(ids.shape, cache, start, keys)
+        x = net.run(net.embed(ids), at, range(len(net.layers)), self.adapter, len(ids))
+        return x, lengths
 
 
 class Engine:
@@ -172,196 +175,184 @@ class Engine:
             on_token: called with (request index, token id) as soon as a token is drawn.
             bar: what a progress bar calls this work, if it takes seconds.
         """
-        context, self.on_token = self.net.config.max_position_embeddings, on_token
-        # Most new tokens of each request.
-        self.limits = [min(self.sampling.max_new_tokens, context - len(r.ids)) for r in requests]
-        for i, limit in enumerate(self.limits):
-            if limit < 1 or not requests[i].ids:
-                raise InputError(f"prompt {i} has {len(requests[i].ids)} tokens; the model reads "
+        context, queue = self.net.config.max_position_embeddings, []
+        for i, request in enumerate(requests):
+            limit = min(self.sampling.max_new_tokens, context - len(request.ids))
+            if limit < 1 or not request.ids:
+                raise InputError(f"prompt {i} has {len(request.ids)} tokens; the model reads "
                                  f"between 1 and {context - 1}")
+            queue.append(Output(i, request, limit))
         # Neighbours in the queue have like lengths: little padding while reading prompts.
-        queue = sorted(range(len(requests)), key=lambda i: (len(requests[i].ids), i))
-        sizes = [len(r.ids) + limit for r, limit in zip(requests, self.limits)]
-        self.capacity, slots = max(sizes, default=0), min(self.slots, len(requests))
-        device = self.net.device
-        # The busy slots, without gaps, and the adapter's before the base's: a step runs the leading
-        # rows of the cache, its adapter the first k of these. `_insert` and `_remove` keep it so.
-        self.busy: list[Slot] = []
+        queue.sort(key=lambda out: len(out.request.ids))
+        capacity = max((len(out.request.ids) + out.limit for out in queue), default=0)
+        self.cache = KVCache(self.net, min(self.slots, len(queue)), capacity)
+        # What the rows of the cache work on, without gaps, and the adapter's before the base's: a
+        # step runs the leading rows, its adapter the first k. `_insert` and `_remove` keep it so.
+        self.busy: list[Output] = []
         self.k = 0
-        self.cache, self.graphs = KVCache(self.net, slots, self.capacity), {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        # Of each slot: last token, cached tokens, drawn tokens, whether it is busy, and routed.
-        self.state = torch.zeros(slots, 5, dtype=torch.long, device=device)
-        self.draws = torch.zeros(slots, self.sampling.max_new_tokens, device=device)
-        with progress_bar(bar, "answer", total=len(requests)) as shown:
+        # Of each of them, the uniform numbers that its tokens are drawn with.
+        self.draws: dict[int, list[float]] = {}
+        self.on_token, self.graphs = on_token, {}
+        self.pool = torch.cuda.graph_pool_handle() if self.cache.kv.is_cuda else None
+        with progress_bar(bar, "answer", total=len(queue)) as shown:
             while queue or self.busy:
                 free = self.slots - len(self.busy)
                 # With many slots a few wait for each other, else every step would read a prompt.
                 if queue and free >= min(len(queue), max(1, self.slots // 32)):
                     group = queue[:free]
-                    del queue[:len(group)]
-                    self._admit(group, requests)
+                    del queue[:free]
+                    self._admit(group)
                 else:
                     self._step()
                 finished = self._collect()
                 shown.update(len(finished))
                 yield from finished
 
-    def _admit(self, group: list[int], requests: Sequence[Request]) -> None:
-        """Read the prompts of `group`, draw their first tokens, and give each a slot."""
-        chosen = [requests[i] for i in group]
-        if self.prism is None:
-            x, lengths, cache = self.reader.read([r.ids for r in chosen],
-                                                 [r.prefix for r in chosen])
-            hidden, outs = self.net.norm(last_states(x, lengths)), [Output(i) for i in group]
-        else:
-            hidden, cache, outs = self._read_routed(group, chosen)
-        slots = []
+    def _admit(self, outs: list[Output]) -> None:
+        """Read prompts, draw their first tokens, and give each a slot."""
+        outs, hidden, cache = self._read(outs)
         for out in outs:
-            request = requests[out.index]
-            generator = torch.Generator().manual_seed(request.seed)  # on the host: devices agree
-            draws = torch.rand(self.sampling.max_new_tokens, generator=generator)
-            slots.append(Slot(out, len(request.ids), upload(draws, self.net.device)))
-        first = torch.stack([slot.draws[0] for slot in slots])
-        tokens = sample(self.net.head(hidden), self.sampling, first).tolist()
-        for row, (slot, token) in enumerate(zip(slots, tokens)):
-            self._append(slot.out, token)
-            self._insert(slot, cache, row)
-        self._upload()
+            # On the host, so that all devices draw the same.
+            generator = torch.Generator().manual_seed(out.request.seed)
+            self.draws[out.index] = torch.rand(out.limit, generator=generator).tolist()
+        uniform = upload(torch.tensor(self._next_draws(outs)), self.net.device)
+        self._append(outs, sample(self.net.head(hidden), self.sampling, uniform))
+        for row, out in enumerate(outs):
+            self._insert(out, cache, row)
 
-    def _read_routed(self, group: Sequence[int],
-                     chosen: Sequence[Request]) -> tuple[Tensor, KVCache, list[Output]]:
-        """Prompts through the gate: the states [B, d] at their last tokens, gated rows first, the
-        cache that holds them, and the outputs in that order."""
-        ids, lengths = pad([r.ids for r in chosen], self.net.device)
-        self.reader.tokens += sum(len(r.ids) for r in chosen)
-        cache, mask = KVCache(self.net, *ids.shape), None
-        if chosen[0].user_mask is not None:
-            mask = pad([r.user_mask for r in chosen], self.net.device)[0].bool()
+    def _read(self, outs: list[Output]) -> tuple[list[Output], Tensor, KVCache]:
+        """Prompts through the model: the outputs, gated ones first and told their routes, the
+        states [B, d] at their last tokens, and the cache that holds them."""
+        requests, mask = [out.request for out in outs], None
+        rows = [r.ids for r in requests]
+        if self.prism is None:
+            x, lengths, cache = self.reader.read(rows, [r.prefix for r in requests])
+            return outs, self.net.norm(last_states(x, lengths)), cache
+        self.reader.tokens += sum(map(len, rows))
+        ids, lengths = pad(rows, self.net.device)
+        cache = KVCache(self.net, *ids.shape)
+        if requests[0].user_mask is not None:
+            mask = pad([r.user_mask for r in requests], self.net.device)[0].bool()
         routed = self.prism.prefill(ids, lengths, self.gate, cache, mask)
-        outs = []
-        for row, at in enumerate(routed.order):
-            gate = routed.probability[at] if routed.probability else None
-            outs.append(Output(group[at], gate=gate, routed=row < routed.k))
-        return routed.hidden, cache, outs
+        if routed.probability is not None:
+            for out, probability in zip(outs, routed.probability):
+                out.gate = probability
+        outs = [outs[at] for at in routed.order]
+        for out in outs[:routed.k]:
+            out.routed = True
+        return outs, routed.hidden, cache
 
-    def _insert(self, slot: Slot, source: KVCache, source_row: int) -> None:
-        """Give a slot the row behind all others or, if the adapter answers it, the row behind the
-        adapter's; the base's slot that stood there moves behind all others."""
+    def _insert(self, out: Output, source: KVCache, source_row: int) -> None:
+        """Give an answer the row behind all others or, if the adapter answers it, the row behind
+        the adapter's; the base's that stood there moves behind all others."""
         at = len(self.busy)
-        self.busy.append(slot)
-        if slot.out.routed:
-            if self.k < at:
-                self._move(self.k, at)
+        self.busy.append(out)
+        if out.routed:
+            self._move(self.k, at)
             at = self.k
+            self.busy[at] = out
             self.k += 1
-        self.busy[at] = slot
-        self.cache.copy(at, source, source_row, slot.length)
+        self.cache.copy(at, source, source_row, out.cached)
 
     def _move(self, source: int, target: int) -> None:
         """Row `target` takes over what row `source` was working on."""
-        self.cache.copy(target, self.cache, source, self.busy[source].length)
-        self.busy[target] = self.busy[source]
+        if source != target:
+            self.cache.copy(target, self.cache, source, self.busy[source].cached)
+            self.busy[target] = self.busy[source]
 
     def _remove(self, at: int) -> None:
         """Free a row; the last of the adapter's, then the last of all, fill the gap."""
         if at < self.k:
             self.k -= 1
-            if at != self.k:
-                self._move(self.k, at)
+            self._move(self.k, at)
             at = self.k
-        last = len(self.busy) - 1
-        if at != last:
-            self._move(last, at)
+        self._move(len(self.busy) - 1, at)
         self.busy.pop()
 
-    def _upload(self) -> None:
-        """Mirror the slots' state on the device; needed only when their composition changed."""
-        if not self.busy:
-            return
-        rows = [(0, 0, 0, 0, 0)] * len(self.state)
-        for at, slot in enumerate(self.busy):
-            count = len(slot.out.ids)
-            rows[at] = slot.out.ids[-1], slot.length, count, 1, int(slot.out.routed)
-        draws = [slot.draws for slot in self.busy]
-        torch.stack(draws, out=self.draws[:len(draws)])
-        self.state.copy_(upload(torch.tensor(rows), self.net.device))
-
     def _step(self) -> None:
-        """Advance every busy slot by one token; the `tolist` is the step's only wait."""
-        rows, keys = len(self.busy), max(slot.length for slot in self.busy) + 1
+        """A token more for every busy slot."""
+        rows, keys, k = len(self.busy), max(out.cached for out in self.busy) + 1, self.k
+        advance, spare = self._advance, 0
         if self.static:
             # Few shapes: the next power of two of rows, the next multiple of STATIC_KEYS of keys.
-            self._replay(min(1 << (rows - 1).bit_length(), len(self.state)),
-                         min(math.ceil(keys / STATIC_KEYS) * STATIC_KEYS, self.capacity))
-        else:
-            self._advance(rows, keys, self.k)
-        for slot, token in zip(self.busy, self.state[:rows, 0].tolist()):
-            slot.length += 1
-            self._append(slot.out, token)
+            _, slots, _, capacity, _ = self.cache.kv.shape
+            spare = min(1 << (rows - 1).bit_length(), slots) - rows
+            keys = min(math.ceil(keys / STATIC_KEYS) * STATIC_KEYS, capacity)
+            advance, k = self._replay, None
+        state = [(out.ids[-1], out.cached, out.routed) for out in self.busy]
+        state = torch.tensor(state + [(0, 0, 0)] * spare)
+        uniform = torch.tensor(self._next_draws(self.busy) + [0.0] * spare)
+        device = self.net.device
+        self._append(self.busy, advance(upload(state, device), upload(uniform, device), keys, k))
 
-    def _advance(self, rows: int, keys: int, k: int | None) -> None:
-        """A token more in the leading rows of `state`, each of which sees so many cached keys. Rows
-        that only round the shape up are computed, too, and stay as they are.
+    def _next_draws(self, outs: list[Output]) -> list[float]:
+        """The uniform number for the next token of each answer."""
+        return [self.draws[out.index][len(out.ids)] for out in outs]
+
+    def _advance(self, state: Tensor, uniform: Tensor, keys: int, k: int | None) -> Tensor:
+        """The next tokens [B] of the leading rows.
 
         Args:
-            k: how many leading rows the adapter answers; None: those that `state` says.
+            state: [B, 3] last token, cached tokens, and whether the adapter answers (0 or 1).
+            uniform: [B] numbers to draw with.
+            keys: how many cached tokens a row sees at most.
+            k: how many leading rows the adapter answers; None: those that `state` says, so that
+                nothing but values changes between steps.
         """
         net = self.net
-        tokens, start, steps, live, routed = self.state[:rows].unbind(1)  # views, written below
+        tokens, cached, routed = state.unbind(1)
         if k is None:
             k = routed.to(net.dtype)[:, None, None]
-        at = net.positions((rows, 1), self.cache, start, keys)
-        x, layers = net.embed(tokens[:, None]), range(len(net.layers))
-        x = net.run(x, at, layers, self.adapter, k)
-        uniform = self.draws[:rows].gather(1, steps[:, None]).squeeze(1)
-        drawn = sample(net.head(net.norm(x[:, -1])), self.sampling, uniform)
-        tokens.copy_(torch.where(live > 0, drawn, tokens))
-        start += live
-        steps += live
+        at = net.positions((len(state), 1), self.cache, cached, keys)
+        x = net.run(net.embed(tokens[:, None]), at, range(len(net.layers)), self.adapter, k)
+        return sample(net.head(net.norm(x[:, -1])), self.sampling, uniform)
 
-    def _replay(self, rows: int, keys: int) -> None:
+    def _replay(self, state: Tensor, uniform: Tensor, keys: int, k: None) -> Tensor:
         """`_advance` with shapes that come again, on a GPU as a CUDA graph: recorded once, it is
         launched at once, where the host needs longer for a small model's kernels than the GPU."""
-        if not self.state.is_cuda:
-            return self._advance(rows, keys, None)
-        if (rows, keys) not in self.graphs:
-            before = self.state.clone()
-            self._advance(rows, keys, None)  # makes what is made on first use
-            self.state.copy_(before)
-            self.graphs[rows, keys] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[rows, keys], pool=self.pool):
-                self._advance(rows, keys, None)
-        self.graphs[rows, keys].replay()
+        if not state.is_cuda:
+            return self._advance(state, uniform, keys, k)
+        shape = len(state), keys
+        if shape not in self.graphs:
+            self._advance(state, uniform, keys, k)  # makes what is made on first use
+            graph, inputs = torch.cuda.CUDAGraph(), (state.clone(), uniform.clone())
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.graphs[shape] = graph, inputs, self._advance(*inputs, keys, k)
+        graph, inputs, tokens = self.graphs[shape]
+        for mine, given in zip(inputs, (state, uniform)):
+            mine.copy_(given)
+        graph.replay()
+        return tokens
 
-    def _append(self, out: Output, token: int) -> None:
-        """Note a newly drawn token and report it."""
-        if token >= self.net.config.vocab_size:
-            raise InputError(f"prompt {out.index}: the model's logits are not finite after "
-                             f"{len(out.ids)} tokens; try --dtype float32")
-        out.ids.append(token)
-        if self.on_token:
-            self.on_token(out.index, token)
+    def _append(self, outs: list[Output], tokens: Tensor) -> None:
+        """Note each answer's newly drawn token and report it; the `tolist` is a step's only wait.
+        """
+        for out, token in zip(outs, tokens.tolist()):
+            if token >= self.net.config.vocab_size:
+                raise InputError(f"prompt {out.index}: the model's logits are not finite after "
+                                 f"{len(out.ids)} tokens; try --dtype float32")
+            out.ids.append(token)
+            if self.on_token:
+                self.on_token(out.index, token)
 
     def _collect(self) -> list[Output]:
         """Free the slots whose answers are complete and return these."""
         finished = []
         for at in reversed(range(len(self.busy))):
-            out = self.busy[at].out
+            out = self.busy[at]
             if out.ids[-1] in self.stop_ids:
                 out.stop = "eos"
-            elif len(out.ids) >= self.limits[out.index]:
+            elif len(out.ids) >= out.limit:
                 out.stop = "length"
             if out.stop:
                 finished.append(out)
                 self.new_tokens += len(out.ids)
                 self._remove(at)
-        if finished:
-            self._upload()
+                del self.draws[out.index]
         return finished
 
 
-def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Sequence[int],
+def hidden_states(net: Transformer, rows: Rows, starts: Sequence[int],
                   shared: Sequence[int] | None = None, adapter: nn.ModuleList | None = None,
                   bar: str | None = None,
                   reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
@@ -390,19 +381,15 @@ def hidden_states(net: Transformer, rows: Sequence[Sequence[int]], starts: Seque
         for batch in batches(rests, net.sizes.score_tokens, list(map(len, rows))):
             skip = [shared[i] for i in batch]
             some = [rows[i] for i in batch]
-            if any(skip):
-                hidden = net.norm(reader.read(some, skip)[0])
-            else:
-                hidden = net.hidden(pad(some, net.device)[0], reader.adapter, len(some))
-                reader.tokens += sum(map(len, some))
+            hidden = net.norm(reader.read(some, skip, fill=False)[0])
             for row, i, n in zip(hidden, batch, skip):
                 states[i] = row[starts[i] - n:len(rows[i]) - n].clone()
             shown.update(sum(rests[i] for i in batch))
     return states, reader.tokens - before
 
 
-def token_log_probabilities(net: Transformer, prompts: Sequence[Sequence[int]],
-                            targets: Sequence[Sequence[int]],
+def token_log_probabilities(net: Transformer, prompts: Rows,
+                            targets: Rows,
                             shared: Sequence[int] | None = None, bar: str | None = None,
                             reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """log P(target token | all before it) of each prompt + target: fp32 tensors [len(target)], and

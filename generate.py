@@ -74,11 +74,11 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
         ids, shared = tokenizer.render_shared(messages, thinking=not lead)
         requests.append(Request([*ids, *said], seed, prefix=shared))
     engine = Engine(net, sampling, stop_tokens(net, tokenizer))
-    answers = completions(tokenizer, requests, engine.run(requests, bar=bar), said)
+    answers = completions(tokenizer, engine.run(requests, bar=bar), said)
     return answers, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
 
 
-def completions(tokenizer: Tokenizer, requests: Sequence[Request], outputs: Iterable[Output],
+def completions(tokenizer: Tokenizer, outputs: Iterable[Output],
                 said: Sequence[int] = ()) -> list[Completion]:
     """What the engine made of requests, in their order; each text begins with the ids `said`."""
     answers = []
@@ -86,7 +86,7 @@ def completions(tokenizer: Tokenizer, requests: Sequence[Request], outputs: Iter
         # Decoded together: some decoders drop the space a text begins with.
         text = tokenizer.decode([*said, *out.text_ids])
         answers.append(Completion(text, out.ids, out.gate, out.routed, out.stop,
-                                  len(requests[out.index].ids)))
+                                  len(out.request.ids)))
     return answers
 
 
@@ -118,8 +118,8 @@ def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: It
             ids, mask = tokenizer.render(messages), None
         requests.append(Request(ids, derive_seed(sampling.seed, i), user_mask=mask))
     engine = Engine(model, sampling, stop_tokens(net, tokenizer), batch_size, gate)
-    outputs = engine.run(requests, on_token, "answers" if progress else None)
-    return completions(tokenizer, requests, outputs)
+    bar = "answers" if progress else None
+    return completions(tokenizer, engine.run(requests, on_token, bar))
 
 
 def gate_inputs(gate_pool: str, tokenizer: Tokenizer, conversations: Sequence[list[dict]],
@@ -236,21 +236,12 @@ def route_label(completion: Completion) -> str:
     return f"[gate {completion.gate:.2f} -> {'adapter' if completion.routed else 'base'}]"
 
 
-class GrowingText:
-    """The text of tokens that come one by one. A token alone may be half a character, so the text
-    is decoded anew with each."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self.tokenizer, self.skip = tokenizer, skip_special_tokens
-        self.ids: list[int] = []
-        self.text = ""
-
-    def add(self, token: int) -> str:
-        """What the text gains by a token."""
-        self.ids.append(token)
-        before, whole = self.text, self.tokenizer.decode(self.ids, self.skip)
-        self.text = whole.rstrip("\ufffd")
-        return self.text[len(before):]
+def last_piece(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """What the text of ids gains by the last of them. A token alone may be half a character, which
+    then comes with its other half."""
+    before = tokenizer.decode(ids[:-1], skip_special_tokens).rstrip("\ufffd")
+    whole = tokenizer.decode(ids, skip_special_tokens).rstrip("\ufffd")
+    return whole[len(before):]
 
 
 @torch.inference_mode()
@@ -275,9 +266,11 @@ def explain(prism: PRISM, tokenizer: Tokenizer, messages: list[dict], sampling: 
 
     with_lora, without = answer_logs(1), answer_logs(0)
     kl = (with_lora.exp() * (with_lora - without)).sum(-1).clamp(min=0).tolist()
-    growing = GrowingText(tokenizer, skip_special_tokens=False)
-    return {"gate": base.gate, "base": base.text, "adapted": adapted.text,
-            "tokens": list(map(growing.add, adapted.ids)), "kl": kl}
+    tokens = []
+    for n in range(len(kl)):
+        tokens.append(last_piece(tokenizer, adapted.ids[:n + 1], skip_special_tokens=False))
+    return {"gate": base.gate, "base": base.text, "adapted": adapted.text, "tokens": tokens,
+            "kl": kl}
 
 
 def show_explanation(e: dict, threshold: float) -> str:
@@ -309,10 +302,11 @@ def chat(model: Transformer | PRISM, tokenizer: Tokenizer, sampling: Sampling, g
         if not text.strip():
             return 0
         messages += conversation(text)
-        growing = GrowingText(tokenizer)
+        ids: list[int] = []
 
         def stream(_: int, token: int) -> None:
-            print(growing.add(token), end="", flush=True)
+            ids.append(token)
+            print(last_piece(tokenizer, ids), end="", flush=True)
 
         answer, = generate(model, tokenizer, [messages], sampling, gate, 1, stream, first=turn)
         print(f"\n{route_label(answer)}", flush=True)

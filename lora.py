@@ -40,7 +40,7 @@ class LoRA(nn.Module):
     def __init__(self, in_features: int, out_features: Sequence[int], rank: int, scale: float,
                  dropout: float = 0.0, generator: torch.Generator | None = None):
         super().__init__()
-        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.scale, self.dropout = scale, dropout
         A, bound = torch.empty(len(out_features) * rank, in_features), in_features**-0.5
         self.A = nn.Parameter(A.uniform_(-bound, bound, generator=generator))
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(o, rank)) for o in out_features)

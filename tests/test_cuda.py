@@ -18,16 +18,20 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here; nobody has run this test yet")]
 
 
-def test_logits_equal_the_cpu(folder: Path) -> None:
-    """fp32 logits or greedy ids of a GPU would not be the CPU's."""
-    nets = [load(folder, device, torch.float32) for device in ("cpu", "cuda")]
-    ids = torch.arange(60).view(4, 15) + 5
-    here, there = (net(ids.to(net.device)).cpu() for net in nets)
-    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3)
-    prompts = [Request([5, 6, 7, 8][:n]) for n in (1, 2, 4)]
-    here, there = ({o.index: o.ids for o in Engine(net, Sampling(16, 0.0), {2}, 2).run(prompts)}
-                   for net in nets)
-    assert here == there
+def test_answers_equal_the_cpu(folder: Path) -> None:
+    """fp32 logits or greedy ids of a GPU would not be the CPU's, or a replayed step draw other ids
+    than the same step launched kernel by kernel."""
+    ids, logits, found = torch.arange(60).view(4, 15) + 5, [], []
+    requests = [Request([5, 6, 7, 8, 9][:1 + i % 5], i) for i in range(11)]
+    for device, static in (("cpu", False), ("cuda", False), ("cuda", True)):
+        prism = randomize_adapter(PRISM(load(folder, device, torch.float32), rank=4))
+        logits.append(prism.net(ids.to(device)).cpu())
+        for gate in ("auto", "on", "off"):
+            engine = Engine(prism, Sampling(40, 0.0), {2}, 4, gate)
+            engine.static = static
+            found.append({out.index: out.ids for out in engine.run(requests)})
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+    assert found[:3] == found[3:6] == found[6:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,18 +65,6 @@ def test_a_step_waits_once(folder: Path) -> None:
     engine._step = counted
     assert len(list(run)) == 4
     assert len(waits) == 39 and max(waits) == 1
-
-
-def test_graphs_give_the_eager_answers(folder: Path) -> None:
-    """A replayed step would draw other ids than the same step launched kernel by kernel."""
-    prism = randomize_adapter(PRISM(load(folder, "cuda", torch.float32), rank=4))
-    requests = [Request([5, 6, 7, 8, 9][:1 + i % 5], i) for i in range(11)]
-    found = []
-    for static in (False, True):
-        engine = Engine(prism, Sampling(40, 0.7), {2}, 4)
-        engine.static = static
-        found.append({out.index: out.ids for out in engine.run(requests)})
-    assert found[0] == found[1]
 
 
 def test_distillation_gradient_equals_the_cpu(folder: Path) -> None:

@@ -71,19 +71,12 @@ def test_answers_in_input_order_drawn_by_number(net: Transformer, tok: Tokenizer
     assert generate(net, tok, [], sampling) == []
 
 
-def test_router_of_a_deeper_model(adapter: Path, tmp_path: Path) -> None:
-    """A gate behind the base's last layer would be a traceback, or read another layer."""
-    copied = copy_folder(adapter, tmp_path / "adapter")
-    edit_json(copied / "prism.json", lambda settings: settings.update(gate_layer=7))
-    with pytest.raises(InputError, match="layers, not the 8 asked for"):
-        load_router(copied)
-
-
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Path,
                                              tiny_checkpoint: Tiny) -> None:
-    """generate() or a server would route by another probability, load more, or take any base."""
+    """generate() or a server would route by another probability, load more, or take any base; or a
+    gate behind the base's last layer be a traceback, or read another layer."""
     folder = tiny_checkpoint("qwen2", vocab_size=VOCAB, tie_word_embeddings=tied)
     tiny_tokenizer(folder)
     net = load(folder, dtype=torch.float32)
@@ -100,6 +93,9 @@ def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Pa
     assert len(gate.net.layers) == 2 and gate.net.lm_head is gate.net.embed_tokens
     edit_json(tmp_path / "prism.json", lambda p: p.update(base_fingerprint="0" * 64))
     with pytest.raises(InputError, match="weights differ"):
+        router(tmp_path, "cpu", "float32")
+    edit_json(tmp_path / "prism.json", lambda p: p.update(gate_layer=7))
+    with pytest.raises(InputError, match="layers, not the 8 asked for"):
         router(tmp_path, "cpu", "float32")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Callable, Sequence
 
 import pytest
@@ -37,25 +38,17 @@ def inputs(rows: int, tokens: int = 5, d: int = D, dtype: torch.dtype = torch.fl
 
 def plain(layer: GatedLoRALinear, lora: LoRA, x: Tensor, k: int,
           mask: Tensor | None = None) -> Tensor:
-    """What the layer should compute, in plain differentiable operations, projection by projection.
+    """What the layer should compute, in plain differentiable operations.
 
     `mask` [k * T, p * r] multiplies h = x A^T, as dropout does.
     """
-    columns, row = [], 0
-    for i, b in enumerate(lora.B):
-        size = b.shape[0]
-        w = layer.weight[row:row + size]
-        y = x @ w.t()
-        if layer.bias is not None:
-            y = y + layer.bias[row:row + size]
-        h = x[:k] @ lora.A[i * lora.rank:(i + 1) * lora.rank].t()
-        if mask is not None:
-            part = mask[:, i * lora.rank:(i + 1) * lora.rank]
-            h = h * part.view(k, x.shape[1], lora.rank)
-        update = lora.scale * (h @ b.t())
-        columns.append(torch.cat((y[:k] + update, y[k:])))
-        row += size
-    return torch.cat(columns, -1)
+    y, h = x @ layer.weight.t(), x[:k] @ lora.A.t()
+    if layer.bias is not None:
+        y = y + layer.bias
+    if mask is not None:
+        h = h * mask.view(h.shape)
+    updates = [lora.scale * part @ b.t() for part, b in zip(h.split(RANK, dim=-1), lora.B)]
+    return torch.cat((y[:k] + torch.cat(updates, -1), y[k:]))
 
 
 def turned(x: Tensor) -> Tensor:
@@ -99,54 +92,48 @@ def gated(x: Tensor) -> Tensor:
     return F.silu(x[..., :D]) * x[..., D:]
 
 
-@pytest.mark.parametrize("given", [None, gated, turned], ids=["x", "inner", "not contiguous"])
+def untouched(x: Tensor) -> Tensor:
+    """The same tensor."""
+    return x
+
+
+@pytest.mark.parametrize(("turn", "inner"), [
+    (untouched, None), (untouched, gated), (turned, None)], ids=["x", "inner", "not contiguous"])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("k", [0, 2, 5])
-def test_gradcheck_of_the_formula(k: int, bias: bool, given: Callable | None) -> None:
-    """y = x W^T + bias + scale (x A_i^T) B_i^T on the leading k rows, in fp64: a value, or the
-    gradient of x, of A or of a B_i would be wrong, trained or answering; or W would have one."""
-    layer, lora = make(bias=bias, dtype=torch.float64)
-    x = inputs(5, d=2 * D if given is gated else D, dtype=torch.float64).requires_grad_()
-    inner = gated if given is gated else None
-    y = layer(turned(x) if given is turned else x, lora, k, inner=inner)
-    expected = plain(layer, lora, x if inner is None else inner(x), k)
-    assert_same(y, expected, (x, *(lora.parameters() if k else ())))
+def test_gradcheck_of_the_formula(k: int, dropout: float, bias: bool, turn: Callable,
+                                  inner: Callable | None) -> None:
+    """y = x W^T + bias + scale (x A_i^T * mask) B_i^T on the leading k rows, in fp64: a value, or
+    the gradient of x, of A or of a B_i would be wrong; W would have one; or an answer, which has no
+    generator, would be drawn with dropout."""
+    layer, lora = make(bias=bias, dropout=dropout, dtype=torch.float64)
+    x = inputs(5, d=2 * D if inner else D, dtype=torch.float64).requires_grad_()
+    seen, mask, generator = (inner or untouched)(x), None, torch.Generator().manual_seed(11)
+    if dropout:
+        mask = torch.empty(k * 5, RANK * len(OUT), dtype=torch.float64)
+        mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    y = layer(turn(x), lora, k, generator.manual_seed(11), inner)
+    assert_same(y, plain(layer, lora, seen, k, mask), (x, *(lora.parameters() if k else ())))
     assert not layer.weight.requires_grad and not (bias and layer.bias.requires_grad)
-    with torch.no_grad():
-        answered = layer(x, lora, k, inner=inner)
-    torch.testing.assert_close(answered, expected.detach(), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("k", [1, 4])
-def test_dropout_is_a_mask_on_h(k: int) -> None:
-    """With dropout the value or a gradient would not be that of plain operations with a mask, or an
-    answer, which has no generator, would be drawn with dropout."""
-    layer, lora = make(bias=True, dropout=0.4, dtype=torch.float64)
-    x = inputs(4, dtype=torch.float64).requires_grad_()
-    y = layer(x, lora, k, torch.Generator().manual_seed(11))
-    keep = 1 - lora.dropout
-    mask = torch.empty(k * 5, RANK * len(OUT), dtype=torch.float64)
-    mask.bernoulli_(keep, generator=torch.Generator().manual_seed(11)).div_(keep)
-    assert_same(y, plain(layer, lora, x, k, mask), (x, *lora.parameters()))
-    still = plain(layer, lora, x, k)
-    torch.testing.assert_close(layer(x, lora, k), still, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(y[:k], still[:k])
+    still = plain(layer, lora, seen, k).detach()
+    assert torch.allclose(y[:k], still[:k]) is not (dropout > 0 and k > 0)
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains):
+            answer = layer(turn(x), lora, k, inner=inner).detach()
+        torch.testing.assert_close(answer, still, rtol=1e-12, atol=1e-12)
 
 
 def test_master_gradients_are_fp32_under_a_bf16_base() -> None:
     """Gradients of A and B would be rounded to bf16, so that small ones of micro-batches are lost,
     or far from those of the same values in fp64."""
     layer, lora = make(dtype=torch.bfloat16)
+    exact, exact_lora = deepcopy(layer).double(), deepcopy(lora).bfloat16().double()
     x = inputs(4, dtype=torch.bfloat16).requires_grad_()
     weights = inputs(4, d=sum(OUT), dtype=torch.bfloat16, seed=5)
     y = layer(x, lora, 4)
     (y * weights).sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16
-    exact, exact_lora = make(dtype=torch.float64)
-    with torch.no_grad():
-        exact.weight.copy_(layer.weight)
-        for mine, theirs in zip(exact_lora.parameters(), lora.parameters()):
-            mine.copy_(theirs.bfloat16())
     y = plain(exact, exact_lora, x.detach().double(), 4)
     (y * weights.double()).sum().backward()
     for mine, theirs in zip(lora.parameters(), exact_lora.parameters()):

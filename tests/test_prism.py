@@ -13,11 +13,12 @@ from tiny import VOCAB, random_prompts, randomize_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine import pad
+from generate import gate_inputs
 from model import Transformer, load
 from prism import PRISM, Gate, distill_loss, gate_loss
 from support import cpu
 from support.hub import InputError
+from support.messages import conversation
 from tokenizer import Tokenizer
 import prism as prism_module
 
@@ -66,10 +67,8 @@ def test_the_gate_that_is_trained_is_the_gate_that_routes(
     prism = randomize_adapter(PRISM(net, 4, gate_pool=pool, gate_layer=gate_layer))
     prism.gate.mean.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     prism.gate.deviation.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
-    ids, masks = zip(*[tok.render([{"role": "user", "content": text}], return_user_mask=True)
-                       for text in MESSAGES])
-    ids, lengths = pad(ids, "cpu")
-    mask = pad(masks, "cpu")[0].bool() if pool == "mean" else None
+    talks = list(map(conversation, MESSAGES))
+    ids, lengths, mask = gate_inputs(pool, tok, talks, torch.device("cpu"))
     alone = prism.gate_probability(ids, lengths, mask)
     h = prism.features(ids, lengths, mask)
     torch.testing.assert_close(prism.gate(h).sigmoid(), alone, rtol=0, atol=1e-6)
@@ -116,12 +115,6 @@ def test_prefill_is_one_pass(net: Transformer, gate_layer: int, gate: str, opene
 # Losses
 
 
-def states(n: int, d: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random post-norm hidden states [n, d]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator).to(dtype)
-
-
 def naive_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float,
              cap: float | None = None) -> Tensor:
     """T^2 sum KL(teacher || student) by torch's own functions on full logits."""
@@ -135,35 +128,30 @@ def naive_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: floa
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("rows", [1, 7, 51])
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_distill_loss_is_the_naive_kl(net: Transformer, monkeypatch: pytest.MonkeyPatch,
-                                      rows: int, temperature: float, cap: float | None) -> None:
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_distill_loss_is_the_naive_kl(folder: Path, monkeypatch: pytest.MonkeyPatch, rtol: float,
+                                      dtype: torch.dtype, rows: int, temperature: float,
+                                      cap: float | None) -> None:
     """Chunks of `rows` tokens, three worked on at once, would not give the value and gradient of
-    KL(teacher || student) on full logits, soft-capped ones, too."""
+    KL(teacher || student) on full logits, soft-capped ones, too; or the loss of bf16 states be
+    bf16's, or the gradient not have the student's dtype."""
+    net = load(folder, dtype=dtype)
     monkeypatch.setattr(net.config, "final_cap", cap)
     monkeypatch.setattr(prism_module, "KL_CHUNK_ELEMENTS", rows * VOCAB)
     monkeypatch.setattr(cpu, "CACHED_ELEMENTS", 3 * VOCAB)
-    student, teacher = states(50, seed=1).requires_grad_(), states(50, seed=2)
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 50, 32, generator=generator).to(dtype)
+    student.requires_grad_()
     mine = distill_loss(student, teacher, net, temperature)
     (3 * mine).backward()
-    reference = student.detach().clone().requires_grad_()
-    naive = naive_kl(reference, teacher, net.lm_head, temperature, cap)
+    reference = student.detach().float().requires_grad_()
+    naive = naive_kl(reference, teacher.float(), net.lm_head.float(), temperature, cap)
     (3 * naive).backward()
-    torch.testing.assert_close(mine, naive, rtol=1e-5, atol=0)
+    assert mine.dtype == torch.float32 and student.grad.dtype == dtype
+    torch.testing.assert_close(mine, naive, rtol=rtol, atol=0)
     scale = float(reference.grad.abs().max())
-    torch.testing.assert_close(student.grad, reference.grad, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(student.grad.float(), reference.grad, rtol=0, atol=rtol * scale)
     assert mine.item() > 50 * 0.01 and teacher.grad is None
-
-
-def test_distill_loss_under_bf16(folder: Path) -> None:
-    """The loss of bf16 states would be bf16's, or the gradient not have the student's dtype."""
-    net = load(folder, dtype=torch.bfloat16)
-    student = states(30, seed=1, dtype=torch.bfloat16).requires_grad_()
-    teacher = states(30, seed=2, dtype=torch.bfloat16)
-    loss = distill_loss(student, teacher, net)
-    loss.backward()
-    exact = naive_kl(student.detach().float(), teacher.float(), net.lm_head.float(), 1.0)
-    assert loss.dtype == torch.float32 and student.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
 
 
 def test_gate_loss_is_balanced_cross_entropy() -> None:
@@ -179,27 +167,20 @@ def test_gate_loss_is_balanced_cross_entropy() -> None:
     assert far.item() == pytest.approx(200.0)
 
 
+@torch.no_grad()
 def test_gate_standardises_what_it_reads() -> None:
     """The gate would not be (h - mean) / deviation, then 2 -> 128 -> 64 -> 1 with GELU."""
     gate = Gate(2)
     first, second, third = gate.mlp[0], gate.mlp[2], gate.mlp[4]
     assert [tuple(m.weight.shape) for m in (first, second, third)] == [(128, 2), (64, 128), (1, 64)]
-    with torch.no_grad():
-        for parameter in gate.parameters():
-            parameter.zero_()
-        gate.mean.copy_(torch.tensor([1.0, 2.0]))
-        gate.deviation.copy_(torch.tensor([2.0, 4.0]))
-        first.weight[0, 0], first.weight[1, 1] = 1.0, 1.0
-        second.weight[0, 0], second.weight[1, 1] = 1.0, 1.0
-        third.weight[0, 0], third.weight[0, 1], third.bias[0] = 3.0, -5.0, 0.25
-
-    def gelu(z: float) -> float:
-        return z * 0.5 * (1 + math.erf(z / math.sqrt(2)))
-
-    # h = (5, -6): z = ((5 - 1) / 2, (-6 - 2) / 4) = (2, -2)
-    expected = 3 * gelu(gelu(2.0)) - 5 * gelu(gelu(-2.0)) + 0.25
-    h = torch.tensor([[5.0, -6.0], [1.0, 2.0]])  # the second is the mean itself: z = 0
-    assert gate(h).tolist() == pytest.approx([expected, 0.25], rel=1e-6)
+    gate.mean.copy_(torch.tensor([1.0, 2.0]))
+    gate.deviation.copy_(torch.tensor([2.0, 4.0]))
+    h = torch.tensor([[5.0, -6.0], [1.0, 2.0]])
+    z = torch.tensor([[2.0, -2.0], [0.0, 0.0]])  # ((5 - 1) / 2, (-6 - 2) / 4); the mean itself
+    for layer in (first, second):
+        z = layer(z)
+        z = z * (1 + (z / math.sqrt(2)).erf()) / 2
+    torch.testing.assert_close(gate(h), third(z)[:, 0], rtol=1e-5, atol=1e-6)
     assert gate(h.bfloat16()).dtype == torch.float32
 
 
