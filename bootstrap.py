@@ -27,7 +27,7 @@ from support.runs import RunFolder, split_chunks
 from tokenizer import Tokenizer
 
 ANSWER_TEMPERATURE = 0.7
-HELD_OUT = 5  # one query in so many is held out from stage 5
+HOLD_OUT_EVERY = 5  # one query in so many is held out from stage 5
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,6 @@ def hold_out(verdicts: Sequence[Verdict], seed: int) -> set[tuple[str, int]]:
     for target in (0, 1):
         keys = [(v.persona, v.index) for v in verdicts if v.target == target]
         keys.sort(key=lambda key: derive_seed(seed, "split", *key))
-        count = round(len(keys) / HELD_OUT) or int(len(keys) > 1)
+        count = round(len(keys) / HOLD_OUT_EVERY) or int(len(keys) > 1)
         held.update(keys[:count])
     return held

@@ -84,7 +84,7 @@ def group_by_length(rows: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...
 
 
 class PrefixReader:
-    """Reads rows of ids, a beginning that rows share only once; all through the base model, or all
+    """Reads rows of ids, each shared beginning once; all through the base model, or all
     with an adapter on.
 
     `tokens` counts what really went through the model; `keep`: tokens of beginnings that are held
@@ -366,7 +366,7 @@ def hidden_states(net: Transformer, rows: Rows, starts: Sequence[int],
             a beginning runs through the model only once.
         adapter: on for all rows (a PRISM's `adapter`); None reads with the base model.
         bar: what a progress bar calls this work, if it takes seconds.
-        reader: one of several calls, so that a beginning they share runs through the model once.
+        reader: pass one to several calls, and a beginning that they share is read once.
     """
     shared, context = shared or [0] * len(rows), net.config.max_position_embeddings
     longest = max(map(len, rows), default=0)

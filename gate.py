@@ -7,8 +7,8 @@ out of fold by more than a standard error.
 
 How often the gate would open for nothing is seen on ordinary traffic: user turns that the model
 writes with no context at all (Magpie, arXiv 2406.08464). They limit the threshold. Where contexts
-are named contrast..., or every verdict was a win, they are losses to learn from, too; beside the
-noisy verdicts of many personas they only taught the gate that whatever differs should open it.
+are named contrast..., or every verdict was a win, they are also negatives to learn from. Beside the
+noisy verdicts of many personas that did harm: the gate learned to open for whatever differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from support.distributed import progress_bar
 from support.hub import InputError
 from support.messages import conversation
 from support.personas import is_contrast
-from support.runs import RunFolder, cost_of, peak_memory
+from support.runs import RunFolder, cost_of, spent_since
 from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
 from support.stats import (calibrated_log_loss, decision_scores, shrunken_rates, upper_quantile,
                            youden_threshold)
@@ -45,7 +45,7 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Traffic:
-    """Row of traffic.jsonl: a message of a user to whom nobody was introduced."""
+    """Row of traffic.jsonl: a message that a user writes with no system prompt."""
 
     query: str
 
@@ -69,7 +69,7 @@ def run_gate(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, pairs: Sequence
     cost = cost_of(prism.net, len(pairs) + len(traffic), read + read_too)
     cost["flops"] = cost["flops"] * (prism.gate_layer + 1) // len(prism.net.layers)
     run.record("gate", 0, **figures, folds=GATE_FOLDS, traffic=len(traffic), queries=len(pairs),
-               **cost, seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+               **cost, **spent_since(begun))
 
 
 def fit_gate(gate: Gate, queries: Tensor, ordinary: Tensor, verdicts: Sequence[Verdict],
@@ -98,7 +98,7 @@ def fit_gate(gate: Gate, queries: Tensor, ordinary: Tensor, verdicts: Sequence[V
     targets = gate_targets(labels, personas, target)
     loss = train_gate(gate, features, targets)
     probability, fold = scored[target]
-    # Where the gate learned from the traffic, too, only one that did not can say how it takes it.
+    # Of traffic that the gate has learned from, its probabilities out of fold.
     traffic = probability[len(queries):] or probabilities(gate, ordinary)
     thresholds = choose_thresholds(probability, targets, fold, traffic, threshold, rate)
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
@@ -121,8 +121,7 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
     said, cost = write_messages(net, tokenizer, asked, "continue", "ordinary traffic")
     written = [clean_query(text) for text, complete in said if complete]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
-    run.record("traffic", 0, **cost, seconds=round(time.perf_counter() - begun, 3),
-               peak_memory=peak_memory())
+    run.record("traffic", 0, **cost, **spent_since(begun))
     run.write("traffic.jsonl", map(Traffic, messages))
     return messages
 
@@ -204,8 +203,8 @@ def out_of_fold(features: Tensor, labels: Tensor, personas: Sequence[str], kind:
 def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Sequence[int],
                       traffic: Sequence[float], fixed: float | None,
                       rate: float) -> dict[int | None, float]:
-    """The threshold for the queries of each fold, in which these have no part, and under None that
-    of the run.
+    """The threshold for the queries of each fold, chosen without them, and under None that of the
+    run.
 
     A `fixed` one is taken as it is. Else it is the one that best separates the queries whose target
     is above average (`youden_threshold`): wins from losses, or intents that mostly win from others.

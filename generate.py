@@ -27,7 +27,7 @@ from support.messages import conversation, read_prompts, with_system
 from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer
 
-WIDEST = 8  # tokens that --explain lists: where adapter and base part most
+MOST_DIVERGENT = 8  # tokens that --explain lists: where adapter and base differ most
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def show_explanation(e: dict, threshold: float) -> str:
         side = "adapter" if e["gate"] >= threshold else "base"
         route = f"gate {e['gate']:.2f}, threshold {threshold:.2f} -> {side}"
     kl, tokens = e["kl"], e["tokens"]
-    widest = sorted(range(len(kl)), key=lambda i: -kl[i])[:WIDEST]
+    widest = sorted(range(len(kl)), key=lambda i: -kl[i])[:MOST_DIVERGENT]
     gaps = []
     for i in widest:
         gaps.append(f"{kl[i]:.2f} at {i} {tokens[i]!r}")

@@ -27,8 +27,8 @@ from support.hub import InputError
 from support.messages import conversation
 from support.refusals import GRAMMAR
 from support.rule import NoJudge, Rule, judge_in_place
-from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
-from support.stats import FAIL, PASS, evidence
+from support.runs import RunFolder, add_costs, cost_of, spent_since, split_chunks
+from support.stats import FAIL, PASS, log_likelihood_ratio
 from support.words import count_words, degenerate, word_list
 from tokenizer import Tokenizer, common_prefix
 
@@ -72,8 +72,9 @@ VERDICT_RULES = (JUDGE_PROMPT, *INVERSE_PROMPTS, REFUSAL, COMPLIANCE, *SHOULD_RE
                  FEWEST_WORDS, COMPLIANCE_TOKENS, GRAMMAR)
 
 
-# (is the expert's text no answer, is the base's) -> who wins unread
-UNREAD = {(False, False): None, (True, False): "base", (False, True): "expert", (True, True): "tie"}
+# (is the expert's answer degenerate, is the base's) -> who wins without the judge being asked
+DEGENERATE_WINNER = {(False, False): None, (True, False): "base", (False, True): "expert",
+                     (True, True): "tie"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class ModelJudge:
         winners = []
         for c in asked:
             lost = degenerate(c.query, c.expert), degenerate(c.query, c.base)
-            winners.append(UNREAD[lost])
+            winners.append(DEGENERATE_WINNER[lost])
         said, cost = self.ask([c for c, winner in zip(asked, winners) if winner is None])
         queue = iter(said)
         return [(winner, []) if winner else next(queue) for winner in winners], cost
@@ -268,8 +269,8 @@ class KnownPairs:
     """Pairs of which the better answer is known, made as they are asked for, a method for each
     kind; the better one stands in the expert's place.
 
-    All but the compliant answers are base answers of stage 2, without those that are none
-    (`degenerate`). Complete answers come first.
+    All but the compliant answers are base answers of stage 2, without degenerate ones. Complete
+    answers come first.
 
     Args:
         pairs: rows of answers.jsonl.
@@ -311,9 +312,9 @@ class KnownPairs:
 def examine_judge(judge: Judge, known: KnownPairs) -> dict:
     """Ask a judge about pairs whose better answer is known; what it is right on.
 
-    A kind of pairs is asked a few at a time, until a sequential test tells a judge that is right on
-    0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not trusted,
-    and asked nothing more; one that fails on refusals is blind to them.
+    Pairs of one kind are asked a few at a time, until a sequential test tells a judge that is right
+    on 0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not
+    trusted, and asked nothing more; one that fails on refusals is blind to them.
     """
     kinds = {}
     for kind, pairs in (("wrong query", known.wrong_query()), ("refusal", known.refusal())):
@@ -344,7 +345,7 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, 
                 counts[winner] += 1
                 if judge.name == "letter":
                     letters.update(said)
-            ratio = evidence(counts["expert"], counts.total() - counts["expert"])
+            ratio = log_likelihood_ratio(counts["expert"], counts.total() - counts["expert"])
             bar.update(len(some))
     return {"pairs": counts.total(), "right": counts["expert"], "wrong": counts["base"],
             "tie": counts["tie"], "split": counts["split"], "unparsed": counts["unparsed"],
@@ -390,22 +391,21 @@ def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
 def judge_of_run(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging: tuple,
                  pairs: Sequence, args: argparse.Namespace) -> Judge:
     """The judge that an earlier attempt chose, or the one that passes its test now; or the rule
-    that --judge names, or nobody, which need no test.
+    that --judge names, or `NoJudge`; these two need no test.
 
     Args:
         judging: the model that judges and its tokenizer; `net` and `tokenizer` sampled the answers.
     """
-    instead = judge_in_place(args.judge)
-    if instead:
+    substitute = judge_in_place(args.judge)
+    if substitute:
         if "judge" not in run.latest():
-            run.record("judge", 0, chosen=instead.name, forced=False, model=None, tests=[])
-        return instead
+            run.record("judge", 0, chosen=substitute.name, forced=False, model=None, tests=[])
+        return substitute
     if "judge" in run.latest():
         return JUDGES[run.latest()["judge"]["chosen"]](*judging)
     begun = time.perf_counter()
     known = KnownPairs(net, tokenizer, pairs, args.max_new_tokens, args.seed)
     judge, tests = choose_judge(args.judge, *judging, known)
     run.record("judge", 0, chosen=judge.name, forced=args.judge != "auto", model=args.judge_model,
-               tests=tests, **add_costs(known.costs),
-               seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+               tests=tests, **add_costs(known.costs), **spent_since(begun))
     return judge

@@ -52,7 +52,7 @@ class LoRA(nn.Module):
         Made once per change of the masters. One product with it, zeros included, costs less than
         one for each projection.
         """
-        # Not self.A and self.B: this runs in every layer of every step, and those are slow to get.
+        # Not self.A and self.B: looking those up is slow, and this runs in every layer of a step.
         masters = (*self._parameters.values(), *self.B._parameters.values())
         # torch counts the writes to each tensor; one that was replaced has another address.
         state = dtype, [(p._version, p.data_ptr()) for p in masters]

@@ -36,7 +36,8 @@ Modules = nn.ModuleDict | None  # the LoRA modules of one layer, by projection
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much runs at once: what CPUs want. A GPU takes more (`support.memory.choose_sizes`).
+    """How much runs at once. The defaults are for CPUs; a GPU takes more
+    (`support.memory.choose_sizes`).
 
     Results depend on the numbers in their last bits, so that a run never changes them.
     """
@@ -293,7 +294,7 @@ class Transformer(nn.Module):
         x, scale = F.embedding(ids, self.embed_tokens), self.config.embedding_scale
         if scale == 1:
             return x
-        # Rounded first: what Gemma's states are, in bf16, a multiple of.
+        # The scale is rounded to the dtype first, as transformers does for Gemma.
         return x * float(torch.tensor(scale, dtype=x.dtype, device="cpu"))
 
     def run(self, x: Tensor, at: Positions, layers: range, adapter: Sequence | None = None,
@@ -397,7 +398,7 @@ def load(name: str | Path, device: torch.device | str = "cpu",
     for module in net.modules():
         if isinstance(module, RMSNorm):
             module.weight.data.add_(config.family.norm_offset)
-    # A head that knows nothing of it serves every loss and sampler.
+    # Folded into the final norm, so that losses and samplers need not know of it.
     net.norm.weight.data.div_(config.logits_divisor)
     net.name, net.folder = str(name), folder
     return net.eval()

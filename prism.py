@@ -69,14 +69,14 @@ class Router(nn.Module):
         super().__init__()
         self.net, self.gate = net, None
         self.gate_layer, self.gate_pool, self.threshold = gate_layer, gate_pool, 0.5
-        self.early = range(0)  # the layers before the decision
+        self.early_layers = range(0)  # the layers before the decision
         if gate_layer is not None:
             self.gate = Gate(net.config.hidden_size, seed).to(net.device)
-            self.early = range(gate_layer + 1)
+            self.early_layers = range(gate_layer + 1)
 
     def first_layers(self, ids: Tensor, at: Positions) -> Tensor:
         """Embed ids [B, T] and run the layers up to the gate's; [B, T, d]."""
-        return self.net.run(self.net.embed(ids), at, self.early)
+        return self.net.run(self.net.embed(ids), at, self.early_layers)
 
     def pool(self, x: Tensor, lengths: Tensor, user_mask: Tensor | None) -> Tensor:
         """h(x): the state [B, d] that the gate reads in x [B, T, d], the gate layer's output.
@@ -183,10 +183,10 @@ class PRISM(Router):
             raise InputError(f"rank {rank} is not positive")
         super().__init__(net, gate_layer, gate_pool, seed)
         self.rank, self.alpha = rank, alpha
-        self.late = range(len(self.early), layers)  # the layers behind the decision
+        self.late_layers = range(len(self.early_layers), layers)  # the layers behind the decision
         self.adapter = nn.ModuleList(None for _ in range(layers))
         generator = torch.Generator().manual_seed(seed)
-        for i in self.late:
+        for i in self.late_layers:
             self.adapter[i] = nn.ModuleDict()
             for name, (width, outputs) in net.config.projections.items():
                 self.adapter[i][name] = LoRA(width, outputs, rank, alpha / rank, dropout, generator)
@@ -218,8 +218,8 @@ class PRISM(Router):
         if order != list(range(len(order))):
             x, lengths = x[rows], lengths[rows]
             if cache is not None:
-                cache.reorder(rows, len(self.early))
-        x = self.net.run(x, at, self.late, self.adapter, k)
+                cache.reorder(rows, len(self.early_layers))
+        x = self.net.run(x, at, self.late_layers, self.adapter, k)
         hidden = self.net.norm(last_states(x, lengths))
         return Routed(hidden, order, k, None if self.gate is None else values)
 
@@ -227,7 +227,7 @@ class PRISM(Router):
     def weights(self) -> files.Weights:
         """The adapter's masters: (layer, stacked projection) -> A and its Bs."""
         return {(i, name): (lora.A, list(lora.B))
-                for i in self.late for name, lora in self.adapter[i].items()}
+                for i in self.late_layers for name, lora in self.adapter[i].items()}
 
     def save(self, folder: str | Path) -> None:
         """Write adapter (in PEFT's format), gate and prism.json; each file atomically."""

@@ -34,7 +34,7 @@ from support.distributed import main_first
 from support.hub import InputError
 from support.messages import conversation
 from support.personas import is_contrast
-from support.runs import RunFolder, add_costs, cost_of, peak_memory, split_chunks
+from support.runs import RunFolder, add_costs, cost_of, spent_since, split_chunks
 from support.words import (ECHO_WORDS, FEWEST_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, SHARED,
                            clean_query, near_duplicates, shares_language, word_list, words_of)
 from tokenizer import Tokenizer, common_prefix
@@ -59,7 +59,7 @@ RIVALS, LEAD = 3, 1.5  # others under which a query is scored; nats by which its
 MEASURED = 36  # kept queries whose persona is guessed in `measure_queries`
 IDENTIFY_PROMPT = ("This is how an expert is described:\n\n{persona}\n\n"
                    "Write one message that a user would send to this expert.")
-NO_MESSAGE = "..."  # what a persona's own words would be an answer to
+NO_MESSAGE = "..."  # the user's message when a query is scored as the persona's own words
 # How a user's message may begin: ONE list for all, so that no persona has a format of its own.
 OPENINGS = word_list("openings")
 # Everything above that decides a query: a run notices when it is changed.
@@ -106,7 +106,7 @@ def write_queries(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
                   style: str = "auto") -> list[Query]:
     """Stage 1 (paper, section 3.1): `wanted` queries a persona, in the user's own voice.
 
-    Candidates are written in rounds; before each, one pure pass over all that there are
+    Candidates are written in rounds; before each, one deterministic pass over all that there are
     (`keep_queries`) says who still lacks queries. A choice of styles begins with their trial.
 
     Where queries.jsonl is there, it is used as it is, whoever wrote it.
@@ -149,8 +149,8 @@ def check_queries(queries: list[Query], personas: dict[str, str], folder: Path) 
 
 def keep_queries(candidates: Sequence[Candidate], personas: dict[str, str],
                  wanted: int) -> list[Query]:
-    """The pure pass of stage 1: keep the first `wanted` candidates of each persona that suit it
-    best and are no near-duplicate of one kept before, across personas."""
+    """The deterministic pass of stage 1: keep the first `wanted` candidates of each persona that
+    suit it best and are no near-duplicate of one kept before, across personas."""
     kept: list[Query] = []
     seen: list[set[str]] = []
     for name, persona in personas.items():
@@ -211,14 +211,14 @@ class QueryWriter:
             self.chunks += split_chunks(drafts, CHUNK_SLOTS * self.net.sizes.slots)
         for chunk in self.run.todo("queries", "candidates.jsonl", Candidate, self.chunks):
             self.run.commit(*self.write(chunk))
-        # A continued run may find later rounds on disk already; a round is judged by its own past.
+        # A continued run may find later rounds on disk; it has to decide as the first attempt did.
         asked = sum(map(len, self.chunks))
         return self.run.rows("candidates.jsonl", Candidate)[:asked]
 
     def write(self, drafts: Sequence[Draft]) -> tuple[list[Candidate], dict]:
         """The candidates of a chunk, which is of one style, and what they cost."""
         if not self.rivals:
-            self.look_at_personas()
+            self.find_rivals_and_openings()
         asked, style = [self.request(draft) for draft in drafts], drafts[0].style
         written, cost = write_messages(self.net, self.tokenizer, asked, style, "sampling")
         self.costs, candidates, messages = [cost], [], []
@@ -255,7 +255,7 @@ class QueryWriter:
         no query, or if it is likelier as an answer of the persona's than as a message to it.
 
         Each test reads only what has passed those before it. What people ask of no context in
-        particular is what a contrast is for: its query only must not be a rival's by LEAD.
+        particular is what a contrast is for: its query is dropped only if a rival leads by LEAD.
         """
         suited = [persona if query else None for persona, query in asked]
         left = {i: pair for i, pair in enumerate(asked) if pair[1]}
@@ -285,7 +285,7 @@ class QueryWriter:
         self.costs.append(cost)
         return scores
 
-    def look_at_personas(self) -> None:
+    def find_rivals_and_openings(self) -> None:
         """Read every persona, which the reader keeps, and find out its rivals and openings; no
         openings for one in another language than theirs."""
         begun, names = time.perf_counter(), list(self.texts)
@@ -302,8 +302,7 @@ class QueryWriter:
                 known = shares_language(self.texts[name], OPENINGS)
                 self.openings[name] = [OPENINGS[o] for o in own] if known else []
         if "personas" not in self.run.latest():  # once in a run, however often it is continued
-            self.run.record("personas", 0, **add_costs(self.costs),
-                            seconds=round(time.perf_counter() - begun, 3))
+            self.run.record("personas", 0, **add_costs(self.costs), **spent_since(begun))
 
 
 def write_messages(net: Transformer, tokenizer: Tokenizer,
@@ -378,6 +377,7 @@ def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
             begun, queries, styles, tables = time.perf_counter(), [], [], {}
             for style in dict.fromkeys(c.style for c in candidates):
                 mine = [c for c in candidates if c.style == style]
+                # Rivals do not count here, only whether it is a query.
                 distinct = keep_queries([replace(c, suits=c.suits and c.persona) for c in mine],
                                         personas, len(mine))
                 queries += distinct
@@ -389,8 +389,7 @@ def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
             for style, table in tables.items():
                 table["identifiable"] = found[style]
             run.record("style", 0, chosen=max(tables, key=lambda style: found[style]),
-                       styles=tables, chance=1 / len(personas), **cost,
-                       seconds=round(time.perf_counter() - begun, 3), peak_memory=peak_memory())
+                       styles=tables, chance=1 / len(personas), **cost, **spent_since(begun))
         return run.latest()["style"]["chosen"]
 
 
@@ -418,5 +417,4 @@ def measure_queries(net: Transformer, tokenizer: Tokenizer, personas: dict[str, 
             "well_formed": sum(c.suits is not None for c in candidates),
             "fits_its_persona": sum(c.suits == c.persona for c in candidates),
             "kept": len(queries), "measured": len(some), "identifiable": sum(right),
-            "chance": 1 / len(personas), **cost,
-            "seconds": round(time.perf_counter() - begun, 3), "peak_memory": peak_memory()}
+            "chance": 1 / len(personas), **cost, **spent_since(begun)}

@@ -35,26 +35,26 @@ from support.adapter import write_tensors
 from support.card import write_card
 from support.device import batches, choose_device, choose_dtype, memory_of, pad, upload
 from support.distributed import (HEAD_START, exchange, main_first, processes,
-                                 progress_bar, rank, sum_gradients, world)
+                                 progress_bar, rank, sum_gradients, world_size)
 from support.estimate import announce, seconds
 from support.hub import InputError, exit_status, resolve, write_file
 from support.memory import choose_sizes, dry_run, training_flops
 from support.messages import conversation
 from support.report import summarize
-from support.runs import (STAGES, RunFolder, cost_of, load_training_state, peak_memory, run_date,
+from support.runs import (RunFolder, cost_of, load_training_state, run_date, spent_since,
                           split_chunks, training_state)
 from support.settings import (CLIP, GATE_DEPTH, WARMUP, WEIGHT_DECAY,
                               check, check_judge, choose_personas, parser, run_settings)
 from tokenizer import Tokenizer
 
 CHECKPOINT_EVERY = 20  # optimizer steps
+NOTHING_TO_DISTIL = 3  # exit status
 
 
 def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[str, str],
                args: argparse.Namespace) -> int:
     """The method. Each stage takes up what is on disk; returns the exit status."""
     net = prism.net
-    stops = STAGES.index(args.stop_after or STAGES[-1])
     # 1. For each persona c the model writes queries x that this expert would shine at.
     queries = write_queries(run, net, tokenizer, personas, args.queries, args.seed,
                             args.query_style)
@@ -62,23 +62,23 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dic
         raise InputError("no candidate became a query (too short, cut off, an echo, an answer, or "
                          f"likelier under another persona: see {run.path / 'candidates.jsonl'}); "
                          "try more --queries, other personas or a larger model")
-    if stops == 0:
+    if args.stop_after == "queries":
         return 0
     # 2. It answers each twice: y_0 ~ P(.|x) and y_c ~ P(.|c, x).
     pairs = write_answers(run, net, tokenizer, personas, queries, args.max_new_tokens, args.seed)
-    if stops == 1:
+    if args.stop_after == "answers":
         return 0
     # 3. It judges its own answers: t(x) = 1 where y_c beats y_0 twice.
     verdicts = run_verdicts(run, net, tokenizer, personas, pairs, args)
-    if stops == 2:
+    if args.stop_after == "verdicts":
         return 0
     won = won_pairs(pairs, verdicts)
     if not won:
-        return 3
+        return NOTHING_TO_DISTIL
     # 4. The gate R(x) = sigmoid(MLP(h(x))) learns t(x), or x's intent, from the bare query.
     with main_first():  # the others load what it trained
         run_gate(run, prism, tokenizer, pairs, verdicts, args)
-    if stops == 3:
+    if args.stop_after == "gate":
         return 0
     # 5. The adapter learns KL(P(.|c, x, y_<i) || P_lora(.|x, y_<i)) on the answers that won.
     run_lora(run, prism, tokenizer, personas, won, hold_out(verdicts, args.seed), args)
@@ -124,7 +124,7 @@ class Sample:
     ids: list[int]
     start: int
     teacher: Tensor
-    read: int = 0
+    teacher_tokens: int = 0
 
     @property
     def answer_tokens(self) -> int:
@@ -138,7 +138,7 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: dict[str, 
 
     The teacher's hidden states are exact (the head's own input) and take 2 d bytes a token; its
     logits would take 2 V. Answers are cut so that the longer, teacher's sequence fits in max_len.
-    Every process reads them all: that is a thirtieth of what training on them costs.
+    Every process reads them all, which costs about a thirtieth of training on them.
     """
     samples = []
     for chunk in split_chunks(pairs):
@@ -177,7 +177,7 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
 
 def micro_batches(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
     """Split samples, by length, into groups of at most `tokens` padded tokens."""
-    samples = sorted(samples, key=lambda s: s.name)
+    samples = sorted(samples, key=lambda s: s.name)  # breaks ties of length
     groups = batches([len(s.ids) for s in samples], tokens)
     return [[samples[i] for i in group] for group in groups]
 
@@ -187,7 +187,7 @@ def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
     tokens, summed = sum(s.answer_tokens for s in samples), 0.0
     groups = micro_batches(samples, prism.net.sizes.train_tokens)
-    for group in progress_bar("held-out KL", "batch", groups[rank()::world()]):
+    for group in progress_bar("held-out KL", "batch", groups[rank()::world_size()]):
         summed += float(sample_loss(prism, group, 1.0))
     summed = sum(exchange(summed))
     return summed / tokens if tokens else None
@@ -198,9 +198,9 @@ def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
     """Add the gradient of a batch's loss to A and B: the summed token loss over the answer tokens
     of the whole batch, however it is split into micro-batches and processes. Returns that loss."""
     tokens, summed = sum(s.answer_tokens for s in batch), 0.0
-    mine = sorted(batch, key=lambda s: (len(s.ids), s.name))[rank()::world()]
+    mine = sorted(batch, key=lambda s: (len(s.ids), s.name))[rank()::world_size()]
     for number, group in enumerate(micro_batches(mine, prism.net.sizes.train_tokens)):
-        seed = derive_seed(args.seed, "dropout", step, number * world() + rank())
+        seed = derive_seed(args.seed, "dropout", step, number * world_size() + rank())
         generator = torch.Generator(prism.net.device).manual_seed(seed)
         loss = sample_loss(prism, group, args.kd_temperature, generator, args.loss)
         loss.backward()
@@ -221,7 +221,7 @@ def prompt_cost(net: Transformer, samples: Sequence[Sample]) -> dict[str, float]
     """Mean prompt tokens of a query with its context and without, and the seconds that reading so
     many takes: what the adapter saves where the gate opens."""
     cost = {}
-    for name, tokens in (("with", [s.read - s.answer_tokens for s in samples]),
+    for name, tokens in (("with", [s.teacher_tokens - s.answer_tokens for s in samples]),
                          ("without", [s.start for s in samples])):
         mean = sum(tokens) / len(tokens)
         ids = torch.zeros(1, round(mean), dtype=torch.long, device=net.device)
@@ -250,9 +250,9 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
                disable=not run.writes)
     for step in bar:
         begun = time.perf_counter()
-        epoch, at = divmod(step, per_epoch)
+        epoch, number = divmod(step, per_epoch)
         order = sorted(samples, key=lambda s: derive_seed(args.seed, "epoch", epoch, s.name))
-        batch = split_chunks(order, args.batch_size)[at]
+        batch = split_chunks(order, args.batch_size)[number]
         loss = batch_gradient(prism, batch, step, args)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -266,8 +266,7 @@ def train_lora(run: RunFolder, prism: PRISM, samples: Sequence[Sample],
         tokens = sum(s.answer_tokens for s in batch)
         flops = training_flops(prism, sum(len(s.ids) for s in batch), tokens)
         run.record("lora", step, loss=loss, gradient_norm=norm, lr=rate, samples=len(batch),
-                   tokens_trained=tokens, flops=flops,
-                   seconds=round(time.perf_counter() - begun, 3))
+                   tokens_trained=tokens, flops=flops, **spent_since(begun))
         bar.set_postfix({args.loss: f"{loss:.4f}"})
         if run.writes and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
             write_tensors(checkpoint, training_state(parameters, optimizer))
@@ -282,24 +281,23 @@ def run_lora(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dict[
         return
     begun = time.perf_counter()
     samples = distill_samples(prism.net, tokenizer, personas, won, args.max_len)
-    names, fit, test = {f"{persona}/{index}" for persona, index in held}, [], []
-    for s in samples:
-        (test if s.name in names else fit).append(s)
+    held_names = {f"{persona}/{index}" for persona, index in held}
+    fit = [s for s in samples if s.name not in held_names]
+    test = [s for s in samples if s.name in held_names]
     if not fit:
         raise InputError(f"no answer fits in --max-len {args.max_len} beside its persona; raise it")
     before = held_out_kl(prism, test)  # B is zero: this is the base model
-    spent = time.perf_counter() - begun
+    before_training = time.perf_counter()
     train_lora(run, prism, fit, args)
-    begun = time.perf_counter()
+    begun += time.perf_counter() - before_training  # its steps have rows of their own
     after = held_out_kl(prism, test)
-    spent += time.perf_counter() - begun
+    spent = spent_since(begun)
     tokens = sum(s.answer_tokens for s in test)
     # Two evaluations of the held-out answers, each with the head for teacher and student.
-    read = sum(s.read for s in samples) + 2 * sum(len(s.ids) for s in test)
+    read = sum(s.teacher_tokens for s in samples) + 2 * sum(len(s.ids) for s in test)
     cost = cost_of(prism.net, len(samples), read, scored=4 * tokens)
     run.record("kl", 0, held_out_samples=len(test), before=before, after=after,
-               answer_tokens=tokens, **prompt_cost(prism.net, samples), **cost,
-               seconds=round(spent, 3), peak_memory=peak_memory())
+               answer_tokens=tokens, **prompt_cost(prism.net, samples), **cost, **spent)
     if run.writes:
         prism.save(run.path)
         state.unlink(missing_ok=True)

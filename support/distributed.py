@@ -36,7 +36,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -90,7 +90,7 @@ def exchange(value: object) -> list:
     Raises:
         ToldError: one of them had an InputError instead.
     """
-    if world() == 1:
+    if world_size() == 1:
         return [value]
     answers = _gather([value, None])
     for _, error in answers:
@@ -102,7 +102,7 @@ def exchange(value: object) -> list:
 def _gather(value: object) -> list:
     """Everybody's JSON value."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
     _wait(dist.all_gather, sizes, torch.tensor([len(text)]))
     longest = max(int(n) for n in sizes)
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
@@ -133,7 +133,7 @@ def main_first() -> Iterator[None]:
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its sum over the processes, in one message."""
-    if world() == 1:
+    if world_size() == 1:
         return
     parameters = list(parameters)
     for p in parameters:

@@ -13,7 +13,7 @@ import torch
 from model import KVCache
 from prism import PRISM
 from queries import Query
-from support.distributed import world
+from support.distributed import world_size
 from support.memory import training_flops
 from support.rule import asks_no_model
 from support.runs import RunFolder
@@ -94,7 +94,7 @@ def announce(prism: PRISM, settings: dict, run: RunFolder) -> None:
     """Print, on the error stream, what is going to run (`settings` as in run.json) and about how
     long it will take here; of a run that is over before a speed is measured, only the former."""
     source = " (its 4-bit release)" if settings["base_source"].startswith("gguf") else ""
-    several = f", {world()} processes" if world() > 1 else ""
+    several = f", {world_size()} processes" if world_size() > 1 else ""
     there = len(run.read("queries.jsonl", Query)) or None  # somebody's own, or an earlier attempt's
     queries = f"{there} queries" if there else f"{settings['queries']} queries each"
     print(f"{settings['model']}{source} on {settings['device']} in {settings['dtype']}{several}, "

@@ -56,7 +56,7 @@ def training_flops(prism: PRISM, tokens: int, answer_tokens: int) -> int:
     """FLOPs of training on `tokens`, of which `answer_tokens` are predicted: forward through all
     layers, back to the input of the adapted ones (frozen weights get no gradient), these perhaps
     once more forward, and three products with the head."""
-    adapted = len(prism.late) * (2 if prism.net.sizes.recompute else 1)
+    adapted = len(prism.late_layers) * (2 if prism.net.sizes.recompute else 1)
     layers = len(prism.net.layers)
     return prism.net.flops(tokens * (layers + adapted) // layers, 3 * answer_tokens)
 

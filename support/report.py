@@ -1,7 +1,7 @@
 """What a finished run says about itself: the findings that train.py prints, and report.md.
 
 Everything is read from the files of the run folder, so nothing here can change a result. report.md
-has the findings, their details by stage, the bill, and samples to read.
+has the findings, their details by stage, the cost, and samples to read.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def bill_section(metrics: Sequence[dict]) -> Section:
     minutes, flops = total(metrics, "seconds") / 60, total(metrics, "flops")
     header = ("stage", "prompts", "tokens read", "written", "trained", "seconds", "tokens/s",
               "TFLOP", "peak GiB so far")
-    return "Bill", [f"cost: {minutes:.1f} min, {flops / 1e12:.2f} TFLOP"], [table(header, lines)]
+    return "Cost", [f"cost: {minutes:.1f} min, {flops / 1e12:.2f} TFLOP"], [table(header, lines)]
 
 
 WAYS = {"instruct": "the model was asked for a message to each expert, as in the paper",

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support.adapter import read_tensors
-from support.distributed import exchange, main_first, rank, world
+from support.distributed import exchange, main_first, rank, world_size
 from support.fields import read_fields
 from support.hub import InputError, optional_json, write_file
 
@@ -140,7 +140,7 @@ class RunFolder:
         del rows[ends[len(chunks) - len(missing)]:]  # of a chunk that is not whole
         with tqdm(total=ends[-1], initial=len(rows), desc=stage, unit="row", dynamic_ncols=True,
                   disable=not self.writes) as bar:
-            for wave in split_chunks(missing, world()):
+            for wave in split_chunks(missing, world_size()):
                 self._done, self._begun = None, time.perf_counter()
                 if rank() < len(wave):
                     yield chunks[wave[rank()]]
@@ -152,9 +152,7 @@ class RunFolder:
 
     def commit(self, rows: Sequence, cost: dict) -> None:
         """Hand in the rows of the chunk that `todo` gave, and what they cost (see `cost_of`)."""
-        seconds = round(time.perf_counter() - self._begun, 3)
-        values = {**cost, "seconds": seconds, "peak_memory": peak_memory()}
-        self._done = [[asdict(row) for row in rows], values]
+        self._done = [[asdict(row) for row in rows], cost | spent_since(self._begun)]
 
     # -- metrics -----------------------------------------------------------------------------------
 
@@ -217,7 +215,7 @@ class RunFolder:
             about["date"] = datetime.now().isoformat(timespec="seconds")
         about["settings"] = settings
         about["versions"] = {"python": platform.python_version(), "torch": torch.__version__,
-                             "processes": world(), "threads": torch.get_num_threads()}
+                             "processes": world_size(), "threads": torch.get_num_threads()}
         self._write_about(about)
 
     def end(self) -> None:
@@ -342,6 +340,11 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+
+
+def spent_since(begun: float) -> dict[str, float]:
+    """The seconds since a `time.perf_counter()`, and the memory held at most, for metrics.jsonl."""
+    return {"seconds": round(time.perf_counter() - begun, 3), "peak_memory": peak_memory()}
 
 
 def training_state(parameters: Sequence[nn.Parameter],

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from bootstrap import ANSWER_TEMPERATURE, HELD_OUT
+from bootstrap import ANSWER_TEMPERATURE, HOLD_OUT_EVERY
 from judge import JUDGES, VERDICT_RULES
 from model import Sizes, Transformer
 from queries import QUERY_RULES, STYLES
@@ -30,7 +30,7 @@ MOST_TRAFFIC = 200  # messages of ordinary traffic; no more than there are queri
 GATE_RULES = (GATE_FOLDS, GATE_STEPS, GATE_OPTIMIZER, MOST_TRAFFIC)
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 WEIGHT_DECAY, CLIP = 0.01, 1.0
-LORA_RULES = (HELD_OUT, WARMUP, WEIGHT_DECAY, CLIP)
+LORA_RULES = (HOLD_OUT_EVERY, WARMUP, WEIGHT_DECAY, CLIP)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -35,12 +35,12 @@ def interval(hits: float, n: int) -> tuple[float, float]:
     return max((middle - half) / (1 + z), 0.0), min((middle + half) / (1 + z), 1.0)
 
 
-def evidence(right: int, wrong: int) -> float:
+def log_likelihood_ratio(right: int, wrong: int) -> float:
     """Log-likelihood ratio of HIGH_SHARE against LOW_SHARE after so many hits and misses: asked on
     while it is between FAIL and PASS, this is Wald's sequential probability ratio test (1945), the
     test that needs the fewest samples.
 
-    >>> round(evidence(12, 0), 2), round(evidence(0, 4), 2)
+    >>> round(log_likelihood_ratio(12, 0), 2), round(log_likelihood_ratio(0, 4), 2)
     (4.87, -5.55)
     """
     return (right * math.log(HIGH_SHARE / LOW_SHARE)

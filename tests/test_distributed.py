@@ -21,7 +21,7 @@ import train
 from model import load
 from prism import PRISM
 from support import distributed
-from support.distributed import exchange, main_first, processes, rank, world
+from support.distributed import exchange, main_first, processes, rank, world_size
 from support.hub import InputError, exit_status
 
 
@@ -156,7 +156,7 @@ def gradients(model: Path, out: Path) -> int:
             found |= {f"{len(batch)}.loss": torch.tensor(loss)}
             found |= {f"{len(batch)}.{n}": p.grad.clone()
                       for n, p in prism.adapter.named_parameters()}
-        save_file(found, out / f"{rank()}-of-{world()}")
+        save_file(found, out / f"{rank()}-of-{world_size()}")
     return 0
 
 

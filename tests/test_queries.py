@@ -114,7 +114,7 @@ def test_openings_suit_the_language(run: RunFolder, net: Transformer, tok: Token
                                    "Gericht gelungen ist."}
     writer = QueryWriter(run, net, tok, personas, "continue", 0)
     with one_thread():
-        writer.look_at_personas()
+        writer.find_rivals_and_openings()
     assert [name for name, own in writer.openings.items() if not own] == ["koch"]
 
 

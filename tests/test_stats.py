@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from judge import MOST_PAIRS, PAIRS_AT_ONCE, Comparison, ask_until_decided
-from support.stats import (FAIL, PASS, auc, bootstrap_mean, decision_scores, evidence, interval,
-                           youden_threshold)
+from support.stats import (FAIL, PASS, auc, bootstrap_mean, decision_scores, interval,
+                           log_likelihood_ratio, youden_threshold)
 
 
 @pytest.mark.parametrize(("hits", "n", "expected"), [
@@ -34,11 +34,11 @@ def passes(share: float) -> tuple[float, float]:
                 misses = PAIRS_AT_ONCE - hits
                 chances[right + hits] += chance * (
                     math.comb(PAIRS_AT_ONCE, hits) * share**hits * (1 - share) ** misses)
-        found = {right: evidence(right, asked - right) for right in chances}
+        found = {right: log_likelihood_ratio(right, asked - right) for right in chances}
         passed += sum(chance for right, chance in chances.items() if found[right] >= PASS)
         undecided = {r: chance for r, chance in chances.items() if FAIL < found[r] < PASS}
     return passed + sum(chance for right, chance in undecided.items()
-                        if evidence(right, MOST_PAIRS - right) > 0), pairs
+                        if log_likelihood_ratio(right, MOST_PAIRS - right) > 0), pairs
 
 
 def test_errors_of_the_sequential_test() -> None:
