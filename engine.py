@@ -175,7 +175,8 @@ class Engine:
             on_token: called with (request index, token id) as soon as a token is drawn.
             bar: what a progress bar calls this work, if it takes seconds.
         """
-        context, queue = self.net.config.max_position_embeddings, []
+        context = self.net.config.max_position_embeddings
+        queue = []
         for i, request in enumerate(requests):
             limit = min(self.sampling.max_new_tokens, context - len(request.ids))
             if limit < 1 or not request.ids:

@@ -109,7 +109,8 @@ def generate(model: Transformer | PRISM, tokenizer: Tokenizer, conversations: It
         sampling = Sampling()
     net, needs_mask = model, False
     if isinstance(model, PRISM):
-        net, needs_mask = model.net, model.gate_pool == "mean"
+        net = model.net
+        needs_mask = model.gate_pool == "mean"
     requests = []
     for i, messages in enumerate(conversations, first):
         if needs_mask:
@@ -352,8 +353,8 @@ def _main(args: argparse.Namespace) -> int:
     answers = generate(model, tokenizer, conversations, sampling, args.gate, args.batch_size,
                        progress=progress)
     for i, a in enumerate(answers):
-        row = {"text": a.text, "gate": a.gate, "routed": a.routed, "prompt_tokens":
-               a.prompt_tokens, "tokens": len(a.ids), "stop": a.stop}
+        row = {"text": a.text, "gate": a.gate, "routed": a.routed,
+               "prompt_tokens": a.prompt_tokens, "tokens": len(a.ids), "stop": a.stop}
         show(i, row, f"{route_label(a)} {a.text}")
     return 0
 

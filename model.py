@@ -388,7 +388,8 @@ def load(name: str | Path, device: torch.device | str = "cpu",
     with torch.device("meta"):  # shapes only: everything is checked before memory is asked for
         net = Transformer(config)
     check_headers(folder, destinations(net, config), files)
-    config.dtype, config.num_layers = dtype or config.dtype, layers or config.num_layers
+    config.dtype = dtype or config.dtype
+    config.num_layers = layers or config.num_layers
     # A tied model's head of its own is used, as by transformers; most of them are copies.
     if layers is not None or (tied and holds_head and head_is_copy(files)):
         config.tie_word_embeddings = True

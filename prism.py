@@ -68,7 +68,8 @@ class Router(nn.Module):
                  seed: int = 0):
         super().__init__()
         self.net, self.gate = net, None
-        self.gate_layer, self.gate_pool, self.threshold = gate_layer, gate_pool, 0.5
+        self.gate_layer, self.gate_pool = gate_layer, gate_pool
+        self.threshold = 0.5
         self.early_layers = range(0)  # the layers before the decision
         if gate_layer is not None:
             self.gate = Gate(net.config.hidden_size, seed).to(net.device)
@@ -233,7 +234,8 @@ class PRISM(Router):
         """Write adapter (in PEFT's format), gate and prism.json; each file atomically."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        net, settings = self.net, files.describe_base(self.net.name, self.net.folder)
+        net = self.net
+        settings = files.describe_base(net.name, net.folder)
         gate = dict.fromkeys(files.GATE_FIELDS)
         if self.gate is not None:
             self.save_gate(folder)

@@ -186,7 +186,9 @@ class Tokenizer:
     def _text(self, messages: list[dict], add_generation_prompt: bool,
               thinking: bool = True) -> str:
         """The conversation as text, by the model's own template; see `render` for `thinking`."""
-        template, switch = self._template, {} if thinking else {"enable_thinking": False}
+        template, switch = self._template, {}
+        if not thinking:
+            switch = {"enable_thinking": False}
         try:
             text = template.render(messages=messages, tools=None, documents=None,
                                    add_generation_prompt=add_generation_prompt,

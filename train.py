@@ -149,7 +149,8 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: dict[str, 
             starts.append(len(prompt) - 1)
         states, _ = hidden_states(net, rows, starts, bar="reading the teacher")
         for pair, row, start, state in zip(chunk, rows, starts, states):
-            answer, bare = row[start + 1:], tokenizer.render(conversation(pair.query))
+            answer = row[start + 1:]
+            bare = tokenizer.render(conversation(pair.query))
             if answer:
                 teacher = state[:-1].cpu()  # off the device as soon as possible
                 samples.append(Sample(f"{pair.persona}/{pair.index}", [*bare, *answer], len(bare),
