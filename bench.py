@@ -316,7 +316,7 @@ def peer_generate(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop:
     out = s.peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens,
                           min_new_tokens=None if stop else new_tokens, pad_token_id=0,
                           eos_token_id=sorted(stop) or None, **how)[:, longest:].tolist()
-    return [row[:next((i + 1 for i, t in enumerate(row) if t in stop), len(row))] for row in out]
+    return [ids[:next((i + 1 for i, t in enumerate(ids) if t in stop), len(ids))] for ids in out]
 
 
 def peer_continuous(s: Setup, prompts: Sequence[list[int]], new_tokens: int, stop: set[int],
@@ -666,10 +666,10 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         function()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
+                                profile_memory=True) as found:
         function()
     held = most = 0
-    for event in profile.profiler.kineto_results.events():
+    for event in found.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
@@ -775,8 +775,8 @@ def replacements(s: Setup) -> dict[str, object]:
                bar: str | None = None) -> tuple[list[Tensor], int]:
         """The last hidden states of rows read whole, `batch` at a time."""
         found = [None] * len(rows)
-        for i, row in read_whole(s.peer.model, rows, batch):
-            found[i] = row[starts[i]:len(rows[i])].clone()
+        for i, states in read_whole(s.peer.model, rows, batch):
+            found[i] = states[starts[i]:len(rows[i])].clone()
         return found, sum(map(len, rows))
 
     def train_lora(run: object, prism: PRISM, samples: Sequence[train.Sample],

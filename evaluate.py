@@ -710,11 +710,11 @@ def compare(mine: dict[str, float], base: dict[str, float], expert: dict[str, fl
     cell |= {"pairs": len(ids), "difference": difference, "interval": interval}
     shared = [i for i in ids if i in expert]
     if len(shared) > 1:
-        share = bootstrap_ratio([mine[i] - base[i] for i in shared],
-                                [expert[i] - base[i] for i in shared])
-        cell["recovery"] = share and share[0]
-        if share:
-            cell["recovery_interval"] = share[1]
+        recovered = bootstrap_ratio([mine[i] - base[i] for i in shared],
+                                    [expert[i] - base[i] for i in shared])
+        cell["recovery"] = recovered and recovered[0]
+        if recovered:
+            cell["recovery_interval"] = recovered[1]
     return cell
 
 
@@ -790,10 +790,10 @@ def routing(results: dict) -> dict:
                 continue
             metric = next(iter(metrics))
             effect = metrics[metric].get("expert", {}).get("difference")
-            share = metrics["routed"].get("prism", {}).get("mean")
-            if effect is not None and share is not None:
+            routed = metrics["routed"].get("prism", {}).get("mean")
+            if effect is not None and routed is not None:
                 sign = -1 if category in ("safe", "benign") else 1
-                points.append({"category": f"{task}/{category}", "routed": share,
+                points.append({"category": f"{task}/{category}", "routed": routed,
                                "effect": sign * effect * (10 if metric == "rating" else 100)})
     x, y = [p["routed"] for p in points], [p["effect"] for p in points]
     return {"points": points, "pearson": pearson(x, y),
