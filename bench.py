@@ -798,7 +798,7 @@ def replacements(s: Setup) -> dict[str, object]:
             run.record("lora", step, loss=loss.item(), samples=len(batch), flops=0,
                        tokens_trained=len(target), seconds=time.perf_counter() - begun)
 
-    return {"queries.Engine": PeerEngine, "generate.Engine": PeerEngine,
+    return {"generate.Engine": PeerEngine,
             "queries.token_log_probabilities": log_probabilities,
             "engine.token_log_probabilities": log_probabilities,
             "judge.token_log_probabilities": log_probabilities,

@@ -38,13 +38,15 @@ class Request:
     """One prompt for the engine.
 
     `prefix` leading ids are shared with other requests of the same run and are read only once;
-    `user_mask` marks the last user text for a gate that pools by mean.
+    `user_mask` marks the last user text for a gate that pools by mean; the answer's text begins
+    with the last `begun` ids.
     """
 
     ids: list[int]
     seed: int = 0
     prefix: int = 0
     user_mask: list[bool] | None = None
+    begun: int = 0
 
 
 @dataclass
@@ -63,8 +65,10 @@ class Output:
 
     @property
     def text_ids(self) -> list[int]:
-        """The ids without the token that ended them."""
-        return self.ids[:-1] if self.stop == "eos" else self.ids
+        """The ids of the answer's text: as begun in the prompt, without the token that ended it.
+        To be decoded together: some decoders drop the space a text begins with."""
+        begun = self.request.ids[len(self.request.ids) - self.request.begun:]
+        return begun + (self.ids[:-1] if self.stop == "eos" else self.ids)
 
     @property
     def cached(self) -> int:

@@ -116,10 +116,10 @@ def write_traffic(run: RunFolder, net: Transformer, tokenizer: Tokenizer, wanted
         return read_traffic(run)
     begun = time.perf_counter()
     turn = tokenizer.open_user_turn(None)
-    asked = [(Request(turn, derive_seed(seed, "traffic", i), prefix=len(turn) - 1), [])
+    asked = [Request(turn, derive_seed(seed, "traffic", i), prefix=len(turn) - 1)
              for i in range(2 * wanted)]
     said, cost = write_messages(net, tokenizer, asked, "continue", "ordinary traffic")
-    written = [clean_query(text) for text, complete in said if complete]
+    written = [clean_query(message.text) for message in said if message.stop == "eos"]
     messages = [text for text in dict.fromkeys(written) if text][:wanted]
     run.record("traffic", 0, **cost, **spent_since(begun))
     run.write("traffic.jsonl", map(Traffic, messages))

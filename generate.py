@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Sequence
@@ -50,17 +51,9 @@ def stop_tokens(net: Transformer, tokenizer: Tokenizer) -> set[int]:
             *settings.integers("eos_token_id", 0, 2**22)}
 
 
-def message_stops(net: Transformer, tokenizer: Tokenizer) -> set[int]:
-    """Every id that ends a user's message; InputError if there is none."""
-    stops = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
-    if not stops:
-        raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever end")
-    return stops
-
-
 def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequence[list[dict]],
                    seeds: Sequence[int], sampling: Sampling, lead: str = "",
-                   bar: str | None = None) -> tuple[list[Completion], dict]:
+                   bar: str | None = None) -> tuple[list[Completion], Counter[str]]:
     """The base model's answers to conversations, in order, each with its own seed, and what they
     cost. What comes before the first user text is read once for all that share it.
 
@@ -72,21 +65,25 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
     said, requests = tokenizer.encode_turn("assistant", lead) if lead else [], []
     for messages, seed in zip(conversations, seeds):
         ids, shared = tokenizer.render_shared(messages, thinking=not lead)
-        requests.append(Request([*ids, *said], seed, prefix=shared))
-    engine = Engine(net, sampling, stop_tokens(net, tokenizer))
-    answers = completions(tokenizer, engine.run(requests, bar=bar), said)
+        requests.append(Request([*ids, *said], seed, prefix=shared, begun=len(said)))
+    return sample_requests(net, tokenizer, requests, sampling, stop_tokens(net, tokenizer), bar)
+
+
+def sample_requests(net: Transformer, tokenizer: Tokenizer, requests: Sequence[Request],
+                    sampling: Sampling, stops: set[int],
+                    bar: str | None) -> tuple[list[Completion], Counter[str]]:
+    """What the base model answers to requests, in their order, and what it cost."""
+    engine = Engine(net, sampling, stops)
+    answers = completions(tokenizer, engine.run(requests, bar=bar))
     return answers, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
 
 
-def completions(tokenizer: Tokenizer, outputs: Iterable[Output],
-                said: Sequence[int] = ()) -> list[Completion]:
-    """What the engine made of requests, in their order; each text begins with the ids `said`."""
+def completions(tokenizer: Tokenizer, outputs: Iterable[Output]) -> list[Completion]:
+    """What the engine made of requests, in their order."""
     answers = []
     for out in sorted(outputs, key=lambda out: out.index):
-        # Decoded together: some decoders drop the space a text begins with.
-        text = tokenizer.decode([*said, *out.text_ids])
-        answers.append(Completion(text, out.ids, out.gate, out.routed, out.stop,
-                                  len(out.request.ids)))
+        answers.append(Completion(tokenizer.decode(out.text_ids), out.ids, out.gate, out.routed,
+                                  out.stop, len(out.request.ids)))
     return answers
 
 

@@ -27,7 +27,7 @@ from support.hub import InputError
 from support.messages import conversation
 from support.refusals import GRAMMAR
 from support.rule import NoJudge, Rule, judge_in_place
-from support.runs import RunFolder, add_costs, cost_of, spent_since, split_chunks
+from support.runs import RunFolder, cost_of, spent_since, split_chunks
 from support.stats import FAIL, PASS, log_likelihood_ratio
 from support.words import count_words, degenerate, word_list
 from tokenizer import Tokenizer, common_prefix
@@ -287,7 +287,7 @@ class KnownPairs:
                 self.pairs.append(p)
         self.pairs.sort(key=lambda p: (
             p.base_stop != "eos", derive_seed(seed, "known", p.persona, p.index)))
-        self.costs: list[dict] = []  # of making the pairs and of judging them
+        self.cost: Counter[str] = Counter()  # of making the pairs and of judging them
 
     def wrong_query(self) -> Iterator[Comparison]:
         """The answer to a query against the answer to another one."""
@@ -304,7 +304,7 @@ class KnownPairs:
             answers, cost = sample_answers(
                 self.net, self.tokenizer, [conversation(query) for query in queries], seeds,
                 Sampling(self.tokens), COMPLIANCE, "sampling compliance")
-            self.costs.append(cost)
+            self.cost.update(cost)
             for query, answer in zip(queries, answers):
                 yield Comparison(query, "", REFUSAL, answer.text, answer.stop == "eos")
 
@@ -319,7 +319,7 @@ def examine_judge(judge: Judge, known: KnownPairs) -> dict:
     kinds = {}
     for kind, pairs in (("wrong query", known.wrong_query()), ("refusal", known.refusal())):
         kinds[kind], cost = ask_until_decided(judge, pairs)
-        known.costs.append(cost)
+        known.cost.update(cost)
         if not kinds[kind]["passed"]:
             break
     trusted = kinds["wrong query"]["passed"]
@@ -331,16 +331,14 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, 
     """Counts of a judge's verdicts on known pairs of one kind, the expert's answer being the
     better, and what they cost. Where the pairs end before the sequential test, the likelier of the
     two shares counts."""
-    counts: Counter[str] = Counter()
-    letters: Counter[str] = Counter()
-    costs, ratio = [], 0.0
+    counts, letters, total, ratio = Counter(), Counter(), Counter(), 0.0
     with progress_bar(f"testing the {judge.name} judge", "pair", total=MOST_PAIRS) as bar:
         while FAIL < ratio < PASS and counts.total() < MOST_PAIRS:
             some = list(itertools.islice(pairs, PAIRS_AT_ONCE))
             if not some:
                 break
             answers, cost = judge.compare(some)
-            costs.append(cost)
+            total.update(cost)
             for winner, said in answers:
                 counts[winner] += 1
                 if judge.name == "letter":
@@ -350,7 +348,7 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, 
     return {"pairs": counts.total(), "right": counts["expert"], "wrong": counts["base"],
             "tie": counts["tie"], "split": counts["split"], "unparsed": counts["unparsed"],
             "passed": ratio > 0,
-            "letters": letters.total(), "A": letters["A"]}, add_costs(costs)
+            "letters": letters.total(), "A": letters["A"]}, total
 
 
 def choose_judge(name: str, net: Transformer, tokenizer: Tokenizer,
@@ -407,5 +405,5 @@ def judge_of_run(run: RunFolder, net: Transformer, tokenizer: Tokenizer, judging
     known = KnownPairs(net, tokenizer, pairs, args.max_new_tokens, args.seed)
     judge, tests = choose_judge(args.judge, *judging, known)
     run.record("judge", 0, chosen=judge.name, forced=args.judge != "auto", model=args.judge_model,
-               tests=tests, **add_costs(known.costs), **spent_since(begun))
+               tests=tests, **known.cost, **spent_since(begun))
     return judge

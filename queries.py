@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import Engine, PrefixReader, Request, hidden_states, token_log_probabilities
-from generate import message_stops
+from engine import PrefixReader, Request, hidden_states, token_log_probabilities
+from generate import Completion, sample_requests, stop_tokens
 from model import Transformer
 from sampling import Sampling, derive_seed
 from support.distributed import main_first
 from support.hub import InputError
 from support.messages import conversation
 from support.personas import is_contrast
-from support.runs import RunFolder, add_costs, cost_of, spent_since, split_chunks
+from support.runs import RunFolder, cost_of, spent_since, split_chunks
 from support.words import (ECHO_WORDS, FEWEST_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, SHARED,
                            clean_query, near_duplicates, shares_language, word_list, words_of)
 from tokenizer import Tokenizer, common_prefix
@@ -199,7 +199,7 @@ class QueryWriter:
         self.rivals: dict[str, list[str]] = {}
         self.chunks: list[list[Draft]] = []  # all that were asked for
         self.numbers: defaultdict = defaultdict(itertools.count)  # of each style and persona
-        self.costs: list[dict] = []  # of the work in hand
+        self.cost: Counter[str] = Counter()  # of the work in hand
 
     def extend(self, styles: Sequence[str], counts: dict[str, int]) -> list[Candidate]:
         """Write so many more candidates for each persona, in each style; all that there are now."""
@@ -221,17 +221,17 @@ class QueryWriter:
             self.find_rivals_and_openings()
         asked, style = [self.request(draft) for draft in drafts], drafts[0].style
         written, cost = write_messages(self.net, self.tokenizer, asked, style, "sampling")
-        self.costs, candidates, messages = [cost], [], []
-        for draft, (text, complete) in zip(drafts, written):
-            candidate = Candidate(draft.persona, style, text, complete)
+        self.cost, candidates, messages = cost, [], []
+        for draft, message in zip(drafts, written):
+            candidate = Candidate(draft.persona, style, message.text, message.stop == "eos")
             candidates.append(candidate)
             messages.append((draft.persona, query_of(candidate, self.texts[draft.persona])))
         suited = self.find_suited(messages)
         rows = [replace(c, suits=name) for c, name in zip(candidates, suited)]
-        return rows, add_costs(self.costs)
+        return rows, dict(self.cost)
 
-    def request(self, draft: Draft) -> tuple[Request, list[int]]:
-        """A draft's prompt, and the ids that its message begins with.
+    def request(self, draft: Draft) -> Request:
+        """A draft's prompt, and how its message begins.
 
         "instruct": the instruction with the next wish. "continue": the opened turn of a user who
         talks to the persona, and every other time an opening.
@@ -240,14 +240,14 @@ class QueryWriter:
         if draft.style == "instruct":
             prompts = self.instructions[name]
             shared = min(common_prefix(prompts[0], other) for other in prompts[1:])
-            return Request(prompts[number % len(WISHES)], seed, prefix=shared), []
+            return Request(prompts[number % len(WISHES)], seed, prefix=shared)
         words, own = "", self.openings[name]
         if own and number % 2 == 0:
             words = own[number // 2 % len(own)]
         turn = self.turns[name]
         begun = self.tokenizer.encode_turn("user", words, system=True)
         # The turn's last id stays: without an opening there must be one to read.
-        return Request([*turn, *begun], seed, prefix=len(turn) - 1), begun
+        return Request([*turn, *begun], seed, prefix=len(turn) - 1, begun=len(begun))
 
     def find_suited(self, asked: Sequence[tuple[str, str | None]]) -> list[str | None]:
         """For each (persona, query) the persona itself if the query is likelier under it by LEAD
@@ -282,7 +282,7 @@ class QueryWriter:
             rows.append((before, self.tokenizer.encode_turn(role, text, persona is not None)))
             shared.append(common_prefix(turn, before))
         scores, cost = log_likelihoods(self.net, rows, shared, self.reader)
-        self.costs.append(cost)
+        self.cost.update(cost)
         return scores
 
     def find_rivals_and_openings(self) -> None:
@@ -292,7 +292,7 @@ class QueryWriter:
         turns = [self.turns[name] for name in names]
         ends = [len(turn) - 1 for turn in turns]
         states, read = hidden_states(self.net, turns, ends, ends, reader=self.reader)
-        self.costs = [cost_of(self.net, len(turns), read)]
+        self.cost = cost_of(self.net, len(turns), read)
         for name, rivals in zip(names, most_alike(torch.cat(states).float())):
             self.rivals[name] = [names[k] for k in rivals]
         if "continue" in STYLES[self.style]:
@@ -302,21 +302,17 @@ class QueryWriter:
                 known = shares_language(self.texts[name], OPENINGS)
                 self.openings[name] = [OPENINGS[o] for o in own] if known else []
         if "personas" not in self.run.latest():  # once in a run, however often it is continued
-            self.run.record("personas", 0, **add_costs(self.costs), **spent_since(begun))
+            self.run.record("personas", 0, **self.cost, **spent_since(begun))
 
 
-def write_messages(net: Transformer, tokenizer: Tokenizer,
-                   asked: Sequence[tuple[Request, list[int]]], style: str,
-                   bar: str) -> tuple[list[tuple[str, bool]], dict]:
-    """Users' messages sampled in a style, each from its prompt and the ids that it begins with:
-    (text, whether the model ended it by itself). And what they cost."""
-    requests = [request for request, _ in asked]
-    engine = Engine(net, Sampling(QUERY_TOKENS, TEMPERATURE[style]), message_stops(net, tokenizer))
-    outputs = sorted(engine.run(requests, bar=bar), key=lambda out: out.index)
-    written = []
-    for out, (_, begun) in zip(outputs, asked):
-        written.append((tokenizer.decode([*begun, *out.text_ids]), out.stop == "eos"))
-    return written, cost_of(net, len(requests), engine.prompt_tokens, engine.new_tokens)
+def write_messages(net: Transformer, tokenizer: Tokenizer, asked: Sequence[Request], style: str,
+                   bar: str) -> tuple[list[Completion], Counter[str]]:
+    """Users' messages sampled in a style, and what they cost; InputError if nothing ends one."""
+    stops = stop_tokens(net, tokenizer) | ({tokenizer.end_of_user_id} - {None})
+    if not stops:
+        raise InputError(f"{tokenizer.folder}: no end-of-turn token, so no query would ever end")
+    sampling = Sampling(QUERY_TOKENS, TEMPERATURE[style])
+    return sample_requests(net, tokenizer, asked, sampling, stops, bar)
 
 
 def most_alike(states: Tensor) -> list[list[int]]:

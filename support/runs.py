@@ -152,7 +152,7 @@ class RunFolder:
 
     def commit(self, rows: Sequence, cost: dict) -> None:
         """Hand in the rows of the chunk that `todo` gave, and what they cost (see `cost_of`)."""
-        self._done = [[asdict(row) for row in rows], cost | spent_since(self._begun)]
+        self._done = [[asdict(row) for row in rows], {**cost, **spent_since(self._begun)}]
 
     # -- metrics -----------------------------------------------------------------------------------
 
@@ -319,19 +319,12 @@ def split_chunks(rows: Sequence, size: int = CHUNK) -> list[Sequence]:
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-def cost_of(net: nn.Module, prompts: int, read: int, written: int = 0, scored: int = 0) -> dict:
+def cost_of(net: nn.Module, prompts: int, read: int, written: int = 0,
+            scored: int = 0) -> Counter[str]:
     """What a piece of work of the Transformer `net` cost, for metrics.jsonl: tokens read as input,
     written, and scored (input whose probability was read, so that the head ran on it as well)."""
-    return {"prompts": prompts, "tokens_read": read, "tokens_written": written,
-            "flops": net.flops(read + written, written + scored)}
-
-
-def add_costs(costs: Iterable[dict]) -> dict:
-    """The sum of several costs."""
-    summed: Counter = Counter()
-    for one in costs:
-        summed.update(one)
-    return dict(summed)
+    return Counter(prompts=prompts, tokens_read=read, tokens_written=written,
+                   flops=net.flops(read + written, written + scored))
 
 
 def peak_memory() -> int:

@@ -16,6 +16,7 @@ from tiny import one_thread
 from transformers import AutoConfig
 
 import bench
+import generate
 import queries
 from bench import Row, Setup, Workload, bit_equal, main, medians, peak_bytes, saved_bytes, table
 from engine import Engine, Request, hidden_states
@@ -130,10 +131,10 @@ def test_pipeline_on_the_tiny_model(setup: Setup, personas: Path, monkeypatch: P
     monkeypatch.setattr(bench, "QUICK", [
         "--personas", str(personas), "--queries", "6", "--max-new-tokens", "8", "--judge",
         "likelihood", "--epochs", "2", "--batch-size", "2", "--rank", "4"])
-    before = bench.train.train_lora, bench.train.hidden_states, queries.Engine
+    before = bench.train.train_lora, bench.train.hidden_states, generate.Engine
     with one_thread():
         rows = bench.pipeline(setup)
-    assert before == (bench.train.train_lora, bench.train.hidden_states, queries.Engine)
+    assert before == (bench.train.train_lora, bench.train.hidden_states, generate.Engine)
     assert [r.part.split(" (")[0] for r in rows] == [f"train.py --quick: {n}" for n in (
         "whole command", "personas", "queries", "style", "quality", "answers", "judge",
         "verdicts", "gate", "lora")]
@@ -153,5 +154,5 @@ def test_replacements_compute_the_same(setup: Setup) -> None:
         torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
     sampling, requests = Sampling(12, 0.0), [Request(p) for p in prompts]
     ids = {o.index: o.ids for o in Engine(net, sampling, {2}).run(requests)}
-    theirs = swapped["queries.Engine"](net, sampling, {2}).run(requests)
+    theirs = swapped["generate.Engine"](net, sampling, {2}).run(requests)
     assert ids == {o.index: o.ids for o in theirs}

@@ -181,11 +181,11 @@ def test_known_pairs_by_their_kinds(known: KnownPairs) -> None:
     assert all(c.expert == own[c.query] != c.base and c.base in own.values() for c in wrong)
     cut = known.pairs[-1].base
     assert all(c.ended == (cut not in (c.expert, c.base)) and c.context == "" for c in wrong)
-    assert known.costs == []
+    assert not known.cost
     with one_thread():
         found = list(itertools.islice(known.refusal(), PAIRS_AT_ONCE))
-    [cost] = known.costs
-    assert cost["prompts"] == PAIRS_AT_ONCE and 0 < cost["tokens_written"] <= 6 * PAIRS_AT_ONCE
+    assert known.cost["prompts"] == PAIRS_AT_ONCE
+    assert 0 < known.cost["tokens_written"] <= 6 * PAIRS_AT_ONCE
     for c, query in zip(found, SHOULD_REFUSE):
         assert c.query == query and c.expert == REFUSAL and c.base.startswith(COMPLIANCE)
 
@@ -212,7 +212,7 @@ def test_a_judge_is_asked_until_it_is_known(
     assert (report["trusted"], report["blind_to_refusals"]) == (trusted, blind)
     assert asked.count == sum(n for n, _ in counts.values())
     sampled = counts.get("refusal", (0, 0))[0]  # no compliance before it is asked about
-    assert sum(cost.get("prompts", 0) for cost in known.costs) == asked.count + sampled
+    assert known.cost["prompts"] == asked.count + sampled
     for kind, k in report["kinds"].items():
         assert k["passed"] is (k["right"] > 0)
         assert kind not in wrong_on or k["wrong" if other == "base" else other] == k["pairs"]

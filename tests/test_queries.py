@@ -93,7 +93,7 @@ def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: T
     writer = QueryWriter(run, net, tok, PERSONAS, "auto", 0)
     writer.openings = {name: ["How do I", "Why does my"] for name in PERSONAS}
     for name, persona in PERSONAS.items():
-        asked = [writer.request(Draft("instruct", name, i))[0] for i in range(2 * len(WISHES))]
+        asked = [writer.request(Draft("instruct", name, i)) for i in range(2 * len(WISHES))]
         for request, wish in zip(asked, 2 * WISHES, strict=True):
             text = INSTRUCTION.format(persona=persona, wish=wish)
             assert request.ids == tok.render(conversation(text, CURATOR))
@@ -101,8 +101,10 @@ def test_each_style_asks_in_its_own_way(run: RunFolder, net: Transformer, tok: T
         assert persona in tok.decode(asked[0].ids[:asked[0].prefix])
         turn, words = tok.open_user_turn(persona), []
         for number in range(5):
-            request, begun = writer.request(Draft("continue", name, number))
-            assert request.ids == [*turn, *begun] and request.prefix == len(turn) - 1
+            request = writer.request(Draft("continue", name, number))
+            begun = request.ids[len(turn):]
+            assert request.ids[:len(turn)] == turn and request.prefix == len(turn) - 1
+            assert request.begun == len(begun)
             assert request.seed == derive_seed(0, "query", "continue", name, number)
             words.append(tok.decode(begun))
         assert words == ["How do I", "", "Why does my", "", "How do I"]
