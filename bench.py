@@ -51,7 +51,7 @@ from support.device import choose_device, choose_dtype, memory_of, pad
 from support.distributed import progress_bar
 from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, read_json, resolve,
                          write_file)
-from support.memory import choose_sizes, training_flops
+from support.estimate import choose_sizes, training_flops
 from support.personas import load_personas
 from support.runs import peak_memory, split_chunks
 from tokenizer import Tokenizer

@@ -358,8 +358,7 @@ class Engine:
 
 
 def hidden_states(net: Transformer, rows: Rows, starts: Sequence[int],
-                  shared: Sequence[int] | None = None, adapter: nn.ModuleList | None = None,
-                  bar: str | None = None,
+                  shared: Sequence[int] | None = None, bar: str | None = None,
                   reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """Post-norm hidden states of each row of ids from position starts[i] to its end, [n_i, d], and
     the number of tokens that went through the model.
@@ -369,9 +368,9 @@ def hidden_states(net: Transformer, rows: Rows, starts: Sequence[int],
     Args:
         shared: leading ids of each row (at most starts[i]) that other rows begin with as well; such
             a beginning runs through the model only once.
-        adapter: on for all rows (a PRISM's `adapter`); None reads with the base model.
         bar: what a progress bar calls this work, if it takes seconds.
-        reader: pass one to several calls, and a beginning that they share is read once.
+        reader: one with an adapter on, or one for several calls, which reads a beginning that they
+            share once; by default the base model's.
     """
     shared, context = shared or [0] * len(rows), net.config.max_position_embeddings
     longest = max(map(len, rows), default=0)
@@ -380,7 +379,7 @@ def hidden_states(net: Transformer, rows: Rows, starts: Sequence[int],
                          f"{context}; use shorter personas or fewer --max-new-tokens")
     rests = [len(row) - n for row, n in zip(rows, shared)]
     states: list[Tensor] = [torch.empty(0)] * len(rows)
-    reader = reader or PrefixReader(net, adapter)
+    reader = reader or PrefixReader(net)
     before = reader.tokens
     with torch.inference_mode(), progress_bar(bar, "token", total=sum(rests)) as shown:
         for batch in batches(rests, net.sizes.score_tokens, list(map(len, rows))):
@@ -393,8 +392,7 @@ def hidden_states(net: Transformer, rows: Rows, starts: Sequence[int],
     return states, reader.tokens - before
 
 
-def token_log_probabilities(net: Transformer, prompts: Rows,
-                            targets: Rows,
+def token_log_probabilities(net: Transformer, prompts: Rows, targets: Rows,
                             shared: Sequence[int] | None = None, bar: str | None = None,
                             reader: PrefixReader | None = None) -> tuple[list[Tensor], int]:
     """log P(target token | all before it) of each prompt + target: fp32 tensors [len(target)], and

@@ -35,7 +35,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tqdm import tqdm
 
 from bootstrap import Pair, Query, won_pairs
-from engine import Engine, Request, hidden_states
+from engine import Engine, PrefixReader, Request, hidden_states
 from generate import gate_inputs, stop_tokens
 from model import Transformer, load
 from prism import PRISM, distill_loss
@@ -51,7 +51,7 @@ from support.hub import (DEFAULT_MODEL, InputError, Parser, check_file, exit_sta
 from support.messages import conversation, merge_system, with_system
 from support.personas import is_contrast, load_personas, persona_hash
 from support.probes import (held_out_gate, measure_probes, probe_table, read_real_prompts,
-                            read_verdicts, run_settings)
+                            read_verdicts)
 from support.report import quoted, share, table
 from support.rule import Rule
 from support.runs import RunFolder, run_date, split_chunks
@@ -215,7 +215,7 @@ class Weights:
         def make(some: list[int]) -> list[dict]:
             rows, shared = zip(*(prompts[i] for i in some))
             states, read = hidden_states(self.net, rows, [len(r) - 1 for r in rows], shared,
-                                         self.adapter)
+                                         reader=PrefixReader(self.net, self.adapter))
             states, n = torch.cat(states), len(rows)
             with torch.inference_mode():
                 logits = self.net.head_exact(states, letters)
@@ -615,7 +615,7 @@ def run_kl(e: Evaluator, strategies: Sequence[Strategy], folder: Path,
     the same here, however long their answers are (report.md weighs tokens)."""
     held = held_out(folder)[:limit]
     samples = {s.name: s for s in distill_samples(
-        e.net, e.tokenizer, personas, held, run_settings(folder)["max_len"])}
+        e.net, e.tokenizer, personas, held, RunFolder(folder).settings["max_len"])}
     asked = [(samples[f"{p.persona}/{p.index}"], p) for p in held
              if f"{p.persona}/{p.index}" in samples]
     items = [Item("kl", sample.name, pair.persona, (pair.query,)) for sample, pair in asked]
@@ -648,7 +648,7 @@ def check_run(folder: Path, personas: dict[str, str]) -> None:
     Raises:
         InputError: the folder is no whole run, or the personas are not the run's.
     """
-    if run_settings(folder).get("personas_sha256") != persona_hash(personas):
+    if RunFolder(folder).settings.get("personas_sha256") != persona_hash(personas):
         raise InputError(f"--personas: not the contexts that {folder} was trained with (they are "
                          "the teacher that kl and latency compare with)")
     if not held_out(folder):

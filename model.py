@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import GatedLoRALinear
-from support.attention import additive_mask, attend
+from support.attention import additive_mask, attend, rope_frequencies
 from support.checkpoint import (HEAD, check_headers, checkpoint_files, copy_weights, destinations,
                                 head_is_copy)
 from support.config import BOTH_NORMS, Config
 from support.cpu import linear, rms_norm
 from support.hub import InputError, read_json, resolve
-from support.rope import rope_frequencies
 
 Generator = torch.Generator | None  # of LoRA dropout masks, while training
 Modules = nn.ModuleDict | None  # the LoRA modules of one layer, by projection
@@ -37,7 +36,7 @@ Modules = nn.ModuleDict | None  # the LoRA modules of one layer, by projection
 @dataclass(frozen=True)
 class Sizes:
     """How much runs at once. The defaults are for CPUs; a GPU takes more
-    (`support.memory.choose_sizes`).
+    (`support.estimate.choose_sizes`).
 
     Results depend on the numbers in their last bits, so that a run never changes them.
     """

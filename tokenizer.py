@@ -25,8 +25,8 @@ from tokenizers import Encoding
 from support.hub import InputError, optional_json
 from support.marks import Marks, any_of
 from support.messages import check_messages, conversation, merge_system
-from support.template import compile_template
-from support.vocabulary import THOUGHTS, added_by_text, one_line, read_tokenizer
+from support.vocabulary import (THOUGHTS, added_by_text, compile_template, one_line,
+                                read_tokenizer)
 
 THINK, END_THINK = THOUGHTS
 BYTE = "<0x[0-9A-F]{2}>"  # how a vocabulary spells a byte of a character that it lacks

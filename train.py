@@ -32,15 +32,13 @@ from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
 from sampling import derive_seed
 from support.adapter import write_tensors
-from support.card import write_card
 from support.device import batches, choose_device, choose_dtype, memory_of, pad, upload
 from support.distributed import (HEAD_START, exchange, main_first, processes,
                                  progress_bar, rank, sum_gradients, world_size)
-from support.estimate import announce, seconds
+from support.estimate import announce, choose_sizes, dry_run, seconds, training_flops
 from support.hub import InputError, exit_status, resolve, write_file
-from support.memory import choose_sizes, dry_run, training_flops
 from support.messages import conversation
-from support.report import summarize
+from support.report import summarize, write_card
 from support.runs import (RunFolder, cost_of, load_training_state, run_date, spent_since,
                           split_chunks, training_state)
 from support.settings import (CLIP, GATE_DEPTH, WARMUP, WEIGHT_DECAY,

@@ -319,7 +319,7 @@ def _ropes(fields: Fields, family: Family) -> list[dict]:
 
 
 def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
-    """What rope.py reads of a rotary setting; raises on a kind we do not compute."""
+    """What `rope_frequencies` reads of a rotary setting; raises on a kind we do not compute."""
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in family.rope_kinds:
         raise InputError(f"{fields.where}: rope_type {str(kind)[:60]!r} is not supported "

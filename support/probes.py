@@ -19,7 +19,7 @@ from gate import fit_gate, open_share, out_of_fold, probabilities, read_traffic,
 from generate import gate_features
 from prism import PRISM, Gate
 from support.benchmarks import lettered, read_gsm8k, read_harmbench, read_mmlu, read_mt_bench
-from support.hub import InputError, read_json
+from support.hub import InputError
 from support.messages import conversation
 from support.report import table
 from support.runs import RunFolder
@@ -79,21 +79,14 @@ def measure_probes(prism: PRISM, tokenizer: Tokenizer, queries: Sequence[Query],
     return {"sets": {name: len(h) for name, h in features.items()}, "gates": rows}
 
 
-def run_settings(folder: Path) -> dict:
-    """The settings in a run's run.json."""
-    settings = read_json(folder / "run.json").get("settings")
-    if not isinstance(settings, dict) or "seed" not in settings:
-        raise InputError(f"{folder / 'run.json'}: no settings in it, so this is not a run's")
-    return settings
-
-
 def read_verdicts(folder: Path) -> tuple[list[Pair], list[Verdict], set[tuple[str, int]]]:
     """A whole run's answers and verdicts, and which (persona, index) it held out.
 
     Raises:
         InputError: the folder is not that of a whole run.
     """
-    run, seed = RunFolder(folder), run_settings(folder)["seed"]
+    run = RunFolder(folder)
+    seed = run.settings["seed"]
     for name in ("verdicts.jsonl", "answers.jsonl"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; --adapter is not a whole run")
@@ -105,7 +98,8 @@ def read_verdicts(folder: Path) -> tuple[list[Pair], list[Verdict], set[tuple[st
 def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gate, float]:
     """A run's gate as stage 4 would fit it without the held-out queries, and its threshold: what
     the run's own queries have to be routed by. The saved gate has learned their verdicts."""
-    settings, run = run_settings(folder), RunFolder(folder)
+    run = RunFolder(folder)
+    settings = run.settings
     pairs, verdicts, held = read_verdicts(folder)
     kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
     features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])

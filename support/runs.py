@@ -35,7 +35,7 @@ from tqdm import tqdm
 from support.adapter import read_tensors
 from support.distributed import exchange, main_first, rank, world_size
 from support.fields import read_fields
-from support.hub import InputError, optional_json, write_file
+from support.hub import InputError, optional_json, read_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
 # Traffic is stage 4's, but like queries it depends on the model alone, or on who brought it.
@@ -174,8 +174,12 @@ class RunFolder:
 
     @property
     def settings(self) -> dict:
-        """The settings of the run, by `begin`."""
-        return self._about()["settings"]
+        """The settings of the run, by `begin`; InputError if there are none."""
+        path = self.path / "run.json"
+        settings = read_json(path).get("settings")
+        if not isinstance(settings, dict) or "seed" not in settings:
+            raise InputError(f"{path}: no settings in it, so this is not a run's")
+        return settings
 
     @property
     def complete(self) -> bool:

@@ -1,4 +1,4 @@
-"""support/estimate.py: what a run says beforehand of its cost, against bills of real runs."""
+"""support/estimate.py, time: what a run says beforehand of its cost, against bills of real runs."""
 
 from __future__ import annotations
 

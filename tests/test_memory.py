@@ -1,4 +1,4 @@
-"""support/memory.py: the plan of --dry-run against figures by hand, and against what is kept."""
+"""support/estimate.py, memory: --dry-run against figures by hand, and against what is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench import saved_bytes
 from engine import PrefixReader
 from model import Sizes, Transformer, load
 from prism import PRISM
-from support import memory
+from support import estimate
 from support.config import FAMILIES, Config, kept_tokens
 
 QWEN_7B = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
@@ -55,13 +55,13 @@ def test_a_gpu_does_what_fits(gigabytes: float | None, flags: list[str], expecte
     layers twice that it could keep; or --slots or --gpu-memory would not be heeded."""
     config = Config.from_json(QWEN_7B, "config.json")
     args = train.parser().parse_args(["--max-new-tokens", "512", *flags])
-    prism, size = memory.unloaded(config, args), gigabytes and gigabytes * 2**30
-    assert memory.choose_sizes(prism, args, size) == expected
+    prism, size = estimate.unloaded(config, args), gigabytes and gigabytes * 2**30
+    assert estimate.choose_sizes(prism, args, size) == expected
     if gigabytes == 80 and not flags:
-        assert memory.choose_sizes(prism, args, size, 2048 - 128).slots == 64
+        assert estimate.choose_sizes(prism, args, size, 2048 - 128).slots == 64
     if gigabytes == 24:  # stage 5's settings do not change what stages 1 to 3 do at once
         args.rank = 128
-        found = memory.choose_sizes(memory.unloaded(config, args), args, size)
+        found = estimate.choose_sizes(estimate.unloaded(config, args), args, size)
         assert found == replace(expected, train_tokens=found.train_tokens)
         assert found.train_tokens < expected.train_tokens
 
@@ -78,16 +78,16 @@ def test_planned_activations_are_an_upper_bound(family: str, dtype: torch.dtype,
     net.config.dtype = dtype  # as --dry-run sets it
     prism, rows, length = randomize_adapter(PRISM(net, rank=4, dropout=0.1)), 4, 64
     flags = argparse.Namespace(gate_layer=0, rank=4, alpha=32.0)
-    planned = memory.unloaded(net.config, flags)
+    planned = estimate.unloaded(net.config, flags)
     for ours, theirs in ((net, planned.net), (prism.adapter, planned.adapter)):
         assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
-    monkeypatch.setattr(memory, "PLAN_ROW", length)
+    monkeypatch.setattr(estimate, "PLAN_ROW", length)
     ids = torch.randint(5, 200, (rows, length), generator=torch.Generator().manual_seed(0))
     with one_thread():
         real = saved_bytes(lambda: net.hidden(ids, prism.adapter, rows, torch.Generator()), prism)
     if dtype != torch.float32:  # the copies of A and B in the base's dtype are weights
         real -= 2 * sum(p.numel() for p in prism.adapter.parameters())
-    plan = memory.activation_bytes(net.config, rows * length, 4)
+    plan = estimate.activation_bytes(net.config, rows * length, 4)
     adapted = plan * sum(lora is not None for lora in prism.adapter) / len(net.layers)
     assert 0.75 <= real / adapted <= 1.05 and real <= plan
 
@@ -119,7 +119,7 @@ def test_shared_beginnings_are_missing_in_the_plan(heads: int, ids: int) -> None
                                "torch_dtype": "bfloat16"}, "config.json")
     assert kept_tokens(config, config.dtype) == ids
     args = train.parser().parse_args([])
-    plan = memory.memory_plan(memory.unloaded(config, args), 512, Sizes())
+    plan = estimate.memory_plan(estimate.unloaded(config, args), 512, Sizes())
     for stage in ("1-2 answers", "3 verdicts"):
         assert plan[stage]["shared beginnings"] == ids * 32 * 2 * heads * 128 * 2 == 2**31
 
@@ -134,6 +134,6 @@ def test_arithmetic_of_training_is_miscounted(net: Transformer, monkeypatch: Pat
         with one_thread(), FlopCounterMode(display=False) as counter:
             net.hidden(ids, prism.adapter, len(ids)).sum().backward()
         counted.append(counter.get_total_flops())
-        expected.append(memory.training_flops(prism, ids.numel(), 0))
+        expected.append(estimate.training_flops(prism, ids.numel(), 0))
     assert counted == pytest.approx(expected, rel=0.15)
     assert counted[1] / counted[0] == pytest.approx(expected[1] / expected[0], rel=0.05)

@@ -1,4 +1,4 @@
-"""support/report.py and card.py: what a run says about itself follows from its files alone."""
+"""support/report.py: what a run says about itself follows from its files alone."""
 
 from __future__ import annotations
 
