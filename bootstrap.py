@@ -10,8 +10,6 @@ on its own name (persona, index) and a chunk's batching on nothing but the chunk
    both wordings of the judge's question. Which judge can be trusted is tested first (judge.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence

@@ -9,8 +9,6 @@ What was simplified: no paged cache (one row a slot, as long as the longest requ
 prompt is read whole, not in pieces between decoding steps.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass, field

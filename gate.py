@@ -11,8 +11,6 @@ are named contrast..., or every verdict was a win, they are also negatives to le
 noisy verdicts of many personas that did harm: the gate learned to open for whatever differs.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -1,8 +1,6 @@
 """Answer conversations, routed through an adapter if there is one: `generate()`, and the command.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

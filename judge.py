@@ -5,8 +5,6 @@ A judge compares the answer that a context gave (the expert's) with the base ans
 No judge is trusted before `examine_judge` has asked it about pairs whose better answer is known.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math

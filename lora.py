@@ -12,8 +12,6 @@ answer, one product with all B at once. What was simplified: no merging into W (
 most of a small update) and no per-projection rank.
 """
 
-from __future__ import annotations
-
 from typing import Callable, Iterator, Sequence
 
 import torch

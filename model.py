@@ -10,8 +10,6 @@ tensor parallelism, no mixture of experts, no rotation of a part of each head or
 the length (longrope), and a sliding window is a mask over a full-length cache.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
@@ -55,7 +53,7 @@ class KVCache:
     call stores or moves both; zeroed: a masked NaN would still poison attention.
     """
 
-    def __init__(self, net: Transformer, slots: int, capacity: int):
+    def __init__(self, net: "Transformer", slots: int, capacity: int):
         config = net.config
         shape = (config.num_layers, slots, 2 * config.num_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=net.device, dtype=net.dtype)

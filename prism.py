@@ -7,8 +7,6 @@ comes without its prompt; where the gate stays closed the base model answers, un
 here: prompts come from tokenizer.py, data from bootstrap.py.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +109,11 @@ class Router(nn.Module):
     def load_gate(self, folder: Path, threshold: float) -> None:
         """Read gate.safetensors of a folder into this gate, which opens from `threshold` on."""
         path = folder / files.GATE_FILE
-        self.gate.load_state_dict(files.read_gate(path, self.gate.state_dict()))
+        found = files.read_tensors(path, self.gate.state_dict())
+        if not bool((found["deviation"] > 0).all()):
+            raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
+                             "ever trained")
+        self.gate.load_state_dict(found)
         self.threshold = threshold
 
 

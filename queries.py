@@ -12,8 +12,6 @@ A query is what a user would send to this expert. There are two styles (`--query
 Nothing in here knows words of a language, beside the prompts and that file.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

@@ -1,7 +1,5 @@
 """How tokens are drawn: the settings, a row's own seed, and a sampler in one pass."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ also where a file's `normalized` would make transformers read its letters. And a
 no system role (or drops it silently) gets the system text in front of the first user message.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from datetime import datetime

@@ -9,8 +9,6 @@ the queries is held out from stage 5; the gate is scored out of fold and then fi
 Everything under --out can be continued after a kill by running the same command again.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

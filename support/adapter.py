@@ -5,8 +5,6 @@ adapted layer. PEFT has a module for each projection instead, so that reading jo
 splits. An adapter that PEFT trained elsewhere is read into the same shape; it has no gate.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -110,15 +108,6 @@ def read_tensors(path: Path, expected: dict[str, Tensor] | None = None) -> dict[
         if found[name].shape != target.shape:
             raise InputError(f"{path}: {name} is {list(found[name].shape)}, expected "
                              f"{list(target.shape)}")
-    return found
-
-
-def read_gate(path: Path, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a gate from its file, which must be that of one like `targets`."""
-    found = read_tensors(path, targets)
-    if not bool((found["deviation"] > 0).all()):
-        raise InputError(f"{path}: a deviation that is not above zero; no gate like this was "
-                         "ever trained")
     return found
 
 

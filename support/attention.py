@@ -1,7 +1,5 @@
 """Attention's mask, which of torch's kernels fits (shared keys, one token, caps), and RoPE."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ tensor is in which. `destinations` maps its names to the decoder's parameters, w
 v, and gate and up. `load` in model.py puts these pieces together.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from pathlib import Path

@@ -6,8 +6,6 @@ family's row does not have is one that transformers does not read either; what i
 this decoder would not is refused by name: a wrong answer costs more than an error.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
@@ -226,12 +224,6 @@ def _family(raw: dict, where: str) -> Family:
         if name in raw and raw[name] not in neutral and name not in family.defaults:
             fields.refuse(name, "is not supported")
     return family
-
-
-def tokenizer_class(raw: dict) -> str | None:
-    """The class of a config.json's tokenizer, where tokenizer_config.json names none."""
-    kind = raw.get("model_type")
-    return FAMILIES[kind].tokenizer if isinstance(kind, str) and kind in FAMILIES else None
 
 
 def _rotated_layers(fields: Fields, layers: int) -> list[bool]:

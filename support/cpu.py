@@ -5,8 +5,6 @@ the environment variable PRISM_PLAIN=1 (or `cpu.PLAIN = True`) every one of them
 way; results then differ by rounding only. On a GPU that is always so.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

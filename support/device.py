@@ -1,7 +1,5 @@
 """`--device` and `--dtype`: what "auto" chooses, and how data gets to the device."""
 
-from __future__ import annotations
-
 import os
 from typing import Sequence
 

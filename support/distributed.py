@@ -10,8 +10,6 @@ All processes see one file system. What they tell each other is JSON and bare te
 torch.distributed's way of sending objects would unpickle them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

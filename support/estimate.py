@@ -4,8 +4,6 @@ The time is that of its FLOPs, known from the settings, at this machine's speed,
 seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

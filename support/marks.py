@@ -7,8 +7,6 @@ template's: they become marks, and the marks become what the text spelled. The r
 as a whole, with marks as added tokens and control tokens as plain characters.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Iterable

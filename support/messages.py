@@ -1,7 +1,5 @@
 """Conversations, [{"role", "content"}, ...]: how they are made, read, checked and changed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ What can be read in two ways (a range, a ratio, a date, a power, a comma that ma
 no number here, so that nothing is scored on a guess.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Contexts to distil, one text file each: experts, policies, voices, tool registries ..."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from support.hub import InputError, read_text

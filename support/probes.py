@@ -5,8 +5,6 @@ that persona's queries from all others'. A probe shows what the queries alone wo
 learn, whatever the judge thought of the answers. Nothing here is trained on the real prompts.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Sequence

@@ -4,8 +4,6 @@ Chosen on one half of the human-labelled answers that are published with XSTest,
 other (docs/results.md). What was simplified: English only, and the opening only.
 """
 
-from __future__ import annotations
-
 import re
 
 # One spelling for all, so that the grammar needs no short forms: "can't", "cannot" -> "can not".

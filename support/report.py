@@ -4,8 +4,6 @@ Everything is read from the files of the run folder, so nothing here can change 
 has the findings, their details by stage, the cost, and samples to read.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from typing import Sequence

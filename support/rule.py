@@ -10,8 +10,6 @@ beats any model. It is a file of Python with one function:
 The file is run as code: use your own, or one that you have read.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Callable, Sequence
 

@@ -12,8 +12,6 @@ file gains its rows. A kill between the two leaves a metrics row without rows, w
 when the chunk is done again. So a run that was killed anywhere continues to the same files.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import itertools
@@ -72,7 +70,7 @@ class RunFolder:
         self._done: list | None = None  # what `commit` was given for the chunk in hand
         self._begun = 0.0
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> "RunFolder":
         self.writes = rank() == 0
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)

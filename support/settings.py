@@ -1,7 +1,5 @@
 """The settings of a run: the command line of train.py, its constants, and what depends on which."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

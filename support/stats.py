@@ -3,8 +3,6 @@
 Plain functions of numbers, each with its source and a worked example (run as doctests).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Sequence

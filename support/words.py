@@ -1,7 +1,5 @@
 """Words of texts in any language, what a query has to look like, and the lists in support/data/."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path
