@@ -7,8 +7,8 @@ out of fold by more than a standard error.
 
 How often the gate would open for nothing is seen on ordinary traffic: user turns that the model
 writes with no context at all (Magpie, arXiv 2406.08464). They limit the threshold. Where contexts
-are named contrast..., or every verdict was a win, they are also negatives to learn from. Beside the
-noisy verdicts of many personas that did harm: the gate learned to open for whatever differs.
+are named contrast..., or every verdict was a win, they are also negatives to learn from. Mixed
+with the noisy verdicts of many personas they hurt: the gate learned to open for whatever differs.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def fit_gate(gate: Gate, queries: Tensor, ordinary: Tensor, verdicts: Sequence[V
     targets = gate_targets(labels, personas, target)
     loss = train_gate(gate, features, targets)
     probability, fold = scored[target]
-    # Of traffic that the gate has learned from, its probabilities out of fold.
-    traffic = probability[len(queries):] or probabilities(gate, ordinary)
+    traffic = probabilities(gate, ordinary)
+    if len(features) > len(queries):  # the gate has learned from it: out of fold, too
+        traffic = probability[len(queries):]
     thresholds = choose_thresholds(probability, targets, fold, traffic, threshold, rate)
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
     return {"threshold": thresholds[None], "target": target, "loss": loss,
@@ -207,8 +208,9 @@ def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Seque
     run.
 
     A `fixed` one is taken as it is. Else it is the one that best separates the queries whose target
-    is above average (`youden_threshold`): wins from losses, or intents that mostly win from others.
-    But it is never so low that more than `rate` of the traffic opens the gate.
+    is above average from the rest (`youden_threshold`): wins from losses, or personas with a high
+    win rate from the others. But it is never so low that more than `rate` of the traffic opens the
+    gate.
 
     Args:
         probability, fold: what `out_of_fold` gives.

@@ -121,7 +121,8 @@ class Attention(nn.Module):
         self.layer, self.window = layer, config.windows[layer]
         self.rotated = config.rotated[layer]
         self.rope = int(len(config.ropes) > 1 and self.window is not None)
-        self.scale, self.cap = config.attention_scale, config.attention_cap
+        self.scale = config.attention_scale
+        self.cap = config.attention_cap
         d, (q, kv, _) = config.projections["qkv_proj"]
         self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.qkv_bias, config.dtype)
         self.o_proj = GatedLoRALinear(q, (d,), config.o_bias, config.dtype)
