@@ -36,11 +36,18 @@ from support.hub import InputError
 from support.messages import conversation
 from support.personas import is_contrast
 from support.runs import RunFolder, cost_of, spent_since
-from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
 from support.stats import (calibrated_log_loss, decision_scores, shrunken_rates, upper_quantile,
                            youden_threshold)
 from support.words import clean_query
 from tokenizer import Tokenizer
+
+
+GATE_FOLDS = 5
+GATE_STEPS = 50  # of all queries at once; with 300 a gate learns the noise of single verdicts
+GATE_OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.01}
+MOST_TRAFFIC = 200  # messages of ordinary traffic; no more than there are queries
+# Everything above that decides a gate: a run notices when it is changed.
+GATE_RULES = (GATE_FOLDS, GATE_STEPS, GATE_OPTIMIZER, MOST_TRAFFIC)
 
 
 @dataclass(frozen=True)

@@ -317,7 +317,8 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, adapter: Sequence | None = None, k: int = 0,
                generator: Generator = None) -> Tensor:
-        """Right-padded ids [B, T] -> post-norm hidden states [B, T, d], the head's own input."""
+        """Right-padded ids [B, T] -> post-norm hidden states [B, T, d], the head's own input; the
+        adapter is on for the leading k rows, with dropout if there is a generator."""
         x, at = self.embed(ids), self.positions(ids.shape)
         x = self.run(x, at, range(len(self.layers)), adapter, k, generator)
         return self.norm(x)
