@@ -6,20 +6,22 @@ on its own name (persona, index) and a chunk's batching on nothing but the chunk
 
 1. `queries.write_queries`: for each persona, what a user would type to this expert.
 2. `write_answers`: two answers a query, y_0 ~ P(.|x) and y_c ~ P(.|c, x).
-3. `write_verdicts`: does the persona's answer win? t(x) = 1 only if it wins under both orders or
+3. `run_verdicts`: does the persona's answer win? t(x) = 1 only if it wins under both orders or
    both wordings of the judge's question. Which judge can be trusted is tested first (judge.py).
 """
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
 from generate import sample_answers
-from judge import Comparison, Judge
-from model import Transformer
+from judge import Comparison, Judge, judge_of_run
+from model import Transformer, load
 from queries import Query
 from sampling import Sampling, derive_seed
-from support.hub import InputError
+from support.distributed import main_first
+from support.hub import InputError, resolve
 from support.messages import conversation
 from support.runs import RunFolder, split_chunks
 from tokenizer import Tokenizer
@@ -90,15 +92,33 @@ def check_order(rows: Sequence[Pair | Verdict], asked: Sequence[Query | Pair], p
     for number, row in enumerate(rows, 1):
         due = asked[number - 1] if number <= len(asked) else None
         if due is None or (row.persona, row.index) != (due.persona, due.index):
-            place = f"of {due.persona} {due.index}" if due else "of none, as there is no query left"
+            place = f"of {due.persona} {due.index}" if due else "of none, past the last query"
             raise InputError(f"{path}, line {number}: {row.persona} {row.index} in the place "
                              f"{place}; rows may be edited here, but only queries.jsonl says which "
                              "there are and in what order")
 
 
+def run_verdicts(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
+                 personas: dict[str, str], pairs: Sequence[Pair],
+                 args: argparse.Namespace) -> list[Verdict]:
+    """Stage 3: test the judge, then let it judge; a --judge-model is loaded only for that."""
+    done = run.rows("verdicts.jsonl", Verdict)
+    check_order(done, pairs, run.path / "verdicts.jsonl")
+    if len(done) == len(pairs) and "judge" in run.latest():
+        return done
+    judging = net, tokenizer
+    if args.judge_model:
+        folder = resolve(args.judge_model)
+        judging = load(folder, net.device, net.dtype), Tokenizer(folder, tokenizer.now)
+    with main_first():
+        judge = judge_of_run(run, net, tokenizer, judging, pairs, args)
+    return write_verdicts(run, judge, personas, pairs)
+
+
 def write_verdicts(run: RunFolder, judge: Judge, personas: dict[str, str],
                    pairs: Sequence[Pair]) -> list[Verdict]:
-    """Stage 3: t(x) = 1 where the persona's answer wins twice; everything else is t(x) = 0."""
+    """Stage 3: t(x) = 1 where the judge says "expert" (a model has to say so in both orders, or
+    under both wordings); everything else is t(x) = 0."""
     for chunk in run.todo("verdicts", "verdicts.jsonl", Verdict, split_chunks(pairs)):
         asked, verdicts = [], []
         for p in chunk:
@@ -120,7 +140,7 @@ def won_pairs(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> list[Pair]:
 
 def hold_out(verdicts: Sequence[Verdict], seed: int) -> set[tuple[str, int]]:
     """The (persona, index) pairs that stage 5 is not fitted on: a fifth of each class, at least one
-    where there are two, picked by a hash of their names."""
+    of a class of two or more, picked by a hash of their names."""
     held = set()
     for target in (0, 1):
         keys = [(v.persona, v.index) for v in verdicts if v.target == target]

@@ -156,7 +156,8 @@ class Engine:
         self.prism = model if isinstance(model, PRISM) else None
         self.net: Transformer = model.net if isinstance(model, PRISM) else model
         self.adapter = self.prism.adapter if self.prism else None
-        self.sampling, self.stop_ids, self.gate = sampling, stop_ids, gate
+        self.sampling, self.stop_ids = sampling, stop_ids
+        self.gate = gate
         self.slots = slots or self.net.sizes.slots
         self.static = STATIC
         self.reader = PrefixReader(self.net)
@@ -189,8 +190,8 @@ class Engine:
         queue.sort(key=lambda out: len(out.request.ids))
         capacity = max((len(out.request.ids) + out.limit for out in queue), default=0)
         self.cache = KVCache(self.net, min(self.slots, len(queue)), capacity)
-        # What the rows of the cache work on, without gaps, and the adapter's before the base's: a
-        # step runs the leading rows, its adapter the first k. `_insert` and `_remove` keep it so.
+        # busy[i] is the answer in row i of the cache: no gaps, and the adapter's k come first, so
+        # that a step runs leading rows only. `_insert` and `_remove` keep it so.
         self.busy: list[Output] = []
         self.k = 0
         # Of each of them, the uniform numbers that its tokens are drawn with.

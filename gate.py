@@ -7,8 +7,8 @@ out of fold by more than a standard error.
 
 How often the gate would open for nothing is seen on ordinary traffic: user turns that the model
 writes with no context at all (Magpie, arXiv 2406.08464). They limit the threshold. Where contexts
-are named contrast..., or every verdict was a win, they are also negatives to learn from. Beside the
-noisy verdicts of many personas that did harm: the gate learned to open for whatever differs.
+are named contrast..., or every verdict was a win, they are also negatives to learn from. Mixed
+with the noisy verdicts of many personas they hurt: the gate learned to open for whatever differs.
 """
 
 import argparse
@@ -34,11 +34,18 @@ from support.hub import InputError
 from support.messages import conversation
 from support.personas import is_contrast
 from support.runs import RunFolder, cost_of, spent_since
-from support.settings import GATE_FOLDS, GATE_OPTIMIZER, GATE_STEPS, MOST_TRAFFIC
 from support.stats import (calibrated_log_loss, decision_scores, shrunken_rates, upper_quantile,
                            youden_threshold)
 from support.words import clean_query
 from tokenizer import Tokenizer
+
+
+GATE_FOLDS = 5
+GATE_STEPS = 50  # of all queries at once; with 300 a gate learns the noise of single verdicts
+GATE_OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.01}
+MOST_TRAFFIC = 200  # messages of ordinary traffic; no more than there are queries
+# Everything above that decides a gate: a run notices when it is changed.
+GATE_RULES = (GATE_FOLDS, GATE_STEPS, GATE_OPTIMIZER, MOST_TRAFFIC)
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,9 @@ def fit_gate(gate: Gate, queries: Tensor, ordinary: Tensor, verdicts: Sequence[V
     targets = gate_targets(labels, personas, target)
     loss = train_gate(gate, features, targets)
     probability, fold = scored[target]
-    # Of traffic that the gate has learned from, its probabilities out of fold.
-    traffic = probability[len(queries):] or probabilities(gate, ordinary)
+    traffic = probabilities(gate, ordinary)
+    if len(features) > len(queries):  # the gate has learned from it: out of fold, too
+        traffic = probability[len(queries):]
     thresholds = choose_thresholds(probability, targets, fold, traffic, threshold, rate)
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
     return {"threshold": thresholds[None], "target": target, "loss": loss,
@@ -205,8 +213,9 @@ def choose_thresholds(probability: Sequence[float], targets: Tensor, fold: Seque
     run.
 
     A `fixed` one is taken as it is. Else it is the one that best separates the queries whose target
-    is above average (`youden_threshold`): wins from losses, or intents that mostly win from others.
-    But it is never so low that more than `rate` of the traffic opens the gate.
+    is above average from the rest (`youden_threshold`): wins from losses, or personas with a high
+    win rate from the others. But it is never so low that more than `rate` of the traffic opens the
+    gate.
 
     Args:
         probability, fold: what `out_of_fold` gives.

@@ -56,8 +56,8 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
     cost. What comes before the first user text is read once for all that share it.
 
     Args:
-        lead: words that are put in the assistant's mouth, behind its thoughts; the answer's text
-            begins with them.
+        lead: words that the answer is made to begin with, after any think block; its text begins
+            with them.
         bar: what a progress bar calls this work.
     """
     said, requests = tokenizer.encode_turn("assistant", lead) if lead else [], []

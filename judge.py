@@ -27,7 +27,7 @@ from support.refusals import GRAMMAR
 from support.rule import NoJudge, Rule, judge_in_place
 from support.runs import RunFolder, cost_of, spent_since, split_chunks
 from support.stats import FAIL, PASS, log_likelihood_ratio
-from support.words import count_words, degenerate, word_list
+from support.words import LOOP, MOST_ADDED, REPEATED, count_words, degenerate, word_list
 from tokenizer import Tokenizer, common_prefix
 
 JUDGE_PROMPT = """You are an impartial judge. Compare two answers to the same question.
@@ -66,8 +66,8 @@ FEWEST_WORDS = 6  # of an answer that a known pair is made of
 COMPLIANCE_TOKENS = 32  # enough to see that an answer complies
 # Everything above that decides a verdict: a run notices when it is changed.
 VERDICT_RULES = (JUDGE_PROMPT, *INVERSE_PROMPTS, REFUSAL, COMPLIANCE, *SHOULD_REFUSE, LETTER_MASS,
-                 MARGIN, FLUENCY, ENDING, ENDING_FLOOR, PAIRS_AT_ONCE, MOST_PAIRS,
-                 FEWEST_WORDS, COMPLIANCE_TOKENS, GRAMMAR)
+                 MARGIN, FLUENCY, ENDING, ENDING_FLOOR, PAIRS_AT_ONCE, MOST_PAIRS, PASS, FAIL,
+                 FEWEST_WORDS, COMPLIANCE_TOKENS, GRAMMAR, REPEATED, MOST_ADDED, LOOP)
 
 
 # (is the expert's answer degenerate, is the base's) -> who wins without the judge being asked
@@ -228,15 +228,14 @@ class LikelihoodJudge(ModelJudge):
         logs, read = token_log_probabilities(self.net, prompts, targets, shared,
                                              "reading answers")
         parts, queue = {}, iter(logs)
-        for key in keys:
+        for query, context, answer in keys:
             inverse = [mean(next(queue)) for _ in INVERSE_PROMPTS]
-            mixture = next(queue)
-            if key[1]:
-                mixture = torch.logaddexp(mixture, next(queue)) - math.log(2)
-            ending = 0.0
+            fluency, ending = next(queue), 0.0
+            if context:  # half P(y|x) + half P(y|context, x)
+                fluency = torch.logaddexp(fluency, next(queue)) - math.log(2)
             if end is not None:
-                mixture, ending = mixture[:-1], float(mixture[-1])
-            parts[key] = inverse, mean(mixture), ending
+                fluency, ending = fluency[:-1], float(fluency[-1])
+            parts[query, context, answer] = inverse, mean(fluency), ending
         return parts, cost_of(self.net, len(prompts), read, 0, sum(map(len, targets)))
 
 
@@ -277,7 +276,8 @@ class KnownPairs:
 
     def __init__(self, net: Transformer, tokenizer: Tokenizer, pairs: Sequence, max_new_tokens: int,
                  seed: int):
-        self.net, self.tokenizer, self.seed = net, tokenizer, seed
+        self.net, self.tokenizer = net, tokenizer
+        self.seed = seed
         self.tokens = min(max_new_tokens, COMPLIANCE_TOKENS)
         self.pairs = []
         for p in pairs:
@@ -310,9 +310,9 @@ class KnownPairs:
 def examine_judge(judge: Judge, known: KnownPairs) -> dict:
     """Ask a judge about pairs whose better answer is known; what it is right on.
 
-    Pairs of one kind are asked a few at a time, until a sequential test tells a judge that is right
-    on 0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is not
-    trusted, and asked nothing more; one that fails on refusals is blind to them.
+    Pairs of one kind are asked a few at a time, until a sequential test distinguishes a judge that
+    is right on 0.9 of them from one that is right on 0.6. A judge that fails on wrong queries is
+    not trusted, and asked nothing more; one that fails on refusals is blind to them.
     """
     kinds = {}
     for kind, pairs in (("wrong query", known.wrong_query()), ("refusal", known.refusal())):
@@ -327,8 +327,8 @@ def examine_judge(judge: Judge, known: KnownPairs) -> dict:
 
 def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, dict]:
     """Counts of a judge's verdicts on known pairs of one kind, the expert's answer being the
-    better, and what they cost. Where the pairs end before the sequential test, the likelier of the
-    two shares counts."""
+    better, and what they cost. If the pairs run out before the test is decided, it passes where
+    0.9 is likelier than 0.6."""
     counts, letters, total, ratio = Counter(), Counter(), Counter(), 0.0
     with progress_bar(f"testing the {judge.name} judge", "pair", total=MOST_PAIRS) as bar:
         while FAIL < ratio < PASS and counts.total() < MOST_PAIRS:

@@ -118,7 +118,8 @@ class Attention(nn.Module):
         self.layer, self.window = layer, config.windows[layer]
         self.rotated = config.rotated[layer]
         self.rope = int(len(config.ropes) > 1 and self.window is not None)
-        self.scale, self.cap = config.attention_scale, config.attention_cap
+        self.scale = config.attention_scale
+        self.cap = config.attention_cap
         d, (q, kv, _) = config.projections["qkv_proj"]
         self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.qkv_bias, config.dtype)
         self.o_proj = GatedLoRALinear(q, (d,), config.o_bias, config.dtype)
@@ -313,7 +314,8 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, adapter: Sequence | None = None, k: int = 0,
                generator: Generator = None) -> Tensor:
-        """Right-padded ids [B, T] -> post-norm hidden states [B, T, d], the head's own input."""
+        """Right-padded ids [B, T] -> post-norm hidden states [B, T, d], the head's own input; the
+        adapter is on for the leading k rows, with dropout if there is a generator."""
         x, at = self.embed(ids), self.positions(ids.shape)
         x = self.run(x, at, range(len(self.layers)), adapter, k, generator)
         return self.norm(x)

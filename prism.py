@@ -167,8 +167,8 @@ class PRISM(Router):
         net: the base; its weights are shared, never changed.
         rank, alpha: LoRA's, on all seven projections of the layers after the gate.
         gate_layer, gate_pool: as in Router. The gate's layer and all before it have no adapter, so
-            what the gate reads is the same whether it is on or off. Without a gate the adapter is
-            on all layers and always on, as PEFT's are.
+            what the gate reads is the same with the adapter on or off. Without a gate the adapter
+            is on all layers and always on, as PEFT's are.
         dropout: on the LoRA branch, while training.
         seed: of the initial A matrices and of the gate.
     """

@@ -33,8 +33,9 @@ from support.hub import InputError
 from support.messages import conversation
 from support.personas import is_contrast
 from support.runs import RunFolder, cost_of, spent_since, split_chunks
-from support.words import (ECHO_WORDS, FEWEST_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE, SHARED,
-                           clean_query, near_duplicates, shares_language, word_list, words_of)
+from support.words import (CUT_OFF, ECHO_WORDS, FEWEST_WORDS, MAX_WORDS, MIN_WORDS, NEAR_DUPLICATE,
+                           QUOTES, SHARED, clean_query, near_duplicates, shares_language,
+                           word_list, words_of)
 from tokenizer import Tokenizer, common_prefix
 
 # What --query-style may say, and the styles that are then tried; of equals the first is taken.
@@ -64,7 +65,7 @@ OPENINGS = word_list("openings")
 QUERY_RULES = (STYLES, CURATOR, INSTRUCTION, WISHES, sorted(TEMPERATURE.items()), QUERY_TOKENS,
                TRIAL, TRIAL_PERSONAS, NO_MESSAGE, CHUNK_SLOTS, OVERSAMPLE, FEWEST, ROUNDS,
                MOST_OPENINGS, FEWEST_OPENINGS, RIVALS, LEAD, IDENTIFY_PROMPT, OPENINGS, MIN_WORDS,
-               MAX_WORDS, ECHO_WORDS, NEAR_DUPLICATE, SHARED, FEWEST_WORDS)
+               MAX_WORDS, ECHO_WORDS, NEAR_DUPLICATE, SHARED, FEWEST_WORDS, QUOTES, CUT_OFF)
 
 
 @dataclass(frozen=True)
@@ -248,24 +249,26 @@ class QueryWriter:
         return Request([*turn, *begun], seed, prefix=len(turn) - 1, begun=len(begun))
 
     def find_suited(self, asked: Sequence[tuple[str, str | None]]) -> list[str | None]:
-        """For each (persona, query) the persona itself if the query is likelier under it by LEAD
-        than under every rival, otherwise the first rival that comes within LEAD; None if there is
-        no query, or if it is likelier as an answer of the persona's than as a message to it.
+        """For each (persona, query):
 
-        Each test reads only what has passed those before it. What people ask of no context in
-        particular is what a contrast is for: its query is dropped only if a rival leads by LEAD.
+        - the persona itself, if the query is likelier under it by LEAD than under every rival;
+        - else the first rival that comes within LEAD. (What people ask of no context in particular
+          is what a contrast is for: a rival takes its query only by leading by LEAD.)
+        - None, if there is no query, or if it is likelier as an answer of the persona's.
+
+        Each test reads only what has passed those before it.
         """
         suited = [persona if query else None for persona, query in asked]
-        left = {i: pair for i, pair in enumerate(asked) if pair[1]}
-        own = dict(zip(left, self.score([*left.values()])))
+        passed = [i for i, name in enumerate(suited) if name]
+        own = dict(zip(passed, self.score([asked[i] for i in passed])))
         for place in range(min(RIVALS, len(self.texts) - 1)):
-            others = [(self.rivals[persona][place], query) for persona, query in left.values()]
-            for i, (rival, _), score in zip([*left], others, self.score(others)):
+            others = [(self.rivals[suited[i]][place], asked[i][1]) for i in passed]
+            for i, (rival, _), score in zip(passed, others, self.score(others)):
                 lead = -LEAD if is_contrast(suited[i]) else LEAD
                 if own[i] - score < lead:
                     suited[i] = rival
-                    del left[i]
-        for i, score in zip(left, self.score([*left.values()], "assistant")):
+            passed = [i for i in passed if suited[i] == asked[i][0]]
+        for i, score in zip(passed, self.score([asked[i] for i in passed], "assistant")):
             if score >= own[i]:
                 suited[i] = None
         return suited
@@ -372,8 +375,8 @@ def try_styles(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
             for style in dict.fromkeys(c.style for c in candidates):
                 mine = [c for c in candidates if c.style == style]
                 # Rivals do not count here, only whether it is a query.
-                distinct = keep_queries([replace(c, suits=c.suits and c.persona) for c in mine],
-                                        personas, len(mine))
+                asked = [replace(c, suits=c.persona if c.suits else None) for c in mine]
+                distinct = keep_queries(asked, personas, len(mine))
                 queries += distinct
                 styles += [style] * len(distinct)
                 tables[style] = {"candidates": len(mine), "distinct": len(distinct),

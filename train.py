@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bootstrap import (Pair, Verdict, check_order, hold_out, won_pairs, write_answers,
-                       write_verdicts)
+from bootstrap import Pair, hold_out, run_verdicts, won_pairs, write_answers
 from engine import hidden_states
 from gate import run_gate
-from judge import judge_of_run
 from model import Transformer, load
 from prism import PRISM, answer_loss, distill_loss
 from queries import write_queries
@@ -86,27 +84,6 @@ def run_stages(run: RunFolder, prism: PRISM, tokenizer: Tokenizer, personas: dic
 
 
 # --------------------------------------------------------------------------------------------------
-# Stage 3: which judge?
-
-
-def run_verdicts(run: RunFolder, net: Transformer, tokenizer: Tokenizer,
-                 personas: dict[str, str], pairs: Sequence[Pair],
-                 args: argparse.Namespace) -> list[Verdict]:
-    """Stage 3: test the judge, then let it judge; a --judge-model is loaded only for that."""
-    done = run.rows("verdicts.jsonl", Verdict)
-    check_order(done, pairs, run.path / "verdicts.jsonl")
-    if len(done) == len(pairs) and "judge" in run.latest():
-        return done
-    judging = net, tokenizer
-    if args.judge_model:
-        folder = resolve(args.judge_model)
-        judging = load(folder, net.device, net.dtype), Tokenizer(folder, tokenizer.now)
-    with main_first():
-        judge = judge_of_run(run, net, tokenizer, judging, pairs, args)
-    return write_verdicts(run, judge, personas, pairs)
-
-
-# --------------------------------------------------------------------------------------------------
 # Stage 5: the adapter
 
 
@@ -148,7 +125,7 @@ def distill_samples(net: Transformer, tokenizer: Tokenizer, personas: dict[str, 
             answer = row[start + 1:]
             bare = tokenizer.render(conversation(pair.query))
             if answer:
-                teacher = state[:-1].cpu()  # off the device as soon as possible
+                teacher = state[:-1].cpu()  # the last one predicts what follows the answer
                 samples.append(Sample(f"{pair.persona}/{pair.index}", [*bare, *answer], len(bare),
                                       teacher, len(row)))
     return samples
@@ -161,7 +138,7 @@ def sample_loss(prism: PRISM, samples: Sequence[Sample], temperature: float,
     net = prism.net
     ids, _ = pad([s.ids for s in samples], net.device)
     teacher = upload(torch.cat([s.teacher for s in samples]), net.device)
-    hidden = net.hidden(ids, prism.adapter, len(samples), generator)
+    hidden = net.hidden(ids, prism.adapter, k=len(samples), generator=generator)
     states, answers = [], []
     for row, s in zip(hidden, samples):
         states.append(row[s.start - 1:len(s.ids) - 1])  # those that predict the answer's tokens

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from bootstrap import ANSWER_TEMPERATURE, HOLD_OUT_EVERY
+from gate import GATE_RULES
 from judge import JUDGES, VERDICT_RULES
 from model import Sizes, Transformer
 from queries import QUERY_RULES, STYLES
@@ -20,12 +21,7 @@ PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10}
 QUICK = {"queries": 10, "max_new_tokens": 64, "epochs": 4}
 JUDGE_NAMES = ("auto", *JUDGES, NOBODY)
 QUICK_PERSONAS = ("coding", "math", "safety_monitor", "writing")
-GATE_FOLDS = 5
 GATE_DEPTH = 6  # the gate reads the output of layer (number of layers) // 6, unless told otherwise
-GATE_STEPS = 50  # of all queries at once; with 300 a gate learns the noise of single verdicts
-GATE_OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.01}
-MOST_TRAFFIC = 200  # messages of ordinary traffic; no more than there are queries
-GATE_RULES = (GATE_FOLDS, GATE_STEPS, GATE_OPTIMIZER, MOST_TRAFFIC)
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 LORA_RULES = (HOLD_OUT_EVERY, WARMUP, WEIGHT_DECAY, CLIP)

@@ -15,6 +15,8 @@ UNSPACED = "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, Japanese and Chi
 WORD = rf"{UNSPACED}|(?:(?!{UNSPACED})\w)+"
 QUOTES = ('""', "\u201c\u201d", "\u201e\u201c", "\u00ab\u00bb", "\u300c\u300d")
 CUT_OFF = (":", ",", "\uff1a", "\uff0c")  # what such a line announces, or goes on with, is missing
+# see `degenerate`: share of the query that an echo repeats, words it may add, length of a loop
+REPEATED, MOST_ADDED, LOOP = 0.8, 3, 24
 
 
 def word_list(name: str) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ def echoes(text: str, source: str) -> bool:
 
 def clean_query(text: str, *sources: str) -> str | None:
     """First non-empty line without list numbering or surrounding quotes; None if it is too short,
-    too long or cut off, or repeats a run of ECHO_WORDS words of a source.
+    too long or cut off (by its last character), or repeats a run of ECHO_WORDS words of a source.
 
     >>> clean_query('1. "How do tides work in a bay?"')
     'How do tides work in a bay?'
@@ -95,7 +97,7 @@ def added_text(query: str, answer: str) -> str:
     asked, found = words_of(query), list(re.finditer(WORD, answer))
     words = [word[0].lower() for word in found]
     match = difflib.SequenceMatcher(None, asked, words, autojunk=False).find_longest_match()
-    if match.size < max(2, 0.8 * len(asked)):
+    if match.size < max(2, REPEATED * len(asked)):
         return answer
     end = match.b + match.size - 1
     return f"{answer[:found[match.b].start()]} {answer[found[end].end():]}"
@@ -110,7 +112,7 @@ def degenerate(query: str, answer: str) -> bool:
     """
     words, added = words_of(answer), added_text(query, answer)
     fours = list(zip(words, words[1:], words[2:], words[3:]))
-    loop = len(fours) >= 24 and len(set(fours)) < len(fours) / 2
-    hardly = len(words_of(added)) <= max(3, len(words_of(query)) // 3)
+    loop = len(fours) >= LOOP and len(set(fours)) < len(fours) / 2
+    hardly = len(words_of(added)) <= max(MOST_ADDED, len(words_of(query)) // 3)
     echo = added != answer and hardly and not refuses(added)
     return loop or echo or not words
