@@ -275,7 +275,8 @@ class Engine:
 
     def _step(self) -> None:
         """A token more for every busy slot."""
-        rows, keys, k = len(self.busy), max(out.cached for out in self.busy) + 1, self.k
+        rows, k = len(self.busy), self.k
+        keys = max(out.cached for out in self.busy) + 1
         advance, spare = self._advance, 0
         if self.static:
             # Few shapes: the next power of two of rows, the next multiple of STATIC_KEYS of keys.

@@ -55,7 +55,7 @@ from support.probes import (held_out_gate, measure_probes, probe_table, read_rea
 from support.report import quoted, share, table
 from support.rule import Rule
 from support.runs import RunFolder, run_date, split_chunks
-from support.stats import auc, bootstrap_mean, bootstrap_ratio, pearson, ranks
+from support.stats import auc, bootstrap_ratio, pearson, ranks
 from tokenizer import Tokenizer, common_prefix
 from train import Sample, distill_samples
 
@@ -706,7 +706,7 @@ def compare(mine: dict[str, float], base: dict[str, float], expert: dict[str, fl
     cell = {"n": len(mine), "mean": statistics.fmean(mine.values()) if mine else None}
     if len(ids) < 2 or mine is base:
         return cell
-    difference, interval = bootstrap_mean([mine[i] - base[i] for i in ids])
+    difference, interval = bootstrap_ratio([mine[i] - base[i] for i in ids], [1.0] * len(ids))
     cell |= {"pairs": len(ids), "difference": difference, "interval": interval}
     shared = [i for i in ids if i in expert]
     if len(shared) > 1:

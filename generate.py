@@ -20,8 +20,9 @@ from sampling import Sampling, derive_seed
 from support.adapter import read_settings
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
-from support.fields import read_fields
-from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, resolve_adapter
+from support.fields import Fields
+from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, optional_json,
+                         resolve_adapter)
 from support.messages import conversation, read_prompts, with_system
 from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer
@@ -44,7 +45,8 @@ class Completion:
 
 def stop_tokens(net: Transformer, tokenizer: Tokenizer) -> set[int]:
     """Every id that ends a turn: generation_config.json's, config.json's and the template's."""
-    settings = read_fields(tokenizer.folder / "generation_config.json")
+    path = tokenizer.folder / "generation_config.json"
+    settings = Fields(optional_json(path), str(path))
     return {*net.config.eos_token_ids, *tokenizer.end_of_turn_ids,
             *settings.integers("eos_token_id", 0, 2**22)}
 
@@ -60,7 +62,8 @@ def sample_answers(net: Transformer, tokenizer: Tokenizer, conversations: Sequen
             with them.
         bar: what a progress bar calls this work.
     """
-    said, requests = tokenizer.encode_turn("assistant", lead) if lead else [], []
+    said = tokenizer.encode_turn("assistant", lead) if lead else []
+    requests = []
     for messages, seed in zip(conversations, seeds):
         ids, shared = tokenizer.render_shared(messages, thinking=not lead)
         requests.append(Request([*ids, *said], seed, prefix=shared, begun=len(said)))
@@ -132,7 +135,8 @@ def gate_features(prism: Router, tokenizer: Tokenizer,
                   conversations: Sequence[list[dict]]) -> tuple[Tensor, int]:
     """h(x) [n, d] of each conversation, by the very function that routes at inference; and the
     tokens read."""
-    parts, tokens = [torch.empty(0, prism.net.config.hidden_size, device=prism.net.device)], 0
+    parts = [torch.empty(0, prism.net.config.hidden_size, device=prism.net.device)]
+    tokens = 0
     for some in progress_bar("reading the gate's layer", "batch", split_chunks(conversations)):
         ids, lengths, mask = gate_inputs(prism.gate_pool, tokenizer, some, prism.net.device)
         with torch.inference_mode():

@@ -329,7 +329,8 @@ def ask_until_decided(judge: Judge, pairs: Iterator[Comparison]) -> tuple[dict, 
     """Counts of a judge's verdicts on known pairs of one kind, the expert's answer being the
     better, and what they cost. If the pairs run out before the test is decided, it passes where
     0.9 is likelier than 0.6."""
-    counts, letters, total, ratio = Counter(), Counter(), Counter(), 0.0
+    counts, letters, total = Counter(), Counter(), Counter()
+    ratio = 0.0
     with progress_bar(f"testing the {judge.name} judge", "pair", total=MOST_PAIRS) as bar:
         while FAIL < ratio < PASS and counts.total() < MOST_PAIRS:
             some = list(itertools.islice(pairs, PAIRS_AT_ONCE))

@@ -39,7 +39,8 @@ class LoRA(nn.Module):
                  dropout: float = 0.0, generator: torch.Generator | None = None):
         super().__init__()
         self.scale, self.dropout = scale, dropout
-        A, bound = torch.empty(len(out_features) * rank, in_features), in_features**-0.5
+        A = torch.empty(len(out_features) * rank, in_features)
+        bound = in_features**-0.5
         self.A = nn.Parameter(A.uniform_(-bound, bound, generator=generator))
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(o, rank)) for o in out_features)
         self._stacked: tuple | None = None  # what `stacked` made last, and of what

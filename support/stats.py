@@ -174,19 +174,10 @@ def upper_quantile(scores: Sequence[float], share: float) -> float:
     return (order[allowed - 1] + order[allowed]) / 2
 
 
-def bootstrap_mean(values: Sequence[float]) -> tuple[float, list[float]]:
-    """The mean of at least two values and its 95% bootstrap interval.
-
-    >>> bootstrap_mean([1.0, 1.0, 1.0])
-    (1.0, [1.0, 1.0])
-    """
-    return bootstrap_ratio(values, np.ones(len(values)))
-
-
 def bootstrap_ratio(above: Sequence[float],
                     below: Sequence[float]) -> tuple[float, list[float]] | None:
     """The ratio of the means of two paired samples and its 95% percentile bootstrap interval (Efron
-    1979); None where the mean below cannot be told from 0.
+    1979): over ones, the mean. None where the mean below cannot be told from 0.
 
     >>> bootstrap_ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     (0.5, [0.5, 0.5])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from judge import MOST_PAIRS, PAIRS_AT_ONCE, Comparison, ask_until_decided
-from support.stats import (FAIL, PASS, auc, bootstrap_mean, decision_scores, interval,
+from support.stats import (FAIL, PASS, auc, bootstrap_ratio, decision_scores, interval,
                            log_likelihood_ratio, youden_threshold)
 
 
@@ -101,7 +101,7 @@ def test_auc_of_two_normals() -> None:
 def test_bootstrap_of_many_values_is_the_normal_interval() -> None:
     """The interval of 400 values' mean would not be near 1.96 standard errors to each side."""
     values = np.random.default_rng(0).normal(0.3, 1, 400)
-    mean, (low, high) = bootstrap_mean(values)
+    mean, (low, high) = bootstrap_ratio(values, [1.0] * len(values))
     half = 1.96 * values.std() / 400**0.5
     assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.07)
 
