@@ -140,12 +140,12 @@ def write_adapter(folder: Path, weights: Weights, config: Config, about: dict) -
         write_file(folder / name, json.dumps(values, indent=1) + "\n")
 
 
-def read_adapter(folder: Path, config: Config) -> tuple[int, float, Weights]:
-    """Rank, alpha and weights of an adapter folder, ours or PEFT's own; InputError on a broken
-    file, or on something in it that does not fit the base, by name."""
+def read_adapter(folder: Path, settings: dict, config: Config) -> tuple[int, float, Weights]:
+    """Rank, alpha and weights of an adapter folder, ours or PEFT's own, with its `read_settings`;
+    InputError on a broken file, or on something in it that does not fit the base, by name."""
+    path = folder / ADAPTER_FILE
     if only_peft(folder):
-        return read_peft(folder, config)
-    path, settings = folder / ADAPTER_FILE, read_settings(folder)
+        return read_peft(path, settings, config)
     rank, layer = settings["rank"], settings["gate_layer"]
     if layer is not None and layer >= config.num_layers - 1:
         raise InputError(f"{folder / PRISM_FILE}: gate_layer is {layer}, but the base has "
@@ -232,13 +232,13 @@ def read_peft_settings(folder: Path) -> dict:
         "use_rslora": fields.flag("use_rslora"), "alphas": alphas}
 
 
-def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
+def read_peft(path: Path, settings: dict, config: Config) -> tuple[int, float, Weights]:
     """Rank, alpha and weights of a LoRA that PEFT trained elsewhere.
 
     Modules of lower rank than the highest are padded with zeros, missing ones are zeros, and scales
     (alpha / rank, or alpha / sqrt(rank)) that differ, or are not above zero, go into B.
     """
-    trained = peft_modules(folder, config)
+    trained = peft_modules(path, settings, config)
     rank = max(len(A) for A, _, _ in trained.values())
     scales = {scale for _, _, scale in trained.values()}
     common = max(scales)
@@ -259,10 +259,10 @@ def read_peft(folder: Path, config: Config) -> tuple[int, float, Weights]:
     return rank, rank * common, weights
 
 
-def peft_modules(folder: Path, config: Config) -> dict[str, tuple[Tensor, Tensor, float]]:
+def peft_modules(path: Path, settings: dict,
+                 config: Config) -> dict[str, tuple[Tensor, Tensor, float]]:
     """PEFT's module name -> A [r, d], B [o, r] and the scale of their product. Which modules have a
     LoRA, and of which rank, is what the tensors say."""
-    settings, path = read_peft_settings(folder), folder / ADAPTER_FILE
     possible = to_peft(zero_weights(config, 1, 0, "meta"), config)
     tensors, found = read_tensors(path), {}
     for name in tensors:

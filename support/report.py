@@ -292,10 +292,10 @@ def samples_section(queries: Sequence[Query], pairs: Sequence[Pair],
     return "Samples", [], parts
 
 
-def quoted(text: str, limit: int = 600) -> str:
-    """A text as one Markdown paragraph, cut to `limit` characters."""
+def quoted(text: str) -> str:
+    """A text as one Markdown paragraph, cut to 600 characters."""
     line = " ".join(text.split())
-    return line if len(line) <= limit else line[:limit] + " ..."
+    return line if len(line) <= 600 else line[:600] + " ..."
 
 
 # README.md of an adapter folder, the model card that the Hugging Face hub expects, so that
