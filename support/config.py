@@ -226,6 +226,12 @@ def _family(raw: dict, where: str) -> Family:
     return family
 
 
+def tokenizer_class(raw: dict) -> str | None:
+    """The class of a config.json's tokenizer, where tokenizer_config.json names none."""
+    kind = raw.get("model_type")
+    return FAMILIES[kind].tokenizer if isinstance(kind, str) and kind in FAMILIES else None
+
+
 def _rotated_layers(fields: Fields, layers: int) -> list[bool]:
     """Which layers use RoPE: all but SmolLM3's every fourth, or as its list of 0 and 1 says."""
     if fields.values.get("no_rope_layers") is None:

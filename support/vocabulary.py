@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from support.config import FAMILIES
+from support.config import tokenizer_class
 from support.hub import InputError, optional_json, read_text
 
 THOUGHTS = ("<think>", "</think>")  # what a reasoning model puts around its thoughts
@@ -168,8 +168,7 @@ def checked_names(tokenizer: FastTokenizer, named: dict, names: dict,
                   folder: Path) -> dict[str, str]:
     """bos_token and its like: those that the files name, and those of the tokenizer's class, which
     count only if the vocabulary has them."""
-    family = FAMILIES.get(str(optional_json(folder / "config.json").get("model_type")))
-    kind = names.get("tokenizer_class") or (family and family.tokenizer)
+    kind = names.get("tokenizer_class") or tokenizer_class(optional_json(folder / "config.json"))
     kind = str(kind).removesuffix("Fast").removesuffix("Tokenizer")
     found = {name: text for name, text in CLASS_NAMES.get(kind, {}).items()
              if name not in names and tokenizer.token_to_id(text) is not None}
