@@ -179,6 +179,10 @@ class PRISM(Router):
         if gate_layer is not None and not 0 <= gate_layer < layers - 1:
             raise InputError(f"gate layer {gate_layer} leaves no layer for the adapter: the model "
                              f"has {layers}, so it must be in [0, {layers - 2}]")
+        if gate_layer is not None and gate_pool not in ("last", "mean"):
+            raise InputError(f"gate_pool {gate_pool!r} is neither 'last' nor 'mean'")
+        if rank < 1:
+            raise InputError(f"rank {rank} is not positive")
         super().__init__(net, gate_layer, gate_pool, seed)
         self.rank, self.alpha = rank, alpha
         self.late_layers = range(len(self.early_layers), layers)  # the layers behind the decision
