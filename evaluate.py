@@ -349,10 +349,10 @@ class Evaluator:
             return self.tokenizer.render(merge_system(talk), thinking=thinking), 0
         return self.tokenizer.render_shared(talk, thinking)
 
-    def raw_prompt(self, item: Item, system: str, shots: dict[str, list[Item]]) -> Prompt:
+    def raw_prompt(self, talk: Messages, item: Item, shots: dict[str, list[Item]]) -> Prompt:
         """MMLU's classic layout without a chat: a header, solved examples of the subject, the
         question; a system text stands in front. The examples are what questions share."""
-        front = f"{system}\n\n" if system else ""
+        front = "".join(f"{m['content']}\n\n" for m in talk[:-1])
         front += SHOTS_HEADER.format(subject=item.subject.replace("_", " "))
         front += "".join(f"{raw_question(s)} {s.answer}\n\n" for s in shots[item.subject])
         ids = self.tokenizer.encode_document(front + raw_question(item))
@@ -425,7 +425,7 @@ def run_choices(e: Evaluator, task: str, items: Sequence[Item], strategies: Sequ
     for strategy in sorted(strategies, key=lambda s: bool(s.gate)):
         probability, routed = e.opened(strategy, items, talks)
         systems = [strategy.system(item, opened) for item, opened in zip(items, routed)]
-        prompts = [e.raw_prompt(item, system, shots) if shots else
+        prompts = [e.raw_prompt(with_system(talk, system), item, shots) if shots else
                    e.render(talk, system, strategy.in_user, thinking=False)
                    for talk, item, system in zip(talks, items, systems)]
 
