@@ -308,12 +308,11 @@ def _ropes(fields: Fields, family: Family) -> list[dict]:
     if "type" in old and "rope_type" not in old:
         fields.refuse("rope_scaling", "has type in place of rope_type, which transformers ignores")
     by_type = Fields(new, f"{fields.where}: rope_parameters")
-    full = by_type.object("full_attention") | old
+    full = _rope(by_type.object("full_attention") | old, theta, fields, family)
     if not full.get("truncate", True):  # transformers takes it for true here
         raise InputError(f"{fields.where}: truncate = false is not supported in rope_parameters")
     local_theta = fields.number("rope_local_base_freq", 0, 1e12, family.local_theta)
-    return [_rope(full, theta, fields, family),
-            _rope(by_type.object("sliding_attention"), local_theta, fields, family)]
+    return [full, _rope(by_type.object("sliding_attention"), local_theta, fields, family)]
 
 
 def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
