@@ -30,13 +30,15 @@ QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is 
 
 
 def test_the_twelve_personas() -> None:
-    """One of the paper's twelve would be gone from personas/, be much shorter or longer, or stand
-    at another place; or one of the subfolders would be read, too."""
-    found = load_personas(Path(bootstrap.__file__).parent / "personas")
-    assert list(found) == [
-        "coding", "compliant", "critic", "extraction", "helpful", "humanities", "math",
-        "reasoning", "roleplay", "safety_monitor", "stem", "writing"]
-    assert all(90 <= len(text.split()) <= 220 for text in found.values())
+    """One of the paper's twelve would be gone from personas/ or lack one of its three lengths, be
+    much shorter or longer, or stand at another place; or a subfolder would be read, too."""
+    folder = Path(bootstrap.__file__).parent / "personas"
+    for length, least, most in (("", 90, 220), ("short", 12, 90), ("min", 2, 12)):
+        found = load_personas(folder / length)
+        assert list(found) == [
+            "coding", "compliant", "critic", "extraction", "helpful", "humanities", "math",
+            "reasoning", "roleplay", "safety_monitor", "stem", "writing"]
+        assert all(least <= len(text.split()) <= most for text in found.values())
 
 
 def test_a_row_depends_on_seed_and_name(tmp_path: Path, net: Transformer, tok: Tokenizer) -> None:

@@ -16,7 +16,7 @@ from support.messages import conversation
 from tiny import one_thread, randomize_adapter
 from tiny_run import contents, error_of, rows_of, run_train, write_files
 
-from evaluate import (EXPERTS, TASKS, Row, Work, compare, letter_means, letter_tokens, log_softmax,
+from evaluate import (TASKS, Row, Work, compare, letter_means, letter_tokens, log_softmax,
                       overall, parse_pair, parse_rating, routing)
 from generate import generate
 from model import Transformer
@@ -224,13 +224,6 @@ def test_broken_rows(tmp_path: Path, capsys: Capture, name: str, line: int, cont
                tmp_path / "out") == 2
     assert f"{tmp_path / 'data' / name}, line {line}:" in error_of(capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_every_expert_is_there() -> None:
-    """A task's persona would not be among the project's own, in all three lengths."""
-    folder = Path(evaluate.__file__).parent / "personas"
-    for name in EXPERTS.values():
-        assert all((folder / sub / f"{name}.txt").is_file() for sub in ("", "min", "short"))
 
 
 # --------------------------------------------------------------------------------------------------

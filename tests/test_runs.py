@@ -13,8 +13,8 @@ from typing import Callable, Sequence
 
 import pytest
 import torch
-from conftest import Capture, copy_folder
-from safetensors.torch import load_file, save_file
+from conftest import Capture, copy_folder, edit_tensors
+from safetensors.torch import save_file
 from tiny_run import (DATA, contents, error_of, figures, file_size_limit, forked, pair, rows_of,
                       run_train, timeless, verdict)
 
@@ -301,9 +301,7 @@ def test_damaged_checkpoint_is_named(change: Callable, reason: str, tmp_path: Pa
     """A checkpoint that is not this run's would not be named, or be trained from by half."""
     path = tmp_path / "checkpoint.safetensors"
     save_file(training_state(*trained(3)), path)
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+    edit_tensors(path, change)
     parameters, optimizer = trained(0)
     with pytest.raises(InputError, match=rf"checkpoint\.safetensors.*{reason}.*delete it"):
         load_training_state(path, parameters, optimizer)
