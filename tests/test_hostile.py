@@ -116,14 +116,8 @@ def header(change: Callable[[dict, str, str], object]) -> Callable[[bytes], byte
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda d: b"", "cut": lambda d: d[:-1],
     "a header of 2^63 bytes": lambda d: struct.pack("<Q", 2**63) + d[8:],
-    "a header of 10 GB": lambda d: struct.pack("<Q", 10**10) + d[8:],
-    "a header that is not JSON": lambda d: struct.pack("<Q", 9) + b"{nonsense",
     "a nested header": lambda d: struct.pack("<Q", 250_000) + b'{"a":' * 50_000,
-    "a pickle": lambda d: b"cos\nsystem\n(S'echo owned'\ntR.",
     "overlapping": header(lambda h, a, b: h[a].update(data_offsets=h[b]["data_offsets"])),
-    "beyond the end": header(lambda h, a, b: h[a].update(data_offsets=[10**12, 10**12 + 8])),
-    "of an unknown type": header(lambda h, a, b: h[a].update(dtype="Q4")),
-    "larger than the data": header(lambda h, a, b: h[a].update(shape=[10**6])),
     "overflowing": header(lambda h, a, b: h[a].update(shape=[2**62, 2**62]))}
 # One NaN would make every answer nonsense; other types, shapes and a division by zero, too.
 TENSORS = [
@@ -203,8 +197,7 @@ TOKENIZERS: dict[str, Callable[[dict], object]] = {
         s: i + (10**6 if i > 20 else 0) for s, i in t["model"]["vocab"].items()})}
 # A template would do something else than write text, or its error be a traceback.
 TEMPLATES = (
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages['__class__'].__mro__ }}",
-    "{{ raise_exception.__globals__['__builtins__'] }}", "{% include '/etc/passwd' %}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}",
     "{{ open('/etc/passwd').read() }}", "{{ messages.append('x') }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}", "{{ raise_exception() }}", "{{ (( }}",
     "{% for i in range(10**9) %}{{ i }}{% endfor %}", "{% break %}",
