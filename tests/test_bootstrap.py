@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Sequence
-from unittest.mock import Mock
 
 import pytest
 from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread
-from tiny_run import DATA, PERSONAS, QUERIES, pair, rows_of
+from tiny_run import DATA, PERSONAS, QUERIES, pair, rows_of, watch
 
 import bootstrap
 import generate as generate_module
 from bootstrap import check_order, won_pairs, write_answers, write_verdicts
 from engine import Engine
+from evaluate import EXPERTS
 from generate import generate
 from judge import Comparison, LikelihoodJudge
 from model import Sizes, Transformer
@@ -30,13 +30,17 @@ QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Why is 
 
 
 def test_the_twelve_personas() -> None:
-    """One of the paper's twelve would be gone from personas/, be much shorter or longer, or stand
-    at another place; or one of the subfolders would be read, too."""
-    found = load_personas(Path(bootstrap.__file__).parent / "personas")
-    assert list(found) == [
-        "coding", "compliant", "critic", "extraction", "helpful", "humanities", "math",
-        "reasoning", "roleplay", "safety_monitor", "stem", "writing"]
-    assert all(90 <= len(text.split()) <= 220 for text in found.values())
+    """One of the paper's twelve would be gone from personas/ or lack one of its three lengths, be
+    much shorter or longer, or stand at another place; a subfolder would be read, too; or a
+    benchmark's expert be none of them."""
+    folder = Path(bootstrap.__file__).parent / "personas"
+    for length, least, most in (("", 90, 220), ("short", 12, 90), ("min", 2, 12)):
+        found = load_personas(folder / length)
+        assert list(found) == [
+            "coding", "compliant", "critic", "extraction", "helpful", "humanities", "math",
+            "reasoning", "roleplay", "safety_monitor", "stem", "writing"]
+        assert all(least <= len(text.split()) <= most for text in found.values())
+    assert set(EXPERTS.values()) <= set(found)
 
 
 def test_a_row_depends_on_seed_and_name(tmp_path: Path, net: Transformer, tok: Tokenizer) -> None:
@@ -84,8 +88,7 @@ def test_answers_come_from_the_right_prompts(run: RunFolder, net: Transformer, t
     would wait for answers: a chunk has two for each."""
     monkeypatch.setattr(bootstrap, "ANSWER_TEMPERATURE", 0.0)
     monkeypatch.setattr(net, "sizes", Sizes(slots=2))
-    engines = Mock(wraps=Engine)
-    monkeypatch.setattr(generate_module, "Engine", engines)
+    engines = watch(monkeypatch, generate_module, "Engine")
     queries = [Query(name, i, q) for name in PERSONAS for i, q in enumerate(QUESTIONS)]
     pairs = write_answers(run, net, tok, PERSONAS, queries, 12, 0)
     assert engines.call_count == 3 and Engine(net, Sampling(4), set()).slots == 2

@@ -32,7 +32,6 @@ def test_sharded_checkpoint_equals_single_file(sharded: Path, tiny_checkpoint: T
     assert split.state_dict().keys() == theirs.keys() and len(theirs) > 20
     for name, value in split.state_dict().items():
         assert torch.equal(value, theirs[name]), name
-    assert_parity(sharded)
 
 
 K2 = "model.layers.2.self_attn.k_proj.weight"

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import one_thread, randomize_adapter
-from tiny_run import DATA, figures, forked, run_train
+from tiny_run import DATA, ended, figures, forked, run_train, wait_for
 
 import train
 from model import load
@@ -59,11 +58,6 @@ def start_two(work: Callable[[], int], log: Path) -> list[int]:
     return [forked(log / f"{number}.log", lambda n=number: told(n)) for number in (0, 1)]
 
 
-def statuses(children: list[int]) -> list[int]:
-    """Wait for all; their exit statuses."""
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 def assert_same(names: Sequence[str], out: Path, alone: Path) -> None:
     """These files are byte for byte what one process writes."""
     for name in names:
@@ -95,12 +89,9 @@ def test_a_lost_process_ends_the_run_and_one_process_continues_it(
     out, log = tmp_path / "out", tmp_path / "0.log"
     argv = [*command, "--out", out, "--stop-after", "answers"]
     first, second = start_two(lambda: run_train(*argv), tmp_path)
-    limit = time.monotonic() + 120
-    while not (out / "queries.jsonl").exists():
-        assert time.monotonic() < limit, log.read_text()
-        time.sleep(0.001)
+    wait_for(out / "queries.jsonl", log)
     os.kill(second, signal.SIGKILL)
-    assert statuses([second, first]) == [-9, 2], log.read_text()[-2000:]
+    assert (ended(second), ended(first)) == (-9, 2), log.read_text()[-2000:]
     assert "error: another process of this run has ended" in log.read_text().splitlines()[-1]
     assert run_train(*argv) == 0
     assert_same(DATA[:3], out, alone)
@@ -131,7 +122,7 @@ def first_fails() -> int:
     (lambda: exit_status(second_fails), "it does not work")], ids=["both", "first", "second"])
 def test_an_error_is_told_once(work: Callable[[], int], said: str, tmp_path: Path) -> None:
     """What both or one find wrong would be told twice or not at all, or a process go on."""
-    assert statuses(start_two(work, tmp_path)) == [2, 2]
+    assert list(map(ended, start_two(work, tmp_path))) == [2, 2]
     first, second = ((tmp_path / f"{number}.log").read_text() for number in (0, 1))
     assert "Traceback" not in first + second and "error" not in second
     assert first.count("error: ") == 1 and first.splitlines()[-1].startswith(f"error: {said}")
@@ -165,7 +156,7 @@ def test_gradients_of_two_processes(folder: Path, tmp_path: Path) -> None:
     not be the same in both, also where the second process has no sample."""
     gradients(folder, tmp_path)
     started = start_two(lambda: gradients(folder, tmp_path), tmp_path)
-    assert statuses(started) == [0, 0], (tmp_path / "1.log").read_text()[-2000:]
+    assert list(map(ended, started)) == [0, 0], (tmp_path / "1.log").read_text()[-2000:]
     one, first, second = (load_file(tmp_path / name) for name in ("0-of-1", "0-of-2", "1-of-2"))
     for name, expected in one.items():
         assert torch.equal(first[name], second[name])

@@ -10,7 +10,7 @@ from typing import Callable
 import pytest
 import torch
 from sampling import Sampling, derive_seed, sample
-from tiny import halve, make_prism, plain_loop
+from tiny import halve, make_prism, plain_log_p, plain_loop
 from torch import Tensor
 from transformers import generation
 
@@ -263,10 +263,7 @@ def test_prefix_scoring_is_plain_scoring(net: Transformer) -> None:
     """Scores after a prefix that is read once would be others, or what was read be miscounted."""
     prompts = prompts_of([25, 9], seed=1) * 4
     targets = prompts_of([5, 8, 3, 11, 7, 4, 9, 6], seed=2)
-    plain = []
-    for prompt, target in zip(prompts, targets):
-        logits = net(torch.tensor([[*prompt, *target]]))[0, len(prompt) - 1:-1]
-        plain.append(logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0])
+    plain = [plain_log_p(net, prompt, target) for prompt, target in zip(prompts, targets)]
     found, read = token_log_probabilities(net, prompts, targets, [len(p) - 1 for p in prompts])
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
     assert read == 24 + 8 + sum(len(t) + 1 for t in targets)

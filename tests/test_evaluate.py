@@ -14,9 +14,9 @@ from conftest import Capture, Folders, Patch, copy_folder
 from sampling import Sampling
 from support.messages import conversation
 from tiny import one_thread, randomize_adapter
-from tiny_run import contents, error_of, rows_of, run_train, write_files
+from tiny_run import contents, error_of, rows_of, run_train, watch, write_files
 
-from evaluate import (EXPERTS, TASKS, Row, Work, compare, letter_means, letter_tokens, log_softmax,
+from evaluate import (TASKS, Row, Work, compare, letter_means, letter_tokens, log_softmax,
                       overall, parse_pair, parse_rating, routing)
 from generate import generate
 from model import Transformer
@@ -224,13 +224,6 @@ def test_broken_rows(tmp_path: Path, capsys: Capture, name: str, line: int, cont
                tmp_path / "out") == 2
     assert f"{tmp_path / 'data' / name}, line {line}:" in error_of(capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_every_expert_is_there() -> None:
-    """A task's persona would not be among the project's own, in all three lengths."""
-    folder = Path(evaluate.__file__).parent / "personas"
-    for name in EXPERTS.values():
-        assert all((folder / sub / f"{name}.txt").is_file() for sub in ("", "min", "short"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -511,20 +504,15 @@ def test_routing_by_saved_gate(everything: Path, data: Path, prism: PRISM, tok: 
 def test_held_out_queries_have_a_gate_of_their_own(everything: Path, adapter: Path, prism: PRISM,
                                                    tok: Tokenizer, monkeypatch: Patch) -> None:
     """Held-out queries would be routed by a gate that has learned their verdicts."""
-    asked, real = [], probes.gate_features
-
-    def spy(prism: PRISM, tokenizer: Tokenizer, talks: list) -> tuple:
-        asked.append([talk[0]["content"] for talk in talks])
-        return real(prism, tokenizer, talks)
-
-    monkeypatch.setattr(probes, "gate_features", spy)
+    read = watch(monkeypatch, probes, "gate_features")
     monkeypatch.setattr(gate, "GATE_STEPS", 20)
     with one_thread():
         unseen, _ = held_out_gate(prism, tok, adapter)
     pairs, _, held = read_verdicts(adapter)
-    assert asked[0] == [p.query for p in pairs if (p.persona, p.index) not in held]
+    _, _, asked = read.call_args_list[0].args
+    assert asked == [conversation(p.query) for p in pairs if (p.persona, p.index) not in held]
     rows = rows_for(everything, "own", "kl", strategy="prism")
-    features, _ = real(prism, tok, [conversation(r["prompt"]) for r in rows])
+    features, _ = read(prism, tok, [conversation(r["prompt"]) for r in rows])
     assert unseen(features).sigmoid().tolist() == pytest.approx([r["gate"] for r in rows], abs=1e-5)
 
 

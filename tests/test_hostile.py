@@ -34,7 +34,6 @@ import train
 from judge import Comparison, LetterJudge, LikelihoodJudge
 from model import Transformer
 from prism import PRISM
-from support.hub import InputError
 from tokenizer import Tokenizer
 
 ROOT = Path(generate.__file__).parent
@@ -117,14 +116,8 @@ def header(change: Callable[[dict, str, str], object]) -> Callable[[bytes], byte
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda d: b"", "cut": lambda d: d[:-1],
     "a header of 2^63 bytes": lambda d: struct.pack("<Q", 2**63) + d[8:],
-    "a header of 10 GB": lambda d: struct.pack("<Q", 10**10) + d[8:],
-    "a header that is not JSON": lambda d: struct.pack("<Q", 9) + b"{nonsense",
     "a nested header": lambda d: struct.pack("<Q", 250_000) + b'{"a":' * 50_000,
-    "a pickle": lambda d: b"cos\nsystem\n(S'echo owned'\ntR.",
     "overlapping": header(lambda h, a, b: h[a].update(data_offsets=h[b]["data_offsets"])),
-    "beyond the end": header(lambda h, a, b: h[a].update(data_offsets=[10**12, 10**12 + 8])),
-    "of an unknown type": header(lambda h, a, b: h[a].update(dtype="Q4")),
-    "larger than the data": header(lambda h, a, b: h[a].update(shape=[10**6])),
     "overflowing": header(lambda h, a, b: h[a].update(shape=[2**62, 2**62]))}
 # One NaN would make every answer nonsense; other types, shapes and a division by zero, too.
 TENSORS = [
@@ -204,8 +197,7 @@ TOKENIZERS: dict[str, Callable[[dict], object]] = {
         s: i + (10**6 if i > 20 else 0) for s, i in t["model"]["vocab"].items()})}
 # A template would do something else than write text, or its error be a traceback.
 TEMPLATES = (
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages['__class__'].__mro__ }}",
-    "{{ raise_exception.__globals__['__builtins__'] }}", "{% include '/etc/passwd' %}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}",
     "{{ open('/etc/passwd').read() }}", "{{ messages.append('x') }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}", "{{ raise_exception() }}", "{{ (( }}",
     "{% for i in range(10**9) %}{{ i }}{% endfor %}", "{% break %}",
@@ -297,18 +289,6 @@ def test_logits_that_are_not_finite(value: float, more: list[str], place: Path, 
 
 # --------------------------------------------------------------------------------------------------
 # Code
-
-
-@pytest.mark.parametrize("template", [
-    "{{ ''|attr('__class__') }}", "{{ strftime_now.__globals__ }}",
-    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
-    "{{ self._TemplateReference__context.eval_ctx }}",
-    "{{ [messages]|map(attribute='__class__')|list|join }}"])
-def test_template_sees_nothing_private(template: str, place: Path) -> None:
-    """Where Jinja's sandbox does not raise, it would give the attribute, not an empty text."""
-    (place / "model/chat_template.jinja").write_text(template)
-    with contextlib.suppress(InputError):
-        assert Tokenizer(place / "model")._text([{"role": "user", "content": "x"}], True) == ""
 
 
 def test_code_of_a_checkpoint_is_never_run(place: Path) -> None:
@@ -419,7 +399,8 @@ LEAST = {  # the command line that the wrong flags are added to
 VALUES = {  # wrong values of flags
     "train": {"--queries": "0 10000000", "--lr": "nan", "--max-new-tokens": "-5", "--epochs": "0",
               "--batch-size": "0", "--rank": "100000", "--alpha": "-inf", "--kd-temperature": "0",
-              "--dropout": "1", "--gate-threshold": "1.1", "--max-len": "1", "--gate-layer": "2 -1",
+              "--dropout": "1", "--gate-threshold": "1.1 often", "--max-len": "1",
+              "--gate-layer": "2 -1", "--from": "judge",
               "--seed": f"1.5 {2**64} {'9' * 5000}", "--judge": "me", "--loss": "mse",
               "--stop-after": "tea", "--device": "abacus cuda:99", "--dtype": "float8",
               "--gate-pool": "max", "--gpu-memory": "nan"},
@@ -436,6 +417,10 @@ FLAGS = {  # wrong flags, by what the one line has to name
         ("model.safetensors", "--judge-model {tmp}/cut"), ("file", "--out {tmp}/file/x"),
         ("readonly", "--out /proc/readonly"), ("unrecognized", "--colour red"),
         ("huge.json", "--model {tmp}/huge.json --dry-run"),
+        *(("nobody/here", f"--{which} nobody/here") for which in ("model", "judge-model")),
+        *((r"short: --max-new-tokens is 300.* context of 600 tokens;",
+           f"--{which} {{tmp}}/short --max-new-tokens 300") for which in ("model", "judge-model")),
+        ("absent.py", "--judge {tmp}/absent.py"),
         *(("--judge-model some/model: no model", f"--judge-model some/model --judge {name}")
           for name in ("none", "{tmp}/rule.py"))],
     "generate": [
@@ -487,6 +472,8 @@ def world(folder: Path, adapter: Path, tmp_path_factory: Folders) -> dict[str, s
         "oddrun/queries.jsonl": b'{"persona": "nobody", "query": "x?"}\n',
         "cut/model.safetensors": b"cut"}
     copy_folder(folder, tmp / "cut")
+    short = copy_folder(folder, tmp / "short") / "config.json"
+    edit_json(short, lambda config: config.update(max_position_embeddings=600))
     copy_folder(adapter, tmp / "oddrun")
     for name, data in texts.items():
         (tmp / name).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tiny import one_thread
-from tiny_run import error_of, file_size_limit, write_files
+from tiny_run import error_of, write_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -34,7 +34,7 @@ from model import load
 from prism import PRISM
 from support import hub
 from support.hub import (DEFAULT_MODEL, InputError, exit_status, read_json, resolve,
-                         resolve_adapter, write_file)
+                         resolve_adapter)
 from tokenizer import Tokenizer
 
 
@@ -285,21 +285,7 @@ def test_adapter_cached_in_part(cached_adapter: Path, capsys: Capture, monkeypat
 
 
 # --------------------------------------------------------------------------------------------------
-# Files and exit status
-
-
-def test_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """A write that breaks off would spoil the old file, or bytes not be written as they are."""
-    path = tmp_path / "rows.jsonl"
-    write_file(path, "old\r\n😀\n")
-    with pytest.raises(OSError) as caught, file_size_limit(1000):
-        write_file(path, b"x" * 100_000)
-    assert caught.value.errno == errno.EFBIG
-    with pytest.raises(UnicodeEncodeError):
-        write_file(path, "half a pair: \ud800")
-    assert path.read_bytes() == b"old\r\n\xf0\x9f\x98\x80\n"
-    write_file(path, b"\x00\xff")  # and what the failure left behind is not in the way
-    assert path.read_bytes() == b"\x00\xff" and list(tmp_path.iterdir()) == [path]
+# Exit status
 
 
 @pytest.mark.parametrize(("error", "said"), [

@@ -9,9 +9,8 @@ from typing import Sequence
 import pytest
 import torch
 from conftest import Patch
-from tiny import one_thread, tiny_llama
+from tiny import one_thread, plain_log_p, tiny_llama
 from tiny_run import pair
-from torch import Tensor
 
 import judge
 from judge import (COMPLIANCE, ENDING, ENDING_FLOOR, FLUENCY, INVERSE_PROMPTS, JUDGE_PROMPT, MARGIN,
@@ -85,13 +84,6 @@ def test_what_a_judge_does_not_read(net: Transformer, tok: Tokenizer, kind: type
     context = net.config.max_position_embeddings
     with pytest.raises(InputError, match=f"context of {context}"):
         kind(net, tok).ask([Comparison(query, PIRATE, " the tide" * context, " of iron" * context)])
-
-
-def plain_log_p(net: Transformer, prompt: list[int], target: list[int]) -> Tensor:
-    """log P of each target token, from the logits of one plain forward pass."""
-    with torch.no_grad():
-        logits = net(torch.tensor([[*prompt, *target]]))[0, len(prompt) - 1:-1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("ended", [True, False])

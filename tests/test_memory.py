@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,22 +13,21 @@ from tiny import one_thread, randomize_adapter
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from bench import saved_bytes
+from bench import SHAPES, saved_bytes
 from engine import PrefixReader
 from model import Sizes, Transformer, load
 from prism import PRISM
 from support import estimate
 from support.config import FAMILIES, Config, kept_tokens
+from support.hub import read_json
 
-QWEN_7B = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
-           "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
+QWEN_7B = SHAPES / "qwen2.5-7b.json"
 
 
-def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
+def test_memory_plan_of_a_7b_model(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """From a config.json alone: weights and cache by hand, all within 24 GB, not 16; no file."""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
-    arguments = ["--dry-run", "--model", str(tmp_path / "config.json")]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--dry-run", "--model", str(QWEN_7B)]
     assert train.main(arguments) == 0
     out = capsys.readouterr().out
     layer = 3584 * (3584 + 2 * 512) + 3584 + 2 * 512 + 3584**2 + 3 * 3584 * 18944 + 2 * 3584
@@ -39,7 +37,7 @@ def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
     assert "| 24 GB | yes |" in out and "| 80 GB | yes |" in out
     assert train.main([*arguments, "--gpu-memory", "16"]) == 0
     assert "| 16 GB | no |" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("gigabytes", "flags", "expected"), [
@@ -53,7 +51,7 @@ def test_memory_plan_of_a_7b_model(tmp_path: Path, capsys: Capture) -> None:
 def test_a_gpu_does_what_fits(gigabytes: float | None, flags: list[str], expected: Sizes) -> None:
     """A GPU would idle with a CPU's few slots and small batches, run out of memory, or compute
     layers twice that it could keep; or --slots or --gpu-memory would not be heeded."""
-    config = Config.from_json(QWEN_7B, "config.json")
+    config = Config.from_json(read_json(QWEN_7B))
     args = train.parser().parse_args(["--max-new-tokens", "512", *flags])
     prism, size = estimate.unloaded(config, args), gigabytes and gigabytes * 2**30
     assert estimate.choose_sizes(prism, args, size) == expected

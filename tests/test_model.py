@@ -126,9 +126,12 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Tiny) -
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_decodes_in_bf16_as_well_as_it_reads(family: str, tiny_checkpoint: Tiny) -> None:
-    """Few bf16 rows take products and norms of their own: they err as the whole text's do."""
+    """Few bf16 rows take products and norms of their own: they err as the whole text's do. A loaded
+    model would train, or not have the dtype asked for, else the checkpoint's."""
     folder, ids = tiny_checkpoint(family), random_ids(4, 24)
     net, exact = load(folder, dtype=torch.bfloat16), load(folder)(ids)[:, 9:21]
+    assert not any(p.requires_grad for p in net.parameters()) and net.dtype == torch.bfloat16
+    assert exact.dtype == torch.float32 and not net.training
     errors = [(x.float() - exact).square().mean().sqrt()
               for x in (net(ids)[:, 9:21], decode_with_cache(net, ids, [10] * 4, 12))]
     assert 0 < errors[1] < 1.5 * errors[0] < 0.3 * exact.std()
@@ -180,15 +183,6 @@ def test_loading_holds_little_more_than_the_weights(dtype: str, large: Path) -> 
     held, weights, samples = map(int, done.stdout.split())
     assert weights > 1.5e8 and samples > 20
     assert 0.9 * weights < held <= 1.1 * weights
-
-
-def test_loading_freezes_and_casts(tiny_checkpoint: Tiny) -> None:
-    """A loaded model would train, or not have the dtype asked for, else the checkpoint's."""
-    folder = tiny_checkpoint("llama", dtype="float32")
-    net, half = load(folder), load(folder, dtype=torch.bfloat16)
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
-    assert net.dtype == torch.float32
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,33 +1,16 @@
-"""support/settings.py: the command line, what is refused before anything is written, settings."""
+"""support/settings.py: the command line's defaults, and what is a setting. (Wrong flags:
+test_hostile.py.)"""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-import pytest
-from conftest import Capture, Patch, copy_folder, edit_json
-from tiny_run import error_of, run_train
+from conftest import Patch, copy_folder
 
 import train
 from model import Transformer
 from support import settings
 from support.settings import QUICK_PERSONAS, check, choose_personas, parser, run_settings
-
-UNKNOWN = "nobody-at-all/no-such-model"
-
-
-@pytest.mark.parametrize("flags", [
-    ["--gate-threshold", "often"], ["--from", "judge"], ["--model", UNKNOWN],
-    ["--judge-model", UNKNOWN]], ids=" ".join)
-def test_wrong_input(flags: list[str], command: list[str], tmp_path: Path, capfd: Capture) -> None:
-    """A word for a number, a stage that is not there, or a model that nobody has would be a
-    traceback, or leave something behind. (All other wrong flags: test_hostile.py.)"""
-    assert run_train(*command, "--out", tmp_path / "out", *flags) == 2
-    out, error = capfd.readouterr()
-    assert error.startswith("error: ") and error.count("\n") == 1 and out == ""
-    assert not list(tmp_path.iterdir())
-
 
 def parsed(*argv: str) -> object:
     """Checked arguments."""
@@ -76,18 +59,3 @@ def test_what_would_mix_rows_is_a_setting(net: Transformer, folder: Path, tmp_pa
         (copy / name).write_text("{}")
         assert differ(found()) == {"text_fingerprint"}
         before = found()
-
-
-@pytest.mark.parametrize("name", ["letter", "likelihood", "auto"])
-def test_answers_longer_than_the_judges_context(name: str, folder: Path, command: list[str],
-                                                tmp_path: Path, capfd: Capture) -> None:
-    """Answers that the judge could not read would be found out after hours: they are refused before
-    stage 1 writes anything, whoever the judge is."""
-    short = copy_folder(folder, tmp_path / "short")
-    edit_json(short / "config.json", lambda c: c.update(max_position_embeddings=600))
-    asked = [*command, "--judge", name, "--out", tmp_path / "out"]
-    for flag in ("--model", "--judge-model"):
-        assert run_train(*asked, flag, short, "--max-new-tokens", 300) == 2
-        assert re.match(rf"error: {short}: --max-new-tokens is 300.* context of 600 tokens;",
-                        error_of(capfd))
-        assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from conftest import Folders, Patch, copy_folder, edit_json
 from sampling import Sampling
 from support.messages import conversation
 from tiny import END_LOGIT, one_thread, tiny_llama
-from tiny_run import rows_of, write_files
+from tiny_run import rows_of, watch, write_files
 from transformers import AutoTokenizer
 
 import evaluate
@@ -99,13 +99,6 @@ def relative(folder: Path, template: str, target: Path) -> Tokenizer:
     copy_folder(folder, target)
     (target / "chat_template.jinja").write_text(template)
     return Tokenizer(target)
-
-
-def watch(monkeypatch: Patch, owner: object, name: str) -> Mock:
-    """A function of this owner, which still does its work and remembers how it is called."""
-    watched = Mock(wraps=getattr(owner, name))
-    monkeypatch.setattr(owner, name, watched)
-    return watched
 
 
 def prompts_of(watched: Mock) -> list[list[int]]:

@@ -14,7 +14,7 @@ from conftest import Capture, Patch
 from safetensors.torch import load_file
 from sampling import Sampling
 from support.messages import conversation
-from tiny import one_thread, randomize_adapter, tiny_llama
+from tiny import one_thread, plain_log_p, randomize_adapter, tiny_llama
 from tiny_run import (ALL_FILES, CHEMIST, DATA, PERSONAS, PIRATE, QUERIES, contents, error_of,
                       rows_of, run_train, timeless, verdict, write_rows)
 from torch import Tensor
@@ -98,8 +98,7 @@ def samples(net: Transformer, tok: Tokenizer) -> list[Sample]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperature: float) -> None:
+def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer) -> None:
     """It would not be KL(P(.|c, x, y_<t) || P(.|x, y_<t)) over all answer tokens, end included."""
     prism = PRISM(net, rank=4)  # B = 0: the student is the base model
     pairs = pairs_for(PIRATE, 4)
@@ -112,12 +111,9 @@ def test_sample_loss_is_the_formula(net: Transformer, tok: Tokenizer, temperatur
         assert sample.ids == [*bare, *answer] and sample.start == len(bare)
         assert sample.answer_tokens == len(answer) == len(sample.teacher) and answer[-1] == 2
         log_p, log_q = ((net(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1:-1]
-                         / temperature).double().log_softmax(-1) for prompt in (persona, bare))
-        expected += temperature**2 * float((log_p.exp() * (log_p - log_q)).sum())
-    assert float(sample_loss(prism, samples, temperature)) == pytest.approx(expected, rel=1e-4)
-    tokens = sum(len(p.expert_ids) for p in pairs)
-    if temperature == 1:
-        assert held_out_kl(prism, samples) == pytest.approx(expected / tokens, rel=1e-4)
+                         / 2).double().log_softmax(-1) for prompt in (persona, bare))
+        expected += 2**2 * float((log_p.exp() * (log_p - log_q)).sum())
+    assert float(sample_loss(prism, samples, 2.0)) == pytest.approx(expected, rel=1e-4)
     assert held_out_kl(prism, []) is None
 
 
@@ -126,9 +122,8 @@ def test_sft_is_cross_entropy(net: Transformer, samples: list[Sample], monkeypat
     prism = randomize_adapter(PRISM(net, rank=4))
     expected = 0.0
     for s in samples:
-        logits = prism(torch.tensor([s.ids]), 1)[0, s.start - 1:-1]
-        expected = expected - logits.log_softmax(-1).gather(
-            1, torch.tensor(s.ids[s.start:])[:, None]).sum()
+        log_p = plain_log_p(lambda ids: prism(ids, 1), s.ids[:s.start], s.ids[s.start:])
+        expected = expected - log_p.sum()
     b = prism.adapter[1]["qkv_proj"].B[0]
     (gradient,) = torch.autograd.grad(expected, b)
     for chunk in (1, 2**20):
@@ -303,16 +298,13 @@ def test_reported_kl_is_what_transformers_and_peft_find(finished: Path, folder: 
 
 
 def test_a_flipped_verdict_takes_effect(out: Path, command: list[str], capfd: Capture) -> None:
-    """A researcher could not overrule the judge, or not on purpose. (Other files: test_runs.py.)"""
+    """A researcher could not overrule the judge. (Unasked it is refused: test_runs.py.)"""
     rows = rows_of(out, "verdicts.jsonl")
     won = sum(row["target"] for row in rows)
     lost = next(r for r in rows if r["winner"] == "base")
     lost |= {"winner": "expert", "target": 1}
     write_rows(out, "verdicts.jsonl", rows)
     before, data = contents(out), stamps(out, *DATA)
-    assert run_train(*command, "--out", out) == 2
-    assert "verdicts.jsonl was edited after gate had been made from it" in error_of(capfd)
-    assert contents(out) == before
     assert run_train(*command, "--out", out, "--overwrite") == 0
     after = contents(out)
     assert stamps(out, *DATA) == data

@@ -108,6 +108,13 @@ def halve(prism: PRISM, prompts: list[list[int]]) -> Tensor:
     return probability >= prism.threshold
 
 
+def plain_log_p(logits: Callable[[Tensor], Tensor], prompt: list[int],
+                target: list[int]) -> Tensor:
+    """log P of each target token behind a prompt, from the logits of one plain forward pass."""
+    scores = logits(torch.tensor([[*prompt, *target]]))[0, len(prompt) - 1:-1]
+    return scores.log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0]
+
+
 @torch.no_grad()
 def plain_loop(logits: Callable[[Tensor], Tensor], prompt: list[int], sampling: Sampling,
                stop: set[int], seed: int = 0) -> list[int]:

@@ -10,9 +10,11 @@ import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Callable, Iterator
+from unittest.mock import Mock
 
 import pytest
 from tiny import one_thread
@@ -162,3 +164,23 @@ def forked(log: Path, work: Callable[[], int]) -> int:
                 traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def ended(child: int) -> int:
+    """Wait for a child process; its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_for(path: Path, log: Path) -> None:
+    """Wait until a child process, whose output goes to `log`, has written a file."""
+    limit = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < limit, log.read_text()
+        time.sleep(0.001)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Mock:
+    """A function of this owner, which still does its work and remembers how it is called."""
+    watched = Mock(wraps=getattr(owner, name))
+    monkeypatch.setattr(owner, name, watched)
+    return watched
