@@ -1094,7 +1094,7 @@ def read_queries(task: str, args: argparse.Namespace, personas: dict[str, str]) 
     pairs, _, held = read_verdicts(args.adapter)
     lacking = {p.persona for p in pairs} - personas.keys()
     if lacking and "expert" in args.strategies:
-        raise InputError(f"{args.adapter / 'queries.jsonl'}: its persona {sorted(lacking)[0]!r} is "
+        raise InputError(f"{args.adapter / 'answers.jsonl'}: its persona {sorted(lacking)[0]!r} is "
                          f"not in --personas {args.personas}; give those of the run, or leave out "
                          "the strategy expert")
     queries = [Item(task, f"{p.persona}/{p.index}", p.persona, (p.query.strip(),))

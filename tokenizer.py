@@ -190,7 +190,7 @@ class Tokenizer:
         try:
             text = template.render(messages=messages, tools=None, documents=None,
                                    add_generation_prompt=add_generation_prompt,
-                                   strftime_now=self.now.strftime, **self.names, **switch)
+                                   **{"strftime_now": self.now.strftime, **self.names, **switch})
         except Exception as error:
             # Whatever a template does wrong is the template's fault.
             raise InputError(f"{self.folder}: the chat template fails on this conversation "
@@ -358,8 +358,10 @@ class Tokenizer:
         else:
             raise InputError("a gate that pools over the user's text needs a user message")
         said = messages[last]["content"]
-        # Another text in its place; or the same, for a template that looks at it, between brackets.
-        for other in (PROBE, LEFT + said + RIGHT):
+        inner = said.strip()
+        # Another text in its place; or the same, for a template that looks at it, between brackets,
+        # with or without the white space that a template may trim.
+        for other in (PROBE, LEFT + said + RIGHT, said.replace(inner, LEFT + inner + RIGHT, 1)):
             talk = list(messages)
             talk[last] = {**talk[last], "content": other}
             probed = self._text(self._safe(talk), *how)
@@ -368,7 +370,7 @@ class Tokenizer:
                 rest = len(text) - len(after)
                 if len(before) <= rest and text.startswith(before) and text.endswith(after):
                     return len(self._marks.swap(before)), len(self._marks.swap(text[:rest]))
-        if not said.strip():
+        if not inner:
             return 0, 0
         raise InputError(f"{self.folder}: the chat template hides the user's text; "
                          "use --gate-pool last")

@@ -103,16 +103,16 @@ FAMILIES: dict[str, Family] = {
                                "max_position_embeddings": 8192},
                      BOTH_NORMS, norm_offset=1.0, embedding_by_width=True,
                      global_every=2, tokenizer="Gemma"),
-    "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": None, "rope_theta": 1e6,
+    "gemma3_text": Family(_GEMMA | {"sliding_window_pattern": 6, "rope_theta": 1e6,
                                     "rope_local_base_freq": None,
                                     "max_position_embeddings": 2**17},
                           BOTH_NORMS, qk_norm="head", norm_offset=1.0, embedding_by_width=True,
-                          global_every=6, local_theta=1e4, tokenizer="Gemma"),
+                          local_theta=1e4, tokenizer="Gemma"),
     "olmo3": Family(_OLMO | _WINDOW | {"rope_theta": 5e5}, POST_NORM, qk_norm="all",
                     global_every=4, local_theta=5e5),
-    "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": None,
+    "exaone4": Family(_WINDOW | {"rms_norm_eps": 1e-5, "sliding_window_pattern": 4,
                                  "num_key_value_heads": 32},
-                      POST_NORM, qk_norm="head", global_every=4, nope_beside_windows=True),
+                      POST_NORM, qk_norm="head", nope_beside_windows=True),
 }
 
 
@@ -263,7 +263,9 @@ def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | 
     elif "no_rope_layers" in values:
         local = [not yes for yes in rotated]
     else:
-        first, every = 0, fields.integer("sliding_window_pattern", 1, LARGEST, family.global_every)
+        first, every = 0, family.global_every
+        if "sliding_window_pattern" in values:
+            every = fields.integer("sliding_window_pattern", 1, LARGEST)
         if "max_window_layers" in values:
             first = fields.integer("max_window_layers", 0, LARGEST)
         local = [i >= first and (i + 1) % every != 0 for i in range(layers)]
@@ -330,7 +332,9 @@ def _rope(given: dict, theta: float, fields: Fields, family: Family) -> dict:
         rope.refuse("low_freq_factor", "is not below high_freq_factor")
     if kind == "yarn":
         found |= {name: rope.number(name, 0, 1e12, default=None) for name in YARN_OPTIONS}
-        found["truncate"] = rope.flag("truncate", default=True)
+        # A null is false to transformers, but where a family has two settings.
+        given_null = "truncate" in given and family.local_theta is None
+        found["truncate"] = rope.flag("truncate", default=not given_null)
     if kind != "default":
         found["original_max_position_embeddings"] = rope.integer(
             "original_max_position_embeddings", 1, 2**30, fields.values["max_position_embeddings"])

@@ -31,7 +31,9 @@ class Marks:
 
     def __init__(self, tokenizer: FastTokenizer, control: dict[str, int], folder: Path):
         marks = [chr(LAST_PRIVATE - i) for i in range(len(control))]
-        self.spelled, self._either = any_of(control), any_of([*control, *marks])
+        self.spelled = any_of(control)
+        # In two groups: the first then keeps a beginning that all control tokens share.
+        self._either = re.compile(f"(?:{self.spelled.pattern})|(?:{any_of(marks).pattern})")
         self._other = dict(zip([*control, *marks], [*marks, *control]))
         self._taken = str.maketrans(dict.fromkeys(marks, "\ufffd"))
         self._needed: set[str] = set()  # characters without which there is no control token

@@ -102,7 +102,8 @@ def held_out_gate(prism: PRISM, tokenizer: Tokenizer, folder: Path) -> tuple[Gat
     kept = [i for i, v in enumerate(verdicts) if (v.persona, v.index) not in held]
     features, _ = gate_features(prism, tokenizer, [conversation(pairs[i].query) for i in kept])
     ordinary, _ = gate_features(prism, tokenizer, list(map(conversation, read_traffic(run))))
-    kind = run.latest()["gate"].get("target", "verdict")  # what runs without that field learned
+    # Runs without that field learned verdicts.
+    kind = run.latest().get("gate", {}).get("target", "verdict")
     gate = Gate(features.shape[1], settings["seed"]).to(features.device)
     figures = fit_gate(gate, features, ordinary, [verdicts[i] for i in kept], kind,
                        settings["gate_threshold"], settings.get("gate_rate", 1.0),

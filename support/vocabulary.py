@@ -103,9 +103,9 @@ def special_tokens(settings: dict, older: dict) -> tuple[dict[str, object], obje
     if OLDER in names and not names.get(EXTRA):
         names[EXTRA] = names.pop(OLDER)
     names = with_names(names)
-    more = older.get(EXTRA)
+    mine, more = names.get(EXTRA) or [], older.get(EXTRA)
     if isinstance(more, list):
-        older = {**older, EXTRA: [*(names.get(EXTRA) or []), *more]}
+        older = {**older, EXTRA: [*mine, *more] if isinstance(mine, list) else mine}
     # A name that only a model has is taken from the first file.
     single = {name: names[name] for name in names.keys() & (older.keys() - set(SPECIAL_NAMES))
               if name.endswith("_token")}

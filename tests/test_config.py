@@ -63,6 +63,7 @@ REFUSED = {"is_encoder_decoder": True, "use_bidirectional_attention": True, "is_
         ("smollm3", "attn_logit_softcapping", 30.0), ("granite", "logits_scaling", 0),
         ("granite", "residual_multiplier", "0.4"), ("gemma2", "hidden_activation", "gelu"),
         ("gemma2", "final_logit_softcapping", -1.0), ("exaone4", "sliding_window_pattern", "LLLG"),
+        ("gemma3_text", "sliding_window_pattern", None),
         ("gemma3_text", "attn_logit_softcapping", 30.0),
         *((family, *fate) for family in FAMILIES for fate in REFUSED.items())])
 ], ids=lambda value: str(value)[:20])
@@ -208,7 +209,7 @@ KINDS = [
     LLAMA3 | {"rope_theta": 5000.0, "original_max_position_embeddings": 64},
     LONG, YARN | {"rope_theta": 5000.0}, LONG | {"attention_factor": 0.8},
     LONG | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5},
-    LONG | {"beta_fast": 4.0, "beta_slow": 2.0, "truncate": False}]
+    LONG | {"beta_fast": 4.0, "beta_slow": 2.0, "truncate": False}, LONG | {"truncate": None}]
 SPELLINGS = [
     {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 700},
     {"rope_parameters": None, "rope_scaling": YARN | {"rope_theta": 30.0}, "rope_theta": 700},
@@ -230,6 +231,9 @@ SPELLINGS = [
         "layer_types": None, "_sliding_window_pattern": None, "sliding_window_pattern": 3,
         "rope_parameters": None, "rope_theta": 2000.0, "rope_local_base_freq": 50.0,
         "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    ("olmo3", {"rope_parameters": BY_LAYER_TYPE | {"full_attention": {  # which is YaRN's alone
+        "rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0, "truncate": False}}}),
+    ("olmo3", {"rope_parameters": BY_LAYER_TYPE | {"full_attention": LONG | {"truncate": None}}}),
     ("exaone4", {"layer_types": ["full_attention"] * 4}),
     ("exaone4", {"layer_types": ["full_attention"] * 4, "sliding_window": None}),
     *((family, some) for family in ("llama", "gemma3_text", "olmo3") for some in SPELLINGS)],
