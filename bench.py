@@ -13,8 +13,6 @@ imported only here; without them the columns of the peer stay empty. Figures tha
 printed as they are.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -12,8 +12,6 @@ by rules (support/benchmarks.py), but for MT-Bench, which asks a judge model.
 What was simplified: MT-Bench's judge rates without explaining first.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Draw docs/kl.png from the table "KL recovered" in docs/results.md (needs matplotlib)."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ of any benchmark is kept in this repository. What was simplified: one rendering 
 question, TruthfulQA with at most four choices.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@ The tiny ones are written by transformers, so that its file format, names and co
 read here, and their weights are large enough that wrong arithmetic shows in the logits.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

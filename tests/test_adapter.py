@@ -1,7 +1,5 @@
 """adapter.py: the files of an adapter folder, which PEFT reads too, and PEFT's own folders."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Callable

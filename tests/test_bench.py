@@ -1,7 +1,5 @@
 """bench.py: its table, its measuring tools, and every quick part on the tiny model."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time

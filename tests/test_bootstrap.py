@@ -1,7 +1,5 @@
 """bootstrap.py, stages 2 and 3: what answers and verdicts are made from; and the personas."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Sequence

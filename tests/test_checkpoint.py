@@ -1,7 +1,5 @@
 """checkpoint.py: files, names and shapes of a checkpoint, and what is refused before loading."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

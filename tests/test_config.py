@@ -1,7 +1,5 @@
 """config.py: what a config.json says, and that nothing which would have to be ignored is read."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """support/cpu.py: what a CPU computes in another way is the same as torch's usual way."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

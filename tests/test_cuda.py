@@ -1,7 +1,5 @@
 """What only a GPU can show. Nobody has run these tests: no machine of this project has one."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

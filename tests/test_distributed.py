@@ -1,7 +1,5 @@
 """Several processes (gloo, on this machine's CPU): the data of one process, and its gradients."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -2,8 +2,6 @@
 transformers' warpers. Models are tiny, random and fp32, so that answers differ wherever arithmetic
 does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Callable
 

@@ -1,7 +1,5 @@
 """evaluate.py and support/probes.py: readers, scorers, figures, and a tiny run of every task."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

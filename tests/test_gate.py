@@ -1,7 +1,5 @@
 """gate.py: what the gate learns, how it is scored, and when it opens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

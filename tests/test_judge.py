@@ -1,7 +1,5 @@
 """judge.py: the two judges, their evidence read from plain logits, and the test of a judge."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Sequence

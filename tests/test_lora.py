@@ -1,7 +1,5 @@
 """lora.py: the gated low-rank layer against plain torch operations, forward and backward."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Callable, Sequence
 

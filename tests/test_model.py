@@ -1,7 +1,5 @@
 """model.py against transformers: the same checkpoints, the same logits."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """support/numbers.py: the number at the end of an answer, as people and models write it."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import pytest

@@ -5,8 +5,6 @@ voice of its own beside one that has none. On held-out queries the gate must ope
 only, the adapter must speak as the prompt does, and where the gate stays closed nothing may change.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import statistics

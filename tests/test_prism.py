@@ -1,7 +1,5 @@
 """prism.py: the adapter's switch, one-pass routing, the files PEFT reads, and the two losses."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from pathlib import Path

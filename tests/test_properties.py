@@ -4,8 +4,6 @@ Derandomised: the same examples every time, so a red run can be repeated. HYPOTH
 for more of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """queries.py, stage 1: how queries are asked for, which are kept, and which style is taken."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -5,8 +5,6 @@ example and those of docstrings are run, and the diff of the fork guide has to s
 that it changes.
 """
 
-from __future__ import annotations
-
 import argparse
 import doctest
 import importlib

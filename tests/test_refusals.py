@@ -1,7 +1,5 @@
 """support/refusals.py: which answers refuse, by hand, and against people's labels."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

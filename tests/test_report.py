@@ -1,7 +1,5 @@
 """support/report.py: what a run says about itself follows from its files alone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """support/rule.py: a rule, or nobody, in the judge's place, from the command line to the report."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """support/runs.py: a run folder that was killed, edited, filled up or made by somebody else."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,8 +1,6 @@
 """support/settings.py: the command line's defaults, and what is a setting. (Wrong flags:
 test_hostile.py.)"""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from conftest import Patch, copy_folder

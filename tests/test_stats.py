@@ -1,7 +1,5 @@
 """support/stats.py: intervals, AUC, the sequential test; by hand, and against published figures."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from types import SimpleNamespace

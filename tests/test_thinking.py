@@ -2,8 +2,6 @@
 opens the think block, the history has no thoughts, and turns are marked by tokens that its
 tokenizer does not call special. Qwen3's and SmolLM3's formats are its relatives."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

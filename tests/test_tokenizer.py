@@ -1,7 +1,5 @@
 """tokenizer.py against transformers' AutoTokenizer."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """train.py: the split, the gate, the distillation, and the whole command on the tiny model."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,8 +1,6 @@
 """support/vocabulary.py against transformers: tokens and names from every file that may hold them,
 and the places in tokenizer.py that depend on them."""
 
-from __future__ import annotations
-
 import json
 import re
 from datetime import datetime

@@ -1,7 +1,5 @@
 """support/words.py: counting words, and the lists that help a small model."""
 
-from __future__ import annotations
-
 import pytest
 
 from support.words import (clean_query, count_words, echoes, near_duplicates, word_list, words_of)

@@ -4,8 +4,6 @@ Its tokenizer is SmolLM2's cut to the first merges. Its weights are random, with
 every position puts a few per cent on the end of the turn, so that answers end like a real model's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

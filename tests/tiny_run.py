@@ -1,7 +1,5 @@
 """A whole run of train.py on the tiny model in about two seconds, for the tests of its parts."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
