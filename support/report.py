@@ -40,7 +40,7 @@ def summarize(run: RunFolder) -> tuple[list[str], str]:
         sections.append(gate_section(last["gate"]))
     if "kl" in last:
         sections.append(adapter_section(last["kl"]))
-    sections += [bill_section(metrics), samples_section(queries, pairs, verdicts)]
+    sections += [cost_section(metrics), samples_section(queries, pairs, verdicts)]
     found, parts = [], []
     for title, lines, details in sections:
         found += lines
@@ -67,7 +67,7 @@ def share(hits: int, n: int) -> str:
     return f"{hits / n:.2f} [{low:.2f}, {high:.2f}]" if n else "-"
 
 
-def bill_section(metrics: Sequence[dict]) -> Section:
+def cost_section(metrics: Sequence[dict]) -> Section:
     """What every stage cost, summed over its metrics rows."""
     def total(rows: Sequence[dict], name: str) -> float:
         return sum(m.get(name, 0) for m in rows)

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import QUERIES, contents, pair, rows_of, verdict, write_rows
 
 from bootstrap import Pair, Verdict
-from support.report import (adapter_section, bill_section, gate_section, judge_section, quoted,
+from support.report import (adapter_section, cost_section, gate_section, judge_section, quoted,
                             split_warnings, style_trial, summarize, verdicts_section)
 from support.runs import WITHIN, RunFolder
 
@@ -78,7 +78,7 @@ def test_the_bill_is_the_sum_of_the_metrics() -> None:
                 "tokens_trained": 8 * 3**i, "peak_memory": 2**30 * i}
                for i, stage in enumerate(("queries", "quality", "answers", "lora", "kl", "lora"))]
     metrics.append({"stage": "verdicts", "step": 0})
-    _, found, [table] = bill_section(metrics)
+    _, found, [table] = cost_section(metrics)
     assert found == ["cost: 364.0 min, 728.00 TFLOP"]
     assert table.splitlines()[2:] == [
         "| queries | 4 | 28 | 20 | 32 | 240.0 | 0 | 8.00 | 1.00 |",
