@@ -23,7 +23,7 @@ def choose_device(name: str = "auto") -> torch.device:
         # So that torchrun's processes do not all open the first GPU.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     device = torch.device(name)

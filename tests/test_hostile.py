@@ -400,7 +400,7 @@ VALUES = {  # wrong values of flags
               "--dropout": "1", "--gate-threshold": "1.1 often", "--max-len": "1",
               "--gate-layer": "2 -1", "--from": "judge",
               "--seed": f"1.5 {2**64} {'9' * 5000}", "--judge": "me", "--loss": "mse",
-              "--stop-after": "tea", "--device": "abacus cuda:99", "--dtype": "float8",
+              "--stop-after": "tea", "--device": "abacus cuda:99 meta", "--dtype": "float8",
               "--gate-pool": "max", "--gpu-memory": "nan"},
     "generate": {"--temperature": "nan -1 hot", "--top-p": "0 1.1", "--top-k": "-1",
                  "--max-new-tokens": f"0 {10**12}", "--batch-size": "0", "--gate": "maybe",
