@@ -39,7 +39,6 @@ from support.stats import (calibrated_log_loss, decision_scores, shrunken_rates,
 from support.words import clean_query
 from tokenizer import Tokenizer
 
-
 GATE_FOLDS = 5
 GATE_STEPS = 50  # of all queries at once; with 300 a gate learns the noise of single verdicts
 GATE_OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.01}
@@ -103,9 +102,10 @@ def fit_gate(gate: Gate, queries: Tensor, ordinary: Tensor, verdicts: Sequence[V
     targets = gate_targets(labels, personas, target)
     loss = train_gate(gate, features, targets)
     probability, fold = scored[target]
-    traffic = probabilities(gate, ordinary)
-    if len(features) > len(queries):  # the gate has learned from it: out of fold, too
+    if len(features) > len(queries):  # the gate has learned from the traffic: out of fold, too
         traffic = probability[len(queries):]
+    else:
+        traffic = probabilities(gate, ordinary)
     thresholds = choose_thresholds(probability, targets, fold, traffic, threshold, rate)
     opened = [p >= thresholds[f] for p, f in zip(probability, fold)]
     return {"threshold": thresholds[None], "target": target, "loss": loss,

@@ -20,9 +20,8 @@ from sampling import Sampling, derive_seed
 from support.adapter import read_settings
 from support.device import choose_device, choose_dtype, pad
 from support.distributed import progress_bar
-from support.fields import Fields
-from support.hub import (DEFAULT_MODEL, InputError, Parser, exit_status, optional_json,
-                         resolve_adapter)
+from support.fields import read_fields
+from support.hub import DEFAULT_MODEL, InputError, Parser, exit_status, resolve_adapter
 from support.messages import conversation, read_prompts, with_system
 from support.runs import cost_of, run_date, split_chunks
 from tokenizer import Tokenizer
@@ -45,8 +44,7 @@ class Completion:
 
 def stop_tokens(net: Transformer, tokenizer: Tokenizer) -> set[int]:
     """Every id that ends a turn: generation_config.json's, config.json's and the template's."""
-    path = tokenizer.folder / "generation_config.json"
-    settings = Fields(optional_json(path), str(path))
+    settings = read_fields(tokenizer.folder / "generation_config.json")
     return {*net.config.eos_token_ids, *tokenizer.end_of_turn_ids,
             *settings.integers("eos_token_id", 0, 2**22)}
 

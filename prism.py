@@ -119,16 +119,17 @@ class Router(nn.Module):
 
 def load_router(folder: Path, device: torch.device | str = "cpu",
                 dtype: torch.dtype | None = None) -> Router:
-    """The router of a saved adapter with a gate: embeddings, the layers up to the gate's and the
-    gate are loaded, nothing else (of SmolLM2 a third, of a 7B model a fifth).
+    """The router of a saved adapter: embeddings, the layers up to the gate's and the gate are
+    loaded, nothing else (of SmolLM2 a third, of a 7B model a fifth).
 
     Raises:
         InputError: a broken folder, or a base with other weights than the adapter's.
     """
     settings = files.read_settings(folder)
     name, layer = settings["base_model"], settings["gate_layer"]
-    if name is None:
-        raise InputError(f"{folder}: {files.PRISM_FILE} does not name its base model")
+    if name is None or layer is None:
+        missing = "its base model" if name is None else "a gate"
+        raise InputError(f"{folder}: {files.PRISM_FILE} does not name {missing}")
     net = load(name, device, dtype, layers=layer + 1)
     files.check_base(settings, net.name, net.folder, folder)
     router = Router(net, layer, settings["gate_pool"])

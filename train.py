@@ -159,7 +159,8 @@ def micro_batches(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
 @torch.no_grad()
 def held_out_kl(prism: PRISM, samples: Sequence[Sample]) -> float | None:
     """Mean forward KL to the teacher, nats per answer token, at temperature 1, no dropout."""
-    tokens, summed = sum(s.answer_tokens for s in samples), 0.0
+    tokens = sum(s.answer_tokens for s in samples)
+    summed = 0.0
     groups = micro_batches(samples, prism.net.sizes.train_tokens)
     for group in progress_bar("held-out KL", "batch", groups[rank()::world_size()]):
         summed += float(sample_loss(prism, group, 1.0))
@@ -171,7 +172,8 @@ def batch_gradient(prism: PRISM, batch: Sequence[Sample], step: int,
                    args: argparse.Namespace) -> float:
     """Add the gradient of a batch's loss to A and B: the summed token loss over the answer tokens
     of the whole batch, however it is split into micro-batches and processes. Returns that loss."""
-    tokens, summed = sum(s.answer_tokens for s in batch), 0.0
+    tokens = sum(s.answer_tokens for s in batch)
+    summed = 0.0
     mine = sorted(batch, key=lambda s: (len(s.ids), s.name))[rank()::world_size()]
     for number, group in enumerate(micro_batches(mine, prism.net.sizes.train_tokens)):
         seed = derive_seed(args.seed, "dropout", step, number * world_size() + rank())
@@ -331,7 +333,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         found, _ = summarize(run)
         print("", *found, "", sep="\n")
         print(f"saved in {run.path}; report.md has more")
-        if status == 3:
+        if status == NOTHING_TO_DISTIL:
             print("nothing to distil: the persona won no query, so there is no adapter; the data "
                   "is kept. Try more --queries, other personas, or a larger model.",
                   file=sys.stderr)

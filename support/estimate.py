@@ -50,7 +50,7 @@ def activation_bytes(config: Config, tokens: int, rank: int) -> int:
     """
     size, heads, kv_heads = config.dtype.itemsize, config.num_heads, config.num_kv_heads
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
-    norms = len([name for name in config.family.norms if name])
+    norms = len(config.family.norms)
     per_layer = size * (2 * config.hidden_size + 2 * config.intermediate_size + 3 * (q + kv)
                         + 14 * rank)  # p * rank wide for p = 3, 1, 2, 1 stacked ones; h and mask
     per_layer += 4 * (norms * (config.hidden_size + 2) + heads)

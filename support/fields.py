@@ -1,8 +1,9 @@
 """Values out of JSON files that others wrote, checked for type and range where they are read."""
 
+from pathlib import Path
 from typing import Any, NoReturn
 
-from support.hub import InputError
+from support.hub import InputError, optional_json
 
 REQUIRED = object()  # stands for a default where there is none
 
@@ -66,6 +67,11 @@ class Fields:
     def object(self, name: str) -> dict:
         """An object of its own; empty if missing."""
         return self._typed(name, dict, {}, "is not an object")
+
+
+def read_fields(path: Path) -> Fields:
+    """The fields of a JSON file; none if it is absent."""
+    return Fields(optional_json(path), str(path))
 
 
 def is_number(value: object, low: float, high: float, kind: type | tuple = (int, float)) -> bool:

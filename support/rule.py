@@ -21,9 +21,14 @@ WINNERS = ("expert", "base", "tie")
 FREE = {"prompts": 0, "tokens_read": 0, "tokens_written": 0, "flops": 0}  # no model is asked
 
 
+def is_rule(name: str) -> bool:
+    """Whether --judge names a file."""
+    return name.endswith(".py")
+
+
 def asks_no_model(name: str) -> bool:
     """Whether --judge names nobody or a file, so that verdicts cost nothing."""
-    return name == NOBODY or name.endswith(".py")
+    return name == NOBODY or is_rule(name)
 
 
 class Rule:
@@ -86,4 +91,4 @@ def judge_in_place(name: str) -> Rule | NoJudge | None:
     """What --judge puts in the place of the model's own verdicts; None if they are to be had."""
     if name == NOBODY:
         return NoJudge()
-    return Rule(Path(name)) if asks_no_model(name) else None
+    return Rule(Path(name)) if is_rule(name) else None

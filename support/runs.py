@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from support.adapter import read_tensors
 from support.distributed import exchange, main_first, rank, world_size
-from support.fields import Fields
+from support.fields import read_fields
 from support.hub import InputError, optional_json, read_json, write_file
 
 STAGES = ("queries", "answers", "verdicts", "gate", "lora")
@@ -289,7 +289,7 @@ def run_date(folder: Path | None) -> datetime | None:
     if folder is None:
         return None
     path = folder / "run.json"
-    text = Fields(optional_json(path), str(path)).text("date", None)
+    text = read_fields(path).text("date", None)
     try:
         return datetime.fromisoformat(text) if text else None
     except ValueError:

@@ -14,7 +14,7 @@ from support.checkpoint import fingerprint, text_fingerprint
 from support.config import Config
 from support.hub import DEFAULT_MODEL, InputError, Parser, base_source, read_json, resolve
 from support.personas import load_personas, persona_hash
-from support.rule import NOBODY, asks_no_model, judge_in_place
+from support.rule import NOBODY, asks_no_model, is_rule, judge_in_place
 from support.runs import SETTINGS, STAGES
 
 PAPER = {"queries": 50, "max_new_tokens": 512, "epochs": 10}
@@ -172,7 +172,7 @@ def run_settings(args: argparse.Namespace, net: Transformer, folder: Path,
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     judge = fingerprint(resolve(args.judge_model)) if args.judge_model else None
     rule = None
-    if args.judge.endswith(".py"):
+    if is_rule(args.judge):
         rule = hashlib.sha256(Path(args.judge).read_bytes()).hexdigest()
     settings |= {"seed": args.seed, "personas": list(personas),
                  "personas_sha256": persona_hash(personas),

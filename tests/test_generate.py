@@ -95,6 +95,10 @@ def test_router_decides_like_the_whole_model(pool: str, tied: bool, tmp_path: Pa
     edit_json(tmp_path / "prism.json", lambda p: p.update(gate_layer=7))
     with pytest.raises(InputError, match="layers, not the 8 asked for"):
         router(tmp_path, "cpu", "float32")
+    edit_json(tmp_path / "prism.json",
+              lambda p: p.update(gate_layer=None, gate_pool=None, threshold=None))
+    with pytest.raises(InputError, match="does not name a gate"):
+        load_router(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
